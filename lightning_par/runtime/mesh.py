@@ -1,0 +1,73 @@
+"""The mesh: every rank's axes and process groups for one layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from lightning_par.layout import Coordinate, Layout
+from lightning_par.runtime.axis import GroupAxis
+
+
+class Mesh:
+    """The process groups of a layout, seen from this rank. Collective over the world to build.
+
+    Attributes:
+        layout: the layout, dp resolved.
+        rank: global rank of this process.
+        coordinate: its place on the axes.
+        tp: ranks that share the layers of one stage of one replica.
+        dp: ranks that hold the same shard in every replica.
+        pp: the stages of one replica, at one tp coordinate. Carries activations, first stage to last.
+        pp_backward: the same ranks again, for gradients, so that the two directions never block each other.
+        replica: all tp x pp ranks of one replica; they read the same batch.
+        world: all ranks.
+    """
+
+    def __init__(self, layout: Layout, timeout: timedelta) -> None:
+        if layout.dp is None or layout.world_size != dist.get_world_size():
+            raise AssertionError(f"layout {layout} is not resolved for a world of {dist.get_world_size()}")
+        self.layout, self.timeout = layout, timeout
+        self.rank = dist.get_rank()
+        self.coordinate: Coordinate = layout.coordinate_of(self.rank)
+        tps, dps, pps = range(layout.tp), range(layout.dp), range(layout.pp)
+        at = layout.rank_of
+        pipelines = [[at(p, d, t) for p in pps] for d in dps for t in tps]
+        self.tp = self._axis("tp", ([at(p, d, t) for t in tps] for p in pps for d in dps))
+        self.dp = self._axis("dp", ([at(p, d, t) for d in dps] for p in pps for t in tps))
+        self.pp = self._axis("pp", pipelines)
+        self.pp_backward = self._axis("pp_backward", pipelines)
+        self.replica = self._axis("replica", ([at(p, d, t) for p in pps for t in tps] for d in dps))
+        self.world = self._axis("world", [list(range(layout.world_size))])
+        self._tied: dict[tuple[int, ...], GroupAxis] = {}
+
+    def tied(self, stages: tuple[int, ...]) -> GroupAxis:
+        """The axis over ``stages`` of this pipeline, for weights that those stages share.
+
+        Collective over the world the first time it is asked for; the same set of stages gives the same axis again.
+        """
+        if stages not in self._tied:
+            layout = self.layout
+            every = [[layout.rank_of(p, d, t) for p in stages] for d in range(layout.dp or 1) for t in range(layout.tp)]
+            self._tied[stages] = self._axis("tied", every)
+        return self._tied[stages]
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.coordinate.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.coordinate.pp == self.layout.pp - 1
+
+    def _axis(self, name: str, every: Iterable[list[int]]) -> GroupAxis:
+        """Build all groups of one axis; keep the one that this rank is on (or a group of itself alone)."""
+        mine = GroupAxis(name, dist.GroupMember.NON_GROUP_MEMBER, [self.rank], 0)
+        for ranks in every:
+            # new_group does not inherit the timeout of init_process_group; without it a lost rank is noticed after 30 minutes
+            group = dist.new_group(ranks, timeout=self.timeout)
+            if self.rank in ranks:
+                mine = GroupAxis(name, group, ranks, ranks.index(self.rank))
+        return mine

@@ -1,0 +1,84 @@
+"""The one harness for multi-process tests: forked ranks, gloo, a file rendezvous, a timeout.
+
+Forking with the imports already loaded starts four ranks in one or two seconds where spawning takes thirty; so the
+parent imports what is slow, and never runs a parallel region of its own (one thread, set below).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+COLLECTIVE_TIMEOUT = timedelta(seconds=30)
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90) -> list[Any]:
+    """Run ``function(rank, world_size, *args)`` in ``world_size`` forked processes of one gloo group.
+
+    Returns:
+        What each rank returned (picklable), by rank.
+
+    Raises:
+        AssertionError: a rank raised (its traceback is the message), died, or outlived ``timeout`` seconds.
+    """
+    context = multiprocessing.get_context("fork")
+    results: Any = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = os.path.join(folder, "rendezvous")
+        processes = [
+            context.Process(target=_rank_main, args=(function, rank, world_size, rendezvous, results, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            return _collect(processes, results, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(processes: list[Any], results: Any, timeout: float) -> list[Any]:
+    done: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    while len(done) < len(processes):
+        try:
+            rank, error, value = results.get(timeout=0.2)
+        except queue.Empty:
+            missing = [rank for rank in range(len(processes)) if rank not in done]
+            assert time.monotonic() < deadline, f"ranks {missing} did not finish within {timeout} s"
+            dead = [rank for rank in missing if processes[rank].exitcode not in (None, 0)]
+            assert not dead, f"ranks {dead} died with {[processes[rank].exitcode for rank in dead]}"
+            continue
+        assert error is None, f"rank {rank} of {len(processes)} raised:\n{error}"
+        done[rank] = value
+    return [done[rank] for rank in range(len(processes))]
+
+
+def _rank_main(function: Callable[..., Any], rank: int, world_size: int, rendezvous: str, results: Any, args: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        value = function(rank, world_size, *args)
+        results.put((rank, None, value))
+    except BaseException:  # whatever ended this rank is what the test must show
+        results.put((rank, traceback.format_exc(), None))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # no teardown: the parent ends every rank, and gloo's own can wait for peers
