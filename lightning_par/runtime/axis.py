@@ -7,6 +7,7 @@ an installed module can be run on fake tensors in one process (shapes are right,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,12 @@ class Axis(ABC):
         name: ``tp``, ``pp`` or ``dp``.
         size: ranks on it.
         coordinate: position of this rank, from 0.
+        gathers: how often each function had to be given gathered tensors, because it has no rule for sharded ones.
     """
 
     def __init__(self, name: str, size: int, coordinate: int) -> None:
         self.name, self.size, self.coordinate = name, size, coordinate
+        self.gathers: Counter[str] = Counter()
 
     @abstractmethod
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:

@@ -43,7 +43,7 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
         ctx.axis = axis
-        return tensor.view_as(tensor)
+        return tensor.detach()  # not a view: a view would keep its base alive
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]

@@ -1,0 +1,222 @@
+"""Trace and layout in, plan out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lightning_par.errors import PlanError
+from lightning_par.layout import Layout
+from lightning_par.plan.check import check_chain, check_crossings, check_divides, resolve_microbatches
+from lightning_par.plan.override import Overrides
+from lightning_par.plan.partition import partition_blocks
+from lightning_par.plan.plan import ChainPlan, Kind, LayerPlan, ParameterPlan, Plan, StagePlan
+from lightning_par.plan.segments import OutputUse, output_use
+from lightning_par.plan.tensor_rules import Flow, infer_flow
+from lightning_par.plan.vocabulary import infer_vocabulary
+from lightning_par.runtime.parameter import ParameterSpec, Split
+from lightning_par.trace import Layer, Trace
+
+BACKWARD_TO_FORWARD = 2  # the gradients of a matrix product are two products of its size
+
+
+def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides | None = None) -> Plan:
+    """Decide everything for a layout whose dp is known.
+
+    Every column layer is planned with plain local activations; `lightning_par.prepare` turns those whose code needs
+    global shapes.
+
+    Args:
+        trace: a dry run of the module.
+        layout: sizes of the axes, dp resolved.
+        module: class name of the user's module, for messages.
+        overrides: the user's plan section.
+
+    Raises:
+        ModelError: the module cannot be split this way.
+        DataError: the batch does not split into the microbatches.
+        PlanError: a line of the plan section matches nothing or does not fit.
+    """
+    overrides = overrides or Overrides()
+    forced = overrides.kinds(trace.layers)
+    check_chain(trace, layout, module)
+    if layout.pp > 1:
+        check_crossings(trace)
+    layers, flow = _plan_layers(trace, layout.tp, forced)
+    counts = _cut(trace, layout, overrides)
+    bounds = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
+    parameters = _plan_parameters(trace, {layer.name: layer for layer in layers}, bounds, flow)
+    stages = tuple(
+        _stage(trace, parameters, layout.tp, index, first, last)
+        for index, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False))
+    )
+    return Plan(
+        layout=replace(layout, microbatches=resolve_microbatches(layout, trace.batch_size)),
+        module=module,
+        chain=_chain(trace),
+        stages=stages,
+        layers=layers,
+        parameters=parameters,
+        notes=trace.notes + _kept_whole(layers, layout.tp),
+    )
+
+
+# ---------------------------------------------------------------------- layers
+
+
+def _plan_layers(trace: Trace, tp: int, forced: Mapping[str, Kind]) -> tuple[tuple[LayerPlan, ...], Flow]:
+    if tp == 1:
+        return (), Flow()
+    flow = infer_flow(trace, forced)
+    kinds: dict[str, tuple[Kind, str]] = {name: (kind, flow.why.get(name, "")) for name, kind in flow.kinds.items()}
+    kinds.update(infer_vocabulary(trace, {**forced}))
+    kinds.update({name: ("replicate", why) for name, why in _read_from_outside(trace).items() if name in kinds})
+    outputs = {op.layer: op.outputs[0] for op in trace.ops if op.layer is not None}
+    readers: dict[int, str] = {}
+    plans = []
+    for name, (kind, why) in kinds.items():
+        layer, use = trace.layers[name], None
+        if kind == "column":
+            use = output_use(trace, layer, outputs[name])
+            check_divides(layer, use, tp, "outputs")
+        elif kind == "row":
+            check_divides(layer, OutputUse((layer.in_size,), ()), tp, "inputs")
+        elif kind == "vocabulary":
+            check_divides(layer, OutputUse((layer.in_size,), ()), tp, "rows, the vocabulary,")
+        shared = readers.setdefault(flow.reads[name], name) if name in flow.reads and kind == "column" else ""
+        segments = use.segments if use else ()
+        in_chain = name in flow.kinds
+        plans.append(LayerPlan(name, kind, segments, "local" if in_chain else "global", shared, why))
+    return tuple(plans), flow
+
+
+def _read_from_outside(trace: Trace) -> dict[str, str]:
+    """Layers whose weight is read by other code than the layer itself, which must therefore stay whole."""
+    owners = {trace.canonical(layer.weight): name for name, layer in trace.layers.items()}
+    outside: dict[str, str] = {}
+    for op in trace.ops:
+        for alias in op.parameters if op.layer is None else ():
+            canonical = trace.canonical(alias)
+            if canonical in owners:
+                outside[owners[canonical]] = f"its weight is read by {op.name} in {op.module or 'the step'}"
+    return outside
+
+
+def _kept_whole(layers: tuple[LayerPlan, ...], tp: int) -> tuple[str, ...]:
+    """A note for layers inside the blocks that tensor parallelism leaves whole against what one would expect."""
+    reasons = Counter((layer.name.rsplit(".", 1)[-1], layer.why) for layer in layers if layer.kind == "replicate" and layer.why)
+    quiet = ("outside the blocks", "not the vocabulary", "as the plan section says")
+    return tuple(f"{count} x {name} not split over tp: {why}" for (name, why), count in reasons.items() if why not in quiet)
+
+
+# ---------------------------------------------------------------------- stages
+
+
+def _cut(trace: Trace, layout: Layout, overrides: Overrides) -> list[int]:
+    """Blocks on each stage."""
+    if overrides.stages is not None:
+        counts = list(overrides.stages)
+        if len(counts) != layout.pp or sum(counts) != trace.num_blocks or min(counts) < 1:
+            raise PlanError(
+                f"plan.stages={counts}: needs {layout.pp} numbers of at least 1 (one for each stage) that add up to the "
+                f"{trace.num_blocks} blocks of {trace.chain}"
+            )
+        return counts
+    if layout.pp == 1:
+        return [trace.num_blocks]
+    costs = [trace.flops[2 * i + 1] + (trace.flops[2 * i] if i else 0) for i in range(trace.num_blocks)]
+    return partition_blocks(costs, layout.pp, first=trace.flops[0], last=trace.flops[-1])
+
+
+def _chain(trace: Trace) -> ChainPlan | None:
+    if trace.chain is None or not trace.blocks:
+        return None
+    blocks = trace.blocks
+    return ChainPlan(
+        trace.chain,
+        tuple(block.carry_argument for block in blocks),
+        tuple(block.carry_output for block in blocks),
+        tuple(block.output_keys for block in blocks),
+    )
+
+
+def _stage(trace: Trace, parameters: tuple[ParameterPlan, ...], tp: int, index: int, first: int, last: int) -> StagePlan:
+    phases = [phase for phase in range(len(trace.flops)) if first <= trace.block_of(phase) < max(last, 1)]
+    held = [parameter for parameter in parameters if index in parameter.spec.stages]
+    return StagePlan(
+        first,
+        last,
+        num_parameters=sum(parameter.local_numel(1) for parameter in held),
+        parameter_bytes=sum(parameter.local_numel(tp) * parameter.itemsize for parameter in held),
+        flops=sum(trace.flops[phase] for phase in phases),
+        saved_bytes=sum(trace.saved_bytes[phase] for phase in phases),
+    )
+
+
+# ---------------------------------------------------------------------- parameters
+
+
+def _plan_parameters(trace: Trace, layers: Mapping[str, LayerPlan], bounds: list[int], flow: Flow) -> tuple[ParameterPlan, ...]:
+    num_stages = len(bounds) - 1
+    splits = _splits(trace, layers)
+    used = _stages_of_aliases(trace, bounds)
+    partial = _partial(trace, flow)
+    plans = []
+    for name, info in trace.parameters.items():
+        every = sorted(set().union(*(used.get(alias, set()) for alias in info.aliases)))
+        stages = tuple(every) or _stages_of_unused(trace, name, bounds) or tuple(range(num_stages))
+        aliases = tuple((alias, tuple(sorted(used.get(alias, set(stages))))) for alias in info.aliases)
+        split = next((splits[alias] for alias in info.aliases if alias in splits), None)
+        spec = ParameterSpec(name, info.shape, split, stages, partial=name in partial and split is None)
+        plans.append(ParameterPlan(spec, aliases, info.itemsize, info.requires_grad))
+    return tuple(plans)
+
+
+def _splits(trace: Trace, layers: Mapping[str, LayerPlan]) -> dict[str, Split]:
+    """How each split layer's weight and bias are cut; transformers' Conv1D has its weight the other way round."""
+    splits: dict[str, Split] = {}
+    for name, plan in layers.items():
+        layer = trace.layers[name]
+        out_dim = 1 if layer.kind == "conv1d" else 0
+        if plan.kind == "column":
+            splits[layer.weight] = Split(out_dim, plan.segments)
+            if layer.bias is not None:
+                splits[layer.bias] = Split(0, plan.segments)
+        elif plan.kind == "row":
+            splits[layer.weight] = Split(1 - out_dim, (layer.in_size,))
+        elif plan.kind == "vocabulary":
+            splits[layer.weight] = Split(0, (layer.in_size,))
+    return splits
+
+
+def _stages_of_aliases(trace: Trace, bounds: list[int]) -> dict[str, set[int]]:
+    """The stages on which each registered name is read. Code that is no layer may read a tied weight by any name."""
+    used: dict[str, set[int]] = {}
+    for op in trace.ops:
+        stage = _stage_of_block(trace.block_of(op.phase), bounds)
+        for name in op.parameters:
+            names = [name] if op.layer is not None else trace.parameters[trace.canonical(name)].aliases
+            for alias in names:
+                used.setdefault(alias, set()).add(stage)
+    return used
+
+
+def _stages_of_unused(trace: Trace, name: str, bounds: list[int]) -> tuple[int, ...]:
+    """A parameter of a block that the step never read stays with its block."""
+    owner = next((index for index, block in enumerate(trace.blocks) if name.startswith(f"{block.path}.")), None)
+    return () if owner is None else (_stage_of_block(owner, bounds),)
+
+
+def _stage_of_block(block: int, bounds: list[int]) -> int:
+    return max(stage for stage, first in enumerate(bounds[:-1]) if first <= block)
+
+
+def _partial(trace: Trace, flow: Flow) -> set[str]:
+    """Whole parameters that meet split activations as plain tensors: each tp rank sees part of their gradient."""
+    return {
+        trace.canonical(name)
+        for index, op in enumerate(trace.ops)
+        if op.layer is None and flow.columns.get(index)
+        for name in op.parameters
+    }

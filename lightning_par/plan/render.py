@@ -1,0 +1,106 @@
+"""The plan as tables for a terminal."""
+
+from __future__ import annotations
+
+import re
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_par.plan.plan import ParameterPlan, Plan
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def render_plan(plan: Plan, width: int = 132, color: bool = False) -> str:
+    """The plan as text: the stages, then every weight with its split and the ranks that hold it."""
+    console = Console(file=StringIO(), width=width, force_terminal=color, highlight=False)
+    layout = plan.layout
+    console.print(
+        f"{plan.module} as [bold]{layout}[/bold] on {layout.world_size} ranks: tp {layout.tp} x pp {layout.pp} x dp {layout.dp or 1}, "
+        f"zero {layout.zero}, {layout.microbatches} microbatches"
+    )
+    console.print(_stages(plan))
+    console.print(_weights(plan))
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+    output = console.file
+    assert isinstance(output, StringIO)
+    return output.getvalue()
+
+
+def _stages(plan: Plan) -> Table:
+    table = Table("stage", "blocks", "ranks", title="Stages", title_justify="left")
+    for heading in ("parameters", "bytes per rank", "forward GFLOP", "saved activations"):
+        table.add_column(heading, justify="right")
+    for index, stage in enumerate(plan.stages):
+        blocks = "all" if plan.chain is None else f"{plan.chain.path}.{_span(stage.first, stage.last)}"
+        numbers = (f"{stage.num_parameters:,}", format_bytes(stage.parameter_bytes), f"{stage.flops / 1e9:.3g}", format_bytes(stage.saved_bytes))
+        table.add_row(str(index), blocks, _ranks(plan, (index,)), *numbers)
+    return table
+
+
+def _weights(plan: Plan) -> Table:
+    table = Table("weight", "shape", "split over tp", "activations", "stages", "ranks", title="Weights", title_justify="left")
+    for name, group in _grouped(plan).items():
+        first = group[0]
+        stages = tuple(sorted({stage for parameter in group for stage in parameter.spec.stages}))
+        table.add_row(name, " x ".join(map(str, first.spec.shape)), *_split(plan, first), _listed(stages), _ranks(plan, stages))
+    return table
+
+
+def _split(plan: Plan, parameter: ParameterPlan) -> tuple[str, str]:
+    spec = parameter.spec
+    layer = next((found for alias, _ in parameter.aliases if (found := plan.layer(alias.rpartition(".")[0]))), None)
+    if spec.split is None:
+        whole = "whole, gradient summed over tp" if spec.partial else "whole"
+        return (f"{whole}: {layer.why}" if layer and layer.kind == "replicate" and layer.why else whole), ""
+    kind = layer.kind if layer else "split"
+    fused = f", {len(spec.split.segments)} fused parts of {_listed(spec.split.segments)}" if len(spec.split.segments) > 1 else ""
+    return f"{kind}: dim {spec.split.dim} / {plan.layout.tp}{fused}", layer.activation if layer and layer.kind == "column" else ""
+
+
+def _grouped(plan: Plan) -> dict[str, list[ParameterPlan]]:
+    """Parameters by name, those of equal blocks under one name with the range of block numbers."""
+    groups: dict[tuple[object, ...], list[ParameterPlan]] = {}
+    for parameter in plan.parameters:
+        spec = parameter.spec
+        name = spec.name
+        if plan.chain is not None and len(spec.stages) == 1:
+            name = re.sub(rf"^{re.escape(plan.chain.path)}\.\d+\.", f"{plan.chain.path}.*.", name)
+        groups.setdefault((name, spec.shape, _split(plan, parameter)), []).append(parameter)
+    return {_group_name(str(key[0]), group): group for key, group in groups.items()}
+
+
+def _group_name(pattern: str, group: list[ParameterPlan]) -> str:
+    tied = [alias for alias, _ in group[0].aliases[1:]]
+    if "*" not in pattern:
+        return pattern + (f" = {', '.join(tied)}" if tied else "")
+    prefix = pattern.partition("*")[0]
+    numbers = sorted(int(parameter.spec.name[len(prefix) :].partition(".")[0]) for parameter in group)
+    return pattern.replace("*", f"[{numbers[0]}-{numbers[-1]}]" if len(numbers) > 1 else str(numbers[0]), 1)
+
+
+def _ranks(plan: Plan, stages: tuple[int, ...]) -> str:
+    layout = plan.layout
+    return _listed(layout.rank_of(p, d, t) for p in stages for d in range(layout.dp or 1) for t in range(layout.tp))
+
+
+def _listed(numbers: object) -> str:
+    values = list(numbers)  # type: ignore[call-overload]
+    if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
+        return f"{values[0]}-{values[-1]}"
+    return ", ".join(map(str, values))
+
+
+def _span(first: int, last: int) -> str:
+    return f"[{first}-{last - 1}]" if last - first > 1 else str(first)
+
+
+def format_bytes(count: float) -> str:
+    """``1.5 MiB`` for 1572864."""
+    unit = 0
+    while count >= 1024 and unit < len(_UNITS) - 1:
+        count, unit = count / 1024, unit + 1
+    return f"{count:.0f} B" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"

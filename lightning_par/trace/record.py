@@ -1,0 +1,166 @@
+"""What a dry run leaves behind: a graph of operations over numbered values, and where each one ran.
+
+A step is seen as a chain of n blocks with code around them. *Phases* number its parts in order of execution::
+
+    phase      0          1        2       3        4     ...   2n-1       2n
+    code    prologue   block 0   glue   block 1   glue        block n-1  epilogue
+
+An operation of phase p runs on the stage that holds block ``min(p // 2, n - 1)``: glue belongs to the block after it,
+the prologue to the first block, the epilogue to the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+LayerKind = Literal["linear", "conv1d", "embedding"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """One version of a tensor seen in the step.
+
+    Attributes:
+        shape: its shape.
+        is_float: whether it can carry a gradient.
+        depends_on_parameters: whether any parameter went into it, so that only a stage with that parameter can compute it.
+        phase: where it was made; -1 for what was there before the step (the batch, buffers).
+        is_batch: whether it is a tensor of the batch, or only reshaped from one.
+    """
+
+    shape: tuple[int, ...]
+    is_float: bool
+    depends_on_parameters: bool
+    phase: int
+    is_batch: bool = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """One call of a torch function, or of a whole layer (a Linear, Conv1D or Embedding module).
+
+    Attributes:
+        name: the function's name, such as ``view``; for a layer, its kind.
+        module: path of the innermost module that was running.
+        phase: part of the step, see the module's docstring.
+        inputs, outputs: value numbers.
+        parameters: names of parameters read directly, as registered where they were read.
+        layer: path of the layer when the op is a layer's call.
+        arguments: the arguments that are not tensors, positional then by name; tensors stand as ``"<tensor>"``.
+    """
+
+    name: str
+    module: str
+    phase: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    parameters: tuple[str, ...] = ()
+    layer: str | None = None
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that tensor parallelism knows how to split.
+
+    Attributes:
+        kind: ``linear``, ``conv1d`` (transformers': weight is [in, out]) or ``embedding``.
+        in_size, out_size: features; rows and columns of an embedding.
+        weight, bias: parameter names; ``bias`` is None without one.
+    """
+
+    name: str
+    kind: LayerKind
+    in_size: int
+    out_size: int
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """A parameter by its first name.
+
+    Attributes:
+        aliases: every name under which the same tensor is registered, the first name included.
+        itemsize: bytes of one element.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    requires_grad: bool
+    aliases: tuple[str, ...]
+
+    @property
+    def numel(self) -> int:
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+@dataclass(frozen=True)
+class Block:
+    """One call of a block of the chain.
+
+    Attributes:
+        path: module path.
+        carry_argument: where the hidden state comes in: a position, or the name of a keyword.
+        carry_output: where it comes out: ``()`` for a bare tensor, else the index or key in the returned tuple or dict.
+        output_keys: keys of the returned dict, or indices of the returned tuple; empty for a bare tensor.
+        carry_in, carry_out: value numbers.
+        extra_outputs: other returned tensors that later code reads.
+    """
+
+    path: str
+    carry_argument: int | str
+    carry_output: tuple[int | str, ...]
+    output_keys: tuple[int | str, ...]
+    carry_in: int
+    carry_out: int
+    extra_outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything that one dry run of a step tells.
+
+    Attributes:
+        step: the hook that was run, such as ``training_step``.
+        chain: path of the container of the blocks; None when the module has none.
+        chains_seen: containers that were looked at, with the reason why each was not taken.
+        flops: forward floating-point operations by phase.
+        saved_bytes: activation bytes that autograd saved, by phase.
+        notes: what the trace had to assume, for the user.
+    """
+
+    step: str
+    chain: str | None
+    chains_seen: tuple[tuple[str, str], ...]
+    blocks: tuple[Block, ...]
+    ops: tuple[Op, ...]
+    values: tuple[Value, ...]
+    layers: dict[str, Layer]
+    parameters: dict[str, ParameterInfo]
+    flops: tuple[int, ...]
+    saved_bytes: tuple[int, ...]
+    batch_size: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    def block_of(self, phase: int) -> int:
+        """The block on whose stage an operation of ``phase`` runs; 0 when there is no chain."""
+        return max(0, min(phase // 2, self.num_blocks - 1))
+
+    def is_inside_block(self, phase: int) -> bool:
+        """Whether ``phase`` is inside a block; without a chain the whole step counts as one block."""
+        return phase % 2 == 1 or not self.blocks
+
+    def canonical(self, alias: str) -> str:
+        """The first name of the parameter registered as ``alias``."""
+        return next(name for name, info in self.parameters.items() if alias in info.aliases)

@@ -1,0 +1,299 @@
+"""The recorder: sees every torch function of a running step and writes the graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_par.errors import ModelError
+from lightning_par.runtime.nested import tensors_in
+from lightning_par.runtime.torch_private import is_fake, storage_key
+from lightning_par.trace.record import Block, Layer, LayerKind, Op, ParameterInfo, Trace, Value
+
+_READS_VALUE = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__index__": 1, "__bool__": False}
+_RESHAPES = {"view", "reshape", "transpose", "contiguous", "to", "long", "int", "__getitem__", "flatten", "unsqueeze", "squeeze", "clone"}
+
+
+class Recorder(TorchFunctionMode):
+    """Records one run of a module.
+
+    Args:
+        module: the copy that will run.
+        chain: path of its container of blocks, or None.
+        inputs: the batch, so that its tensors are known as such.
+    """
+
+    def __init__(self, module: nn.Module, chain: str | None, inputs: Any) -> None:
+        super().__init__()
+        self.module, self.chain = module, chain
+        self.num_blocks = len(list(module.get_submodule(chain).children())) if chain else 0
+        self.phase = 0
+        self.ops: list[Op] = []
+        self.values: list[Value] = []
+        self.notes: list[str] = []
+        self.layers: dict[str, Layer] = {}
+        self.parameters = _parameters(module)
+        self.flops = [0] * (2 * self.num_blocks + 1)
+        self.saved_bytes = [0] * (2 * self.num_blocks + 1)
+        self._numbers: dict[int, int] = {}  # id of a tensor -> number of its newest version
+        self._alive: list[torch.Tensor] = []  # so that no id is used twice
+        self._names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
+        self._stack: list[str] = []
+        self._inside_layer = 0
+        self._entered: dict[int, tuple[list[Any], dict[str, Any]]] = {}
+        self._calls: list[tuple[int, str, Any, Any]] = []  # index, path, (args, kwargs), output of each block
+        self._storages: set[Any] = set()
+        self._counted_flops = 0
+        for tensor in tensors_in(inputs):
+            self._number(tensor, Value(tuple(tensor.shape), tensor.is_floating_point(), False, -1, is_batch=True))
+
+    # ------------------------------------------------------------------ running
+
+    @contextlib.contextmanager
+    def running(self, flops: FlopCounterMode) -> Iterator[None]:
+        """Around the step: hooks on every module, saved activations counted, this mode on."""
+        self._flop_counter = flops
+        handles = []
+        for name, child in self.module.named_modules():
+            handles.append(child.register_forward_pre_hook(self._enter(name), with_kwargs=True, prepend=True))
+            handles.append(child.register_forward_hook(self._leave(name), with_kwargs=True))
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._count_saved, lambda packed: packed), self:
+                yield
+        finally:
+            self._count_flops()
+            for handle in handles:
+                handle.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if name in _READS_VALUE and isinstance(args[0], torch.Tensor) and self._is_unknown(args[0]):
+            self._note(f"{self._where()} reads a value of a tensor ({name}); the dry run assumes {_READS_VALUE[name]}")
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        output = func(*args, **kwargs)
+        if name == "__iter__":
+            output = list(output)
+        if self._inside_layer == 0 and name not in ("__get__", "__set__"):
+            self._record(name, args, kwargs, output)
+        elif name == "__get__" and isinstance(output, torch.Tensor) and self._inside_layer == 0:
+            self._record("attribute", args, kwargs, output)
+        return iter(output) if name == "__iter__" else output
+
+    def _is_unknown(self, tensor: torch.Tensor) -> bool:
+        return is_fake(tensor)
+
+    # ------------------------------------------------------------------ operations
+
+    def _record(
+        self, name: str, args: Any, kwargs: Any, output: Any, layer: str | None = None, parameters: tuple[str, ...] = ()
+    ) -> None:
+        outputs = tensors_in(output)
+        if name == "__setitem__":
+            outputs = [args[0]]
+        if not outputs:
+            return
+        inputs = [tensor for tensor in tensors_in((args, kwargs))]
+        read = parameters or tuple(self._names[id(t)] for t in inputs if id(t) in self._names)
+        numbers = tuple(self._number(t) for t in inputs if id(t) not in self._names)
+        depends = bool(read) or any(self.values[n].depends_on_parameters for n in numbers)
+        is_batch = name in _RESHAPES and bool(numbers) and all(self.values[n].is_batch for n in numbers)
+        made = tuple(
+            self._number(t, Value(tuple(t.shape), t.is_floating_point(), depends, self.phase, is_batch))
+            for t in outputs
+            if id(t) not in self._names
+        )
+        module = self._stack[-1] if self._stack else ""
+        self.ops.append(Op(name, module, self.phase, numbers, made, read, layer, _plain(args, kwargs)))
+
+    def _number(self, tensor: torch.Tensor, new: Value | None = None) -> int:
+        """The number of a tensor's newest version; ``new`` makes one."""
+        key = id(tensor)
+        if new is None and key in self._numbers:
+            return self._numbers[key]
+        self._alive.append(tensor)
+        self.values.append(new or Value(tuple(tensor.shape), tensor.is_floating_point(), False, -1))
+        self._numbers[key] = len(self.values) - 1
+        return self._numbers[key]
+
+    # ------------------------------------------------------------------ modules
+
+    def _enter(self, name: str) -> Any:
+        block = self._block_index(name)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if block is not None:
+                self._enter_block(block, name, args, kwargs)
+            self._stack.append(name)
+            if layer_kind(module) is not None:
+                self._inside_layer += 1
+
+        return hook
+
+    def _leave(self, name: str) -> Any:
+        block = self._block_index(name)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            kind = layer_kind(module)
+            if kind is not None:
+                self._inside_layer -= 1
+                if self._inside_layer == 0:
+                    self._record_layer(name, kind, module, args, kwargs, output)
+            self._stack.pop()
+            if block is not None:
+                self._leave_block(block, name, args, kwargs, output)
+
+        return hook
+
+    def _record_layer(self, name: str, kind: LayerKind, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        parameters = tuple(f"{name}.{key}" for key, parameter in module._parameters.items() if parameter is not None)
+        if name not in self.layers:
+            rows, columns = module.weight.shape
+            sizes = {"linear": (columns, rows), "conv1d": (rows, columns), "embedding": (rows, columns)}[kind]
+            bias = f"{name}.bias" if getattr(module, "bias", None) is not None else None
+            self.layers[name] = Layer(name, kind, *sizes, f"{name}.weight", bias)
+        self._record(kind, args, kwargs, output, layer=name, parameters=parameters)
+
+    def _block_index(self, name: str) -> int | None:
+        if self.chain is None:
+            return None
+        prefix = f"{self.chain}." if self.chain else ""
+        rest = name[len(prefix) :]
+        return int(rest) if name.startswith(prefix) and rest.isdigit() else None
+
+    def _enter_block(self, index: int, name: str, args: Any, kwargs: Any) -> None:
+        if index != len(self._calls):
+            order = [path for _, path, _, _ in self._calls]
+            raise ModelError(f"the blocks of {self.chain} do not run once each in order: {name} ran after {order[-1:] or 'nothing'}")
+        self._count_flops()
+        self.phase = 2 * index + 1
+        self._entered[index] = (
+            [self._number(a) if isinstance(a, torch.Tensor) else None for a in args],
+            {key: self._number(a) for key, a in kwargs.items() if isinstance(a, torch.Tensor)},
+        )
+
+    def _leave_block(self, index: int, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        self._count_flops()
+        self.phase = 2 * index + 2
+        outputs = _keyed(output, name)
+        numbers = {key: self._number(t) for key, t in outputs.items() if isinstance(t, torch.Tensor)}
+        self._calls.append((index, name, (tuple(outputs) if outputs.keys() != {None} else ()), numbers))
+
+    # ------------------------------------------------------------------ counting
+
+    def _count_flops(self) -> None:
+        total = self._flop_counter.get_total_flops()
+        self.flops[self.phase] += total - self._counted_flops
+        self._counted_flops = total
+
+    def _count_saved(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = storage_key(tensor)
+        if id(tensor) not in self._names and key not in self._storages and not isinstance(tensor, nn.Parameter):
+            self._storages.add(key)
+            self.saved_bytes[self.phase] += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _where(self) -> str:
+        return self._stack[-1] if self._stack and self._stack[-1] else "the step"
+
+    # ------------------------------------------------------------------ the result
+
+    def finish(self, step: str, chains_seen: tuple[tuple[str, str], ...], batch_size: int) -> Trace:
+        """The trace of the run that has ended."""
+        return Trace(
+            step=step,
+            chain=self.chain if self._calls else None,
+            chains_seen=chains_seen,
+            blocks=self._blocks() if len(self._calls) == self.num_blocks else (),
+            ops=tuple(self.ops),
+            values=tuple(self.values),
+            layers=self.layers,
+            parameters=self.parameters,
+            flops=tuple(self.flops),
+            saved_bytes=tuple(self.saved_bytes),
+            batch_size=batch_size,
+            notes=tuple(self.notes),
+        )
+
+    def _blocks(self) -> tuple[Block, ...]:
+        consumed: dict[int, int] = {}  # value -> last phase that reads it
+        for op in self.ops:
+            for number in op.inputs:
+                consumed[number] = max(consumed.get(number, -1), op.phase)
+        for index, (args, kwargs) in self._entered.items():
+            for number in [n for n in args if n is not None] + list(kwargs.values()):
+                consumed[number] = max(consumed.get(number, -1), 2 * index + 1)
+        return tuple(self._block(index, path, keys, numbers, consumed) for index, path, keys, numbers in self._calls)
+
+    def _block(self, index: int, path: str, keys: Any, numbers: dict[Any, int], consumed: dict[int, int]) -> Block:
+        entered, named = self._entered[index]
+        arriving = [(position, n) for position, n in enumerate(entered) if n is not None] + list(named.items())
+        carried = [(where, n) for where, n in arriving if self.values[n].depends_on_parameters and self.values[n].is_float]
+        leaving = [(key, n) for key, n in numbers.items() if consumed.get(n, -1) > 2 * index + 1 and self.values[n].depends_on_parameters]
+        if not carried or not leaving:
+            raise ModelError(
+                f"{path} does not pass a hidden state on: a chain of blocks takes the output of one block as the input of the next. "
+                f"Name the right container with plan.chain=PATH"
+            )
+        key, out = leaving[0]
+        where, came = carried[0]
+        return Block(path, where, () if key is None else (key,), keys, came, out, tuple(n for _, n in leaving[1:]))
+
+
+def layer_kind(module: nn.Module) -> LayerKind | None:
+    """What kind of splittable layer a module is, or None."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__):
+        return "conv1d"
+    return None
+
+
+def _parameters(module: nn.Module) -> dict[str, ParameterInfo]:
+    aliases: dict[int, list[str]] = {}
+    tensors = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+        tensors[id(parameter)] = parameter
+    return {
+        names[0]: ParameterInfo(names[0], tuple(p.shape), p.element_size(), p.requires_grad, tuple(names))
+        for key, names in aliases.items()
+        for p in (tensors[key],)
+    }
+
+
+def _keyed(output: Any, path: str) -> dict[Any, Any]:
+    """A block's output by key: None for a bare tensor, indices of a tuple or list, keys of a dict."""
+    if isinstance(output, torch.Tensor):
+        return {None: output}
+    if isinstance(output, (tuple, list)):
+        return dict(enumerate(output))
+    if isinstance(output, dict):
+        return dict(output)
+    raise ModelError(f"{path} returns a {type(output).__name__}: a block of a chain returns a tensor, a tuple or a dict")
+
+
+def _plain(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return "<tensor>"
+        if isinstance(value, (tuple, list)):
+            return tuple(plain(item) for item in value)
+        if value is None or isinstance(value, (bool, int, float, str, slice, type(Ellipsis))):
+            return value
+        return str(value)
+
+    return tuple(plain(a) for a in args) + tuple((key, plain(value)) for key, value in sorted(kwargs.items()))

@@ -1,0 +1,115 @@
+"""The dry run itself: one step of the user's module on fake tensors, every torch function recorded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_par.errors import ModelError
+from lightning_par.runtime.nested import map_tensors
+from lightning_par.runtime.torch_private import FakeTensorMode, is_data_dependent
+from lightning_par.trace.chain import find_chain
+from lightning_par.trace.copying import copy_module
+from lightning_par.trace.record import Trace
+from lightning_par.trace.recorder import Recorder
+
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+def trace_step(
+    module: nn.Module,
+    batch: Any,
+    *,
+    batch_size: int,
+    step: str = "training_step",
+    chain: str | None = None,
+    prepare: Any = None,
+) -> Trace:
+    """Run one step of a copy of ``module`` on fake tensors and record it. No memory for weights, no side effect.
+
+    A step whose control flow or shapes depend on values is run on the real tensors instead, on shared weights.
+
+    Args:
+        module: the user's LightningModule, untouched.
+        batch: one batch as the step gets it.
+        batch_size: its number of samples.
+        step: the hook to run.
+        chain: container of the blocks, when the user's plan names it.
+        prepare: called with the copy before it runs, to install parallel layers on it.
+
+    Raises:
+        ModelError: the step returned None, or cannot be run.
+        PlanError: ``chain`` names nothing.
+    """
+    try:
+        return _run(module, batch, batch_size, step, chain, prepare, fake=True)
+    except Exception as error:
+        if not is_data_dependent(error):
+            raise
+    return _run(module, batch, batch_size, step, chain, prepare, fake=False)
+
+
+def _run(module: nn.Module, batch: Any, batch_size: int, step: str, chain: str | None, prepare: Any, fake: bool) -> Trace:
+    path, seen = find_chain(module, chain)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    to_fake = mode.from_tensor if mode is not None else (lambda tensor: tensor)
+    training = step == "training_step"
+    with torch.random.fork_rng(), mode or contextlib.nullcontext():
+        twin = copy_module(module, to_fake, by_reference=[getattr(module, "_trainer", None)])
+        _silence(twin)
+        if prepare is not None:
+            prepare(twin)
+        inputs = map_tensors(lambda tensor: to_fake(tensor.detach()), batch)
+        recorder = Recorder(twin, path, inputs)
+        twin.train(training)
+        with torch.set_grad_enabled(training), FlopCounterMode(display=False) as flops, recorder.running(flops):
+            output = getattr(twin, step)(inputs, 0)
+    if training:
+        _check_loss(output, type(module).__name__)
+    return recorder.finish(step, seen, batch_size)
+
+
+def _check_loss(output: Any, name: str) -> None:
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, torch.Tensor):
+        what = "None" if output is None else f"a {type(output).__name__} without a loss tensor"
+        raise ModelError(f"{name}.training_step returned {what}: a parallel run needs the loss of every batch; return the loss tensor")
+
+
+def _silence(twin: nn.Module) -> None:
+    """Cut the copy's ways out: metrics and logs of a dry run mean nothing."""
+    from torchmetrics import Metric
+
+    twin.__dict__.update(log=_ignore, log_dict=_ignore)
+    for child in list(twin.modules()):
+        if isinstance(child, Metric):
+            child.__dict__.update(forward=_zero, update=_ignore, compute=_zero, reset=_ignore)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _zero(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.zeros(())
+
+
+@contextlib.contextmanager
+def no_random_effect() -> Iterator[None]:
+    """Whatever runs inside draws from copies of the generators of torch, numpy and Python."""
+    import random
+
+    import numpy
+
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
