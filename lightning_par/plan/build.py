@@ -125,7 +125,7 @@ def _cut(trace: Trace, layout: Layout, overrides: Overrides) -> list[int]:
         return counts
     if layout.pp == 1:
         return [trace.num_blocks]
-    costs = [trace.flops[2 * i + 1] + (trace.flops[2 * i] if i else 0) for i in range(trace.num_blocks)]
+    costs = [trace.flops[2 * i + 1] + (trace.flops[2 * i + 2] if i + 1 < trace.num_blocks else 0) for i in range(trace.num_blocks)]
     return partition_blocks(costs, layout.pp, first=trace.flops[0], last=trace.flops[-1])
 
 

@@ -36,12 +36,12 @@ def check_crossings(trace: Trace) -> None:
         ModelError: a block reads something that depends on parameters of another stage, or returns several tensors that
             later code reads, or the hidden state changes its shape on the way.
     """
-    carried = {block.carry_in for block in trace.blocks} | {block.carry_out for block in trace.blocks}
     for op in trace.ops:
+        arrives = trace.blocks[op.phase // 2].carry_in if op.phase % 2 else None
         for number in op.inputs:
             value = trace.values[number]
             foreign = value.phase >= 0 and trace.block_of(value.phase) != trace.block_of(op.phase)
-            if foreign and value.depends_on_parameters and number not in carried:
+            if foreign and value.depends_on_parameters and number != arrives:
                 raise ModelError(
                     f"{op.module or 'the step'} ({op.name}) reads a tensor of shape {list(value.shape)} that was computed with parameters "
                     f"{_phase_name(trace, value.phase)}: between pipeline stages only the hidden state of the blocks travels. Use pp1, or "

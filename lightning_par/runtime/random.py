@@ -34,7 +34,7 @@ def sharded_stream(axis: Axis, device: torch.device) -> Iterator[None]:
     else:
         seed = int(torch.randint(_SEED_BOUND, (), device="cpu"))
         state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(_mix(seed, axis.coordinate))
+        torch.default_generator.manual_seed(mix_seed(seed, axis.coordinate))
         try:
             yield
         finally:
@@ -46,7 +46,7 @@ def _cuda_stream(axis: Axis, device: torch.device) -> Iterator[None]:
     index = torch.cuda.current_device() if device.index is None else device.index
     generator = torch.cuda.default_generators[index]
     seed, offset = generator.initial_seed(), generator.get_offset()
-    generator.manual_seed(_mix(seed + offset * 0x9E3779B97F4A7C15, axis.coordinate))
+    generator.manual_seed(mix_seed(seed + offset * 0x9E3779B97F4A7C15, axis.coordinate))
     try:
         yield
     finally:
@@ -54,7 +54,7 @@ def _cuda_stream(axis: Axis, device: torch.device) -> Iterator[None]:
         generator.set_offset(offset + _PHILOX_STEP)
 
 
-def _mix(seed: int, coordinate: int) -> int:
+def mix_seed(seed: int, coordinate: int) -> int:
     """A 63-bit seed for one coordinate: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     mask = 2**64 - 1
     z = (seed + (coordinate + 1) * 0x9E3779B97F4A7C15) & mask

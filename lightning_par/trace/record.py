@@ -5,8 +5,8 @@ A step is seen as a chain of n blocks with code around them. *Phases* number its
     phase      0          1        2       3        4     ...   2n-1       2n
     code    prologue   block 0   glue   block 1   glue        block n-1  epilogue
 
-An operation of phase p runs on the stage that holds block ``min(p // 2, n - 1)``: glue belongs to the block after it,
-the prologue to the first block, the epilogue to the last.
+Glue and the epilogue run on the stage of the block before them, the prologue on the first block's: a stage ends where the
+first block of the next one is called.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class Trace:
         flops: forward floating-point operations by phase.
         saved_bytes: activation bytes that autograd saved, by phase.
         notes: what the trace had to assume, for the user.
+        error: what ended the run early, when the caller asked for the trace up to there.
     """
 
     step: str
@@ -148,6 +149,7 @@ class Trace:
     saved_bytes: tuple[int, ...]
     batch_size: int
     notes: tuple[str, ...] = ()
+    error: Exception | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -155,7 +157,7 @@ class Trace:
 
     def block_of(self, phase: int) -> int:
         """The block on whose stage an operation of ``phase`` runs; 0 when there is no chain."""
-        return max(0, min(phase // 2, self.num_blocks - 1))
+        return phase // 2 if phase % 2 else max(0, phase // 2 - 1)
 
     def is_inside_block(self, phase: int) -> bool:
         """Whether ``phase`` is inside a block; without a chain the whole step counts as one block."""

@@ -209,7 +209,7 @@ class Recorder(TorchFunctionMode):
 
     # ------------------------------------------------------------------ the result
 
-    def finish(self, step: str, chains_seen: tuple[tuple[str, str], ...], batch_size: int) -> Trace:
+    def finish(self, step: str, chains_seen: tuple[tuple[str, str], ...], batch_size: int, error: Exception | None = None) -> Trace:
         """The trace of the run that has ended."""
         return Trace(
             step=step,
@@ -224,6 +224,7 @@ class Recorder(TorchFunctionMode):
             saved_bytes=tuple(self.saved_bytes),
             batch_size=batch_size,
             notes=tuple(self.notes),
+            error=error,
         )
 
     def _blocks(self) -> tuple[Block, ...]:

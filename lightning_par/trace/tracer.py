@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ def trace_step(
     batch_size: int,
     step: str = "training_step",
     chain: str | None = None,
-    prepare: Any = None,
+    prepare: Callable[[nn.Module], None] | None = None,
+    keep_error: bool = False,
 ) -> Trace:
     """Run one step of a copy of ``module`` on fake tensors and record it. No memory for weights, no side effect.
 
@@ -41,21 +42,27 @@ def trace_step(
         step: the hook to run.
         chain: container of the blocks, when the user's plan names it.
         prepare: called with the copy before it runs, to install parallel layers on it.
+        keep_error: when the step raises, give the trace up to there with the error in it.
 
     Raises:
         ModelError: the step returned None, or cannot be run.
         PlanError: ``chain`` names nothing.
     """
-    try:
-        return _run(module, batch, batch_size, step, chain, prepare, fake=True)
-    except Exception as error:
-        if not is_data_dependent(error):
-            raise
-    return _run(module, batch, batch_size, step, chain, prepare, fake=False)
-
-
-def _run(module: nn.Module, batch: Any, batch_size: int, step: str, chain: str | None, prepare: Any, fake: bool) -> Trace:
     path, seen = find_chain(module, chain)
+    for fake in (True, False):
+        recorder, output, error = _run(module, batch, step, path, prepare, fake)
+        if error is None or not is_data_dependent(error):
+            break
+    if error is not None and not keep_error:
+        raise error
+    if step == "training_step" and error is None:
+        _check_loss(output, type(module).__name__)
+    return recorder.finish(step, seen, batch_size, error)
+
+
+def _run(
+    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Callable[[nn.Module], None] | None, fake: bool
+) -> tuple[Recorder, Any, Exception | None]:
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
     to_fake = mode.from_tensor if mode is not None else (lambda tensor: tensor)
     training = step == "training_step"
@@ -65,13 +72,15 @@ def _run(module: nn.Module, batch: Any, batch_size: int, step: str, chain: str |
         if prepare is not None:
             prepare(twin)
         inputs = map_tensors(lambda tensor: to_fake(tensor.detach()), batch)
-        recorder = Recorder(twin, path, inputs)
+        recorder = Recorder(twin, chain, inputs)
         twin.train(training)
+        output, failure = None, None
         with torch.set_grad_enabled(training), FlopCounterMode(display=False) as flops, recorder.running(flops):
-            output = getattr(twin, step)(inputs, 0)
-    if training:
-        _check_loss(output, type(module).__name__)
-    return recorder.finish(step, seen, batch_size)
+            try:
+                output = getattr(twin, step)(inputs, 0)
+            except Exception as error:
+                failure = error
+    return recorder, output, failure
 
 
 def _check_loss(output: Any, name: str) -> None:

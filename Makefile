@@ -1,0 +1,39 @@
+# Commands of this repository. `make` lists them. The first call makes .venv; later calls reuse it until
+# pyproject.toml or the constraints change.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CONSTRAINTS ?= constraints-cpu.txt
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all format clean
+
+help:  ## List the commands.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train: $(READY)  ## Train the demo model: make train ARGS="parallel=tp2_pp2 trainer.max_steps=100"
+	$(BIN)/python train.py $(ARGS)
+
+test: $(READY)  ## Lint, check types and run the fast tests: make test ARGS="tests/test_layout.py"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-all: test  ## Everything in `make test`, then the long matrices.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+format: $(READY)  ## Rewrite the sources in the house format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment, caches and training outputs.
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist outputs multirun
+
+# DS_BUILD_OPS=0: DeepSpeed would compile CUDA kernels at install; those it needs are compiled at first use.
+$(READY): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
+	touch $@

@@ -1,0 +1,54 @@
+"""Tensor, pipeline and data parallelism for an unchanged LightningModule.
+
+    Trainer(strategy=HybridParallelStrategy("tp2_pp2_zero1"), devices=4)
+
+The names below are the public surface. The strategy is imported on first use, so that `import lightning_par`, the command
+line's help and Hydra's completion do not wait for torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_par.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    LayoutError,
+    LightningParError,
+    ModelError,
+    PlanError,
+    ReplicaError,
+)
+from lightning_par.layout import Layout, parse_layout
+
+if TYPE_CHECKING:
+    from lightning_par.host.strategy import HybridParallelStrategy
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "HybridParallelStrategy",
+    "Layout",
+    "LayoutError",
+    "LightningParError",
+    "ModelError",
+    "PlanError",
+    "ReplicaError",
+    "__version__",
+    "parse_layout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HybridParallelStrategy":
+        from lightning_par.host.strategy import HybridParallelStrategy
+
+        return HybridParallelStrategy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,94 @@
+"""A Hydra program that trains with a layout: `hydra.main` plus what many ranks and clear errors need.
+
+    @app(config_path="conf", config_name="train")
+    def main(config): ...
+
+    main()
+
+Exit codes: 0 done, 2 the configuration cannot work (the message alone, no traceback), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import version
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from lightning_par.config.search_path import register
+from lightning_par.errors import ConfigurationError
+from lightning_par.host.command import remember_main
+
+MISCONFIGURED = 2
+Task = Callable[[DictConfig], Any]
+
+
+def app(config_path: str, config_name: str) -> Callable[[Task], Callable[[], None]]:
+    """Decorate the task of a Hydra program, as `hydra.main` does.
+
+    Args:
+        config_path: folder of the configs, relative to the task's file, or ``pkg://package.folder``.
+        config_name: the primary config.
+    """
+
+    def decorate(task: Task) -> Callable[[], None]:
+        @wraps(task)
+        def main() -> None:
+            register()
+            remember_main()
+            _quiet_other_ranks()
+            try:
+                hydra.main(config_path=config_path, config_name=config_name, **_version_base())(_with_clear_errors(task))()
+            except SystemExit as end:
+                # Hydra has printed the error that it is handling. A compact one is about the config, not a crash.
+                if end.code == 1 and isinstance(end.__context__, CompactHydraException):
+                    raise SystemExit(MISCONFIGURED) from None
+                raise
+
+        return main
+
+    return decorate
+
+
+def _with_clear_errors(task: Task) -> Task:
+    @wraps(task)
+    def guarded(config: DictConfig) -> Any:
+        try:
+            return task(config)
+        except ConfigurationError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; Hydra prints the error at the end
+                raise CompactHydraException(str(error)) from None
+            if _rank() == 0:
+                print(error, file=sys.stderr, flush=True)
+            raise SystemExit(MISCONFIGURED) from None
+
+    return guarded
+
+
+def _version_base() -> dict[str, str]:
+    """Hydra 1.3 changes old behaviour only when asked; 1.4 no longer asks, and warns about the argument."""
+    return {"version_base": "1.3"} if version("hydra-core").startswith("1.3.") else {}
+
+
+def _quiet_other_ranks() -> None:
+    """Under torchrun, SLURM or MPI every rank runs Hydra: only the first may write the output folder and its log."""
+    rank = _rank()
+    if rank > 0:
+        folder = os.path.join(tempfile.gettempdir(), f"lightning_par-rank-{rank}-{os.getpid()}")
+        sys.argv += ["hydra.output_subdir=null", f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", "hydra/job_logging=stdout"]
+
+
+def _rank() -> int:
+    """Global rank given by torchrun, SLURM or MPI; 0 for a process that nobody started as a rank."""
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):  # a shell inside an allocation, as Lightning tells it
+        return 0
+    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") if name in os.environ), 0)

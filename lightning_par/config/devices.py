@@ -1,0 +1,38 @@
+"""How many processes a run starts when ``trainer.devices`` is left to us."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_par.layout import Layout
+
+
+def choose_devices(trainer: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The Trainer's ``accelerator`` and ``devices``, with ``auto`` filled in.
+
+    ``accelerator: auto`` is CUDA where there is any, else the CPU. ``devices: auto`` is
+
+    - what torchrun started on this machine, under torchrun;
+    - all devices, on CUDA;
+    - what the layout needs (`needed_devices`), on the CPU, where a device is a process.
+    """
+    accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
+    if accelerator == "auto":
+        import torch
+
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if devices == "auto":
+        started = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+        devices = started or ("auto" if accelerator != "cpu" else needed_devices(layout, trainer.get("num_nodes", 1)))
+    return {"accelerator": accelerator, "devices": devices}
+
+
+def needed_devices(layout: Layout, num_nodes: int = 1) -> int:
+    """Devices of one node that the layout needs: tp x pp x dp over the nodes.
+
+    dp left out counts as 1, or as 2 where there is a ZeRO stage, so that there is something to shard.
+    """
+    replicas = layout.dp or (2 if layout.zero else 1)
+    return max(1, layout.model_size * replicas // num_nodes)

@@ -1,0 +1,41 @@
+"""The config group ``parallel``: the schema of its fields and the way from them to a `Layout`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lightning_par.errors import LayoutError
+from lightning_par.layout import Layout
+
+
+@dataclass
+class ParallelConfig:
+    """Fields of ``parallel``, as `Layout` names them. Not `Layout` itself: OmegaConf refuses frozen dataclasses.
+
+    Types are checked when Hydra composes; ranges and what depends on the devices by `Layout`.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int | None = None
+    zero: int = 0
+    microbatches: int | None = None
+
+
+def read_layout(parallel: Mapping[str, Any]) -> Layout:
+    """The layout that the composed group asks for.
+
+    Args:
+        parallel: ``config.parallel``. Keys are checked here once more, because ``+parallel.tpp=3`` and a YAML file without
+            the schema get past Hydra.
+
+    Raises:
+        LayoutError: an unknown key or a value out of range.
+    """
+    known = [field.name for field in fields(ParallelConfig)]
+    for key in parallel:
+        if key not in known:
+            raise LayoutError(f"parallel.{key}: there is no such key; the keys are {', '.join(known)}")
+    return Layout(**parallel)

@@ -1,0 +1,84 @@
+"""One rank's part of a plan in motion: the installed module, its schedule, its streams of random numbers.
+
+Knows nothing of Lightning: it is given a program that runs the user's step on one microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_par.install import install
+from lightning_par.pipeline.executor import Executor, Hooks
+from lightning_par.pipeline.schedules import build_schedule, forward_only
+from lightning_par.pipeline.transport import Transport
+from lightning_par.plan import Plan
+from lightning_par.runtime.mesh import Mesh
+from lightning_par.runtime.streams import MicrobatchStreams
+
+Program = Callable[[int], Any]
+
+
+class Engine:
+    """Runs the steps of an installed module. Every rank of the mesh makes the same calls.
+
+    Attributes:
+        plan: all decisions.
+        mesh: this rank's axes.
+        module: the user's module, installed in place.
+        streams: random numbers.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh, device: torch.device, schedule: str = "1f1b", seed: int = 0) -> None:
+        self.module, self.plan, self.mesh, self.schedule = module, plan, mesh, schedule
+        broadcast_module(module, mesh)
+        stage = install(module, plan, mesh.coordinate.pp, mesh.tp)
+        module.to(device)
+        self.streams = MicrobatchStreams(seed, mesh.coordinate.dp, mesh.coordinate.pp, device)
+        self._hooks = Hooks(before_forward=self.streams.begin, at_entrance=self.streams.enter_stage)
+        self._executor = Executor(stage, Transport(mesh.pp, mesh.pp_backward), self._hooks)
+
+    def connect(self, after_forward: Callable[[], None], after_backward: Callable[[], None]) -> None:
+        """Name who is told of every forward and backward: the owner of the optimizer states."""
+        self._hooks.after_forward, self._hooks.after_backward = after_forward, after_backward
+
+    def train(self, program: Program, sizes: Sequence[int], loss_of: Callable[[Any], torch.Tensor], scale: float = 1.0) -> list[Any]:
+        """Forward and backward of every microbatch; gradients add up in ``p.grad``. Collective over the replica.
+
+        Args:
+            program: runs the user's step on the microbatch of an index.
+            sizes: samples in each; a microbatch's loss counts by its share of them.
+            loss_of: the loss in what the step returned.
+            scale: factor of the whole loss, 1 / accumulated batches.
+
+        Returns:
+            What the step returned for each microbatch, on the last stage; elsewhere an empty list.
+        """
+        table = build_schedule(self.schedule, self.mesh.layout.pp, len(sizes))
+        weights = [scale * size / sum(sizes) for size in sizes]
+        with self.streams.step():
+            return self._executor.run(table[self.mesh.coordinate.pp], program, loss_of, weights)
+
+    def evaluate(self, program: Program, num_microbatches: int) -> list[Any]:
+        """Forward of every microbatch, without gradients. Collective over the replica; returns as `train` does."""
+        table = forward_only(self.mesh.layout.pp, num_microbatches)
+        with self.streams.step(), torch.no_grad():
+            return self._executor.run(table[self.mesh.coordinate.pp], program, _no_loss, ())
+
+
+def broadcast_module(module: nn.Module, mesh: Mesh) -> None:
+    """Give every rank the parameters and buffers of rank 0. Collective over the world.
+
+    A script that draws its weights without a seed has other weights in every process.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if mesh.world.size > 1:
+            dist.broadcast(tensor.data, src=0, group=mesh.world.group)
+
+
+def _no_loss(output: Any) -> torch.Tensor:
+    raise AssertionError("a forward-only table has no backward")

@@ -1,0 +1,147 @@
+"""Starts the other ranks of this machine for a `Trainer`, as Lightning's own launcher does, with three differences.
+
+- What cannot work is found before any process is started (``preflight``).
+- Under Hydra the ranks are started from the composed job, so that ``--multirun`` gives every job its own set of ranks.
+- A rank that dies is named, and takes the others with it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from lightning_par.host import private
+from lightning_par.host.command import hydra_job, rank_command
+from lightning_par.host.processes import RankProcesses, exit_with_parent
+from lightning_par.layout import Layout
+
+# What starting ranks sets in this process, and ending a Hydra job must undo.
+_ENVIRONMENT = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+
+
+@lru_cache
+def launcher_class(root: str) -> type[Any]:
+    """The launcher for one of Lightning's two names.
+
+    Args:
+        root: "lightning.pytorch" or "pytorch_lightning"; the Trainer must come from the same.
+    """
+    return type("HybridParallelLauncher", (_RankLauncher, private.script_launcher_class(root)), {"root": root})
+
+
+class _RankLauncher:
+    """The part of the launcher that is ours; see `launcher_class`."""
+
+    root: ClassVar[str]
+    cluster_environment: Any
+    num_processes: int
+    num_nodes: int
+    # The ranks of this process's current job. They outlive the Trainer that started them: the next Trainer of the same
+    # script meets the same ranks, which run the same script.
+    _current: ClassVar[_Job | None] = None
+
+    def __init__(
+        self,
+        cluster_environment: Any,
+        num_processes: int,
+        num_nodes: int,
+        *,
+        layout: Layout,
+        preflight: Callable[..., None] | None = None,
+    ) -> None:
+        """Args:
+        cluster_environment: Lightning's `ClusterEnvironment`.
+        num_processes: ranks on this machine.
+        num_nodes: machines.
+        layout: names a rank's coordinate in messages.
+        preflight: called as ``preflight(*args, **kwargs)`` with what `launch` hands to its function, in every process,
+            before any other process is started and before the ranks meet. What it raises ends the run.
+        """
+        super().__init__(cluster_environment, num_processes, num_nodes)  # type: ignore[call-arg]
+        self._layout = layout
+        self._preflight = preflight
+        _end_earlier_job()
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the other ranks of this machine, unless torchrun, SLURM or an earlier call did, and run the function.
+
+        Args:
+            function: what the Trainer runs on every rank.
+            *args: its arguments.
+            trainer: not used; part of Lightning's signature.
+            **kwargs: its keyword arguments.
+
+        Raises:
+            Whatever ``preflight`` or the function raises; the other ranks are then ended.
+        """
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        exit_with_parent()
+        with _ranks_end_on_error():
+            if self._preflight is not None:
+                self._preflight(*args, **kwargs)
+            if not self.cluster_environment.creates_processes_externally:
+                self._call_children_scripts()
+            private.share_threads(self.root, self.num_processes)
+            return function(*args, **kwargs)
+
+    def _call_children_scripts(self) -> None:
+        """Start the ranks. The base class's method of this name does it in the stock way, and is not to run."""
+        environment = self.cluster_environment
+        saved = {name: os.environ.get(name) for name in _ENVIRONMENT}
+        os.environ["MASTER_ADDR"] = environment.main_address
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        os.environ["NODE_RANK"] = str(environment.node_rank())
+        os.environ["LOCAL_RANK"] = str(environment.local_rank())
+        os.environ["WORLD_SIZE"] = str(self.num_processes * self.num_nodes)
+        first = environment.node_rank() * self.num_processes
+        ranks = RankProcesses(lambda index: self._describe(first + 1 + index))
+        _RankLauncher._current = _Job(hydra_job(), ranks, saved)
+        locals_ = range(1, self.num_processes)
+        ranks.start([rank_command(local) for local in locals_], [{"LOCAL_RANK": str(local)} for local in locals_])
+        self.procs = ranks.processes  # the base class forwards signals to these
+
+    def _describe(self, rank: int) -> str:
+        return f"rank {rank} ({self._layout.coordinate_of(rank)})"
+
+
+class _Job:
+    """The ranks started for one Hydra job, or for the script where there is no Hydra."""
+
+    def __init__(self, name: str | None, ranks: RankProcesses, environment: dict[str, str | None]) -> None:
+        self.name = name
+        self.ranks = ranks
+        self._environment = environment
+
+    def end(self) -> None:
+        """Wait for the ranks and undo what starting them did to this process, so that the next job can start its own."""
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.ranks.finish()
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _end_earlier_job() -> None:
+    """Under ``--multirun`` one process runs job after job: the ranks of an earlier one are over."""
+    job = _RankLauncher._current
+    if job is not None and job.name != hydra_job():
+        _RankLauncher._current = None
+        job.end()
+
+
+@contextmanager
+def _ranks_end_on_error() -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if _RankLauncher._current is not None:
+            _RankLauncher._current.ranks.abort()
+        raise

@@ -1,0 +1,63 @@
+"""Containers of a batch or an output, as a tree whose leaves are everything that is not a container.
+
+Containers are mappings (a ``UserDict`` such as transformers' ``BatchEncoding`` and a ``ModelOutput`` keep their type),
+lists, tuples, namedtuples and dataclasses.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def children(node: Any) -> list[tuple[Any, Any]] | None:
+    """The (key, child) pairs of a container, in order; ``None`` for a leaf."""
+    if isinstance(node, Mapping):
+        return list(node.items())
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
+    return None
+
+
+def rebuild(node: Any, values: list[Any]) -> Any:
+    """A container like ``node`` (type, keys, other attributes) that holds ``values``, one for each of its children."""
+    if isinstance(node, MutableMapping):
+        filled = copy.copy(node)
+        for key, value in zip(node, values, strict=True):
+            filled[key] = value
+        return filled
+    if isinstance(node, Mapping):
+        return type(node)(dict(zip(node, values, strict=True)))  # type: ignore[call-arg]
+    if is_namedtuple(node):
+        return type(node)(*values)
+    if isinstance(node, (list, tuple)):
+        return type(node)(values)
+    filled = copy.copy(node)
+    for field, value in zip(dataclasses.fields(node), values, strict=True):
+        object.__setattr__(filled, field.name, value)  # frozen dataclasses too
+    return filled
+
+
+def tensors(node: Any) -> Iterator[torch.Tensor | np.ndarray]:
+    """Every tensor and numpy array in the tree, in order."""
+    if isinstance(node, (torch.Tensor, np.ndarray)):
+        yield node
+    for _, child in children(node) or ():
+        yield from tensors(child)
+
+
+def path_to(parent: str, node: Any, key: Any) -> str:
+    """How a user would write the child at ``key`` of ``node``: ``batch['x'][0].mask``."""
+    return f"{parent}[{key!r}]" if isinstance(node, (Mapping, list, tuple)) else f"{parent}.{key}"
+
+
+def is_namedtuple(node: Any) -> bool:
+    """Whether ``node`` is a tuple whose places have names, so that its length says nothing about a batch."""
+    return isinstance(node, tuple) and hasattr(type(node), "_fields")

@@ -1,0 +1,116 @@
+"""Installing a plan on a module: the one place where a user's module is changed, in an order that is the documentation.
+
+    1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder
+    2. convert     planned layers compute on their shards
+    3. cut         blocks of other stages become stand-ins
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lightning_par.pipeline.stage import Stage
+from lightning_par.plan import LayerPlan, Plan
+from lightning_par.plan.plan import ParameterPlan
+from lightning_par.runtime.axis import Axis
+from lightning_par.runtime.parameter import set_spec
+from lightning_par.tensor import SharedInput, convert_embedding, convert_linear
+
+
+def install(module: nn.Module, plan: Plan, stage: int, tp: Axis) -> Stage:
+    """Make ``module`` this rank's part of the plan, in place. Not a collective.
+
+    Parameter names, parameter objects and modules stay the user's own.
+
+    Args:
+        module: the whole module, with the same weights on every rank.
+        plan: all decisions.
+        stage: this rank's stage.
+        tp: this rank's tensor-parallel axis.
+    """
+    shard_parameters(module, plan.parameters, stage, tp)
+    convert_layers(module, plan, stage, tp)
+    return cut_stage(module, plan, stage)
+
+
+def install_tensor_parallel(module: nn.Module, plan: Plan, tp: Axis) -> None:
+    """Steps 1 and 2 for all stages at once: the module that one replica of pp 1 would run."""
+    for parameter in plan.parameters:
+        _shard_parameter(module, parameter, (alias for alias, _ in parameter.aliases), tp)
+    _convert(module, plan, plan.layers, tp)
+
+
+def shard_parameters(module: nn.Module, parameters: Iterable[ParameterPlan], stage: int, tp: Axis) -> None:
+    """Replace every parameter's data by this rank's shard, and take away what the stage does not hold."""
+    for parameter in parameters:
+        held = [alias for alias, stages in parameter.aliases if stage in stages]
+        _shard_parameter(module, parameter, held, tp)
+        for alias, _ in parameter.aliases:
+            if alias not in held:
+                _take_away(module, alias, parameter.spec.shape)
+
+
+def convert_layers(module: nn.Module, plan: Plan, stage: int, tp: Axis) -> None:
+    """Convert the planned layers whose weight this stage holds."""
+    held = {alias for parameter in plan.parameters for alias, stages in parameter.aliases if stage in stages}
+    _convert(module, plan, [layer for layer in plan.layers if f"{layer.name}.weight" in held], tp)
+
+
+def cut_stage(module: nn.Module, plan: Plan, stage: int) -> Stage:
+    """Put stand-ins in the place of the blocks of other stages."""
+    if plan.chain is None or plan.layout.pp == 1:
+        return Stage(None, 0, 0, (), (), ())
+    bounds = plan.stages[stage]
+    chain = plan.chain
+    return Stage(
+        module.get_submodule(chain.path), bounds.first, bounds.last, chain.carry_argument, chain.carry_output, chain.output_keys
+    )
+
+
+def _convert(module: nn.Module, plan: Plan, layers: Iterable[LayerPlan], tp: Axis) -> None:
+    if tp.size == 1:
+        return
+    readers: dict[str, int] = {}
+    for layer in plan.layers:
+        readers[layer.shared] = readers.get(layer.shared, 0) + 1
+    inputs: dict[str, SharedInput] = {}
+    for layer in layers:
+        child = module.get_submodule(layer.name)
+        if layer.kind == "vocabulary":
+            assert isinstance(child, nn.Embedding)
+            convert_embedding(child, tp, child.num_embeddings)
+        elif layer.kind in ("column", "row"):
+            shared = inputs.setdefault(layer.shared, SharedInput(readers[layer.shared])) if layer.shared else None
+            kind = "column" if layer.kind == "column" else "row"
+            convert_linear(child, kind, tp, segments=layer.segments or None, output=layer.activation, shared=shared)  # type: ignore[arg-type]
+
+
+def _shard_parameter(module: nn.Module, plan: ParameterPlan, aliases: Iterable[str], tp: Axis) -> None:
+    """Give the parameter its shard under every alias; ties stay ties."""
+    aliases = list(aliases)
+    if not aliases:
+        return
+    owner, name = _owner(module, aliases[0])
+    parameter = owner._parameters[name]
+    assert parameter is not None
+    if plan.spec.split is not None and tp.size > 1:
+        with torch.no_grad():
+            parameter.data = plan.spec.split.shard(parameter.data, tp.size, tp.coordinate)
+    set_spec(parameter, plan.spec)
+
+
+def _take_away(module: nn.Module, alias: str, shape: tuple[int, ...]) -> None:
+    """Put a tensor of zeros with the parameter's shape and no memory where the parameter was."""
+    owner, name = _owner(module, alias)
+    parameter = owner._parameters.pop(name)
+    assert parameter is not None
+    zeros = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(shape)
+    owner.__dict__[name] = zeros  # past __setattr__, which would make it a buffer or refuse it
+
+
+def _owner(module: nn.Module, alias: str) -> tuple[nn.Module, str]:
+    path, _, name = alias.rpartition(".")
+    return module.get_submodule(path), name

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules as tables, what proves and draws them, and the engine that executes one."""

@@ -1,0 +1,118 @@
+"""Whether a split module computes the same on plain local tensors: its operations held against the whole module's.
+
+Both dry runs must do the same operations in the same order. In a region of split activations every result must be the
+whole one's with exactly one dim divided by tp, no operation may mix along that dim, and every number that is not a size
+must be the same. What passes is right by construction; what does not gets activations of global shape instead, whose
+rules are right for any code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_par.trace import Op, Trace
+
+_SHAPE = {
+    "view", "reshape", "transpose", "permute", "swapaxes", "contiguous", "clone", "unsqueeze", "squeeze", "expand", "flatten", "unflatten",
+    "split", "chunk", "unbind", "__getitem__", "__iter__", "to", "float", "half", "bfloat16", "type_as", "repeat_interleave", "attribute",
+    "view_as", "expand_as", "narrow", "select", "movedim", "T", "mT", "detach",
+}  # fmt: skip
+_POINTWISE = {
+    "add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "rsqrt", "tanh", "sigmoid", "gelu", "silu", "relu", "leaky_relu", "softplus",
+    "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__", "__neg__", "__iadd__",
+    "__imul__", "__itruediv__", "masked_fill", "masked_fill_", "where", "clamp", "square", "abs", "erf", "elu", "mish", "hardswish", "relu_",
+    "rsub", "add_", "mul_", "div_", "true_divide",
+}  # fmt: skip
+_MATRIX = {"matmul", "__matmul__", "bmm", "baddbmm", "scaled_dot_product_attention"}
+_ALONG = {"softmax", "log_softmax", "cat", "concat", "stack", "mean", "sum"}
+_OVER_LAST = {"layer_norm", "rms_norm"}
+_RANDOM = {"dropout", "scaled_dot_product_attention"}
+_KNOWN = _SHAPE | _POINTWISE | _MATRIX | _ALONG | _OVER_LAST | {"dropout", "linear", "conv1d"}
+
+
+def first_difference(whole: Trace, split: Trace, columns: dict[int, frozenset[str]], local: frozenset[str], tp: int) -> tuple[int, str] | None:
+    """Index of the first op, by the whole trace, that plain local tensors get wrong, with the reason; None when all agree.
+
+    Args:
+        whole: the module as the user wrote it.
+        split: the same with its planned layers split; it may have ended early with an error.
+        columns: for each op of ``whole``, the column layers whose output goes in.
+        local: column layers planned with plain local activations; only their regions are compared.
+        tp: size of the axis.
+    """
+    for index, op in enumerate(whole.ops):
+        if index >= len(split.ops):
+            return index, f"{op.name} in {op.module} fails on local sizes: {split.error}"
+        other = split.ops[index]
+        if op.name != other.name or op.module != other.module:
+            return index, f"{op.module} takes another way on local sizes ({other.name} instead of {op.name})"
+        if columns.get(index, frozenset()) & local and whole.is_inside_block(op.phase):
+            reason = _wrong(whole, split, op, other, tp)
+            if reason is not None:
+                return index, f"{op.name} in {op.module} {reason}"
+    return None
+
+
+def _wrong(whole: Trace, split: Trace, op: Op, other: Op, tp: int) -> str | None:
+    if op.layer is not None:
+        same = all(whole.values[a].shape == split.values[b].shape for a, b in zip(op.outputs, other.outputs, strict=True))
+        return None if same else "does not give the whole shape back"
+    if op.name not in _KNOWN:
+        return "is not known to work on local parts"
+    if op.name in _RANDOM and _is_random(op):
+        return "draws random numbers, which must differ over tp"
+    for a, b in zip(op.outputs, other.outputs, strict=False):
+        dim = _split_dim(whole.values[a].shape, split.values[b].shape, tp)
+        if dim is None:
+            return f"gives {list(split.values[b].shape)} for {list(whole.values[a].shape)}, not one dim divided by {tp}"
+        if _mixes(op, dim, len(whole.values[a].shape)):
+            return f"works along dim {dim}, which is split"
+    if not _same_numbers(op, other, tp):
+        return f"gets other numbers on local sizes: {other.arguments} for {op.arguments}"
+    return None
+
+
+def _split_dim(whole: tuple[int, ...], split: tuple[int, ...], tp: int) -> int | None:
+    """The one dim that is divided by tp, or None."""
+    if len(whole) != len(split):
+        return None
+    different = [dim for dim, (a, b) in enumerate(zip(whole, split, strict=True)) if a != b]
+    return different[0] if len(different) == 1 and whole[different[0]] == tp * split[different[0]] else None
+
+
+def _mixes(op: Op, dim: int, ndim: int) -> bool:
+    """Whether the op computes across positions of ``dim`` of its result."""
+    if op.name in _ALONG:
+        named = dict(item for item in op.arguments if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str))
+        along = named.get("dim", op.arguments[1] if len(op.arguments) > 1 else 0)
+        dims = along if isinstance(along, tuple) else (along,)
+        return any(isinstance(d, int) and d % ndim == dim for d in dims)
+    if op.name in _OVER_LAST:
+        normalized = op.arguments[1]
+        return dim >= ndim - (len(normalized) if isinstance(normalized, tuple) else 1)
+    return False
+
+
+def _is_random(op: Op) -> bool:
+    named = dict(item for item in op.arguments if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str))
+    if op.name == "dropout":
+        return bool(named.get("p", op.arguments[1] if len(op.arguments) > 1 else 0.5)) and named.get("training", True) is not False
+    return bool(named.get("dropout_p", op.arguments[4] if len(op.arguments) > 4 and isinstance(op.arguments[4], float) else 0.0))
+
+
+def _same_numbers(op: Op, other: Op, tp: int) -> bool:
+    a, b = list(_numbers(op.arguments)), list(_numbers(other.arguments))
+    if len(a) != len(b):
+        return False
+    may_shrink = op.name in _SHAPE
+    return all(x == y or (may_shrink and type(x) is int and x == tp * y) for x, y in zip(a, b, strict=True))
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, slice):
+        yield from (value.start, value.stop, value.step)
+    else:
+        yield value

@@ -1,0 +1,89 @@
+"""From a module, a batch and a layout to the final plan: dry run, plan, and the proof of the plan on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lightning_par.errors import ModelError
+from lightning_par.install import install_tensor_parallel
+from lightning_par.layout import Layout
+from lightning_par.plan import Overrides, Plan, build_plan
+from lightning_par.plan.compare import first_difference
+from lightning_par.plan.tensor_rules import Flow, infer_flow
+from lightning_par.runtime.axis import LocalAxis
+from lightning_par.runtime.nested import tensors_in
+from lightning_par.trace import Trace, trace_step
+
+
+def prepare_plan(
+    module: nn.Module, batch: Any, layout: Layout, overrides: Mapping[str, Any] | None = None, step: str = "training_step"
+) -> Plan:
+    """The plan of a run. One process, no process group; neither the module nor any random state is changed.
+
+    Args:
+        module: the user's LightningModule.
+        batch: one batch, as the step gets it on one replica.
+        layout: sizes of the axes, dp resolved.
+        overrides: the user's plan section.
+        step: the hook that is run dry: ``training_step``, or another where nothing is trained.
+
+    Raises:
+        ConfigurationError: the module, the batch or the plan section does not fit the layout.
+    """
+    chosen = Overrides.parse(overrides)
+    trace = trace_step(module, batch, batch_size=batch_size_of(batch), step=step, chain=chosen.chain)
+    plan = build_plan(trace, layout, type(module).__name__, chosen)
+    return plan if layout.tp == 1 else _choose_activations(module, batch, trace, plan, infer_flow(trace, chosen.kinds(trace.layers)))
+
+
+def batch_size_of(batch: Any) -> int:
+    """Samples of a batch: the first dim of its first tensor that has one."""
+    return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim), 1)
+
+
+def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan, flow: Flow) -> Plan:
+    """Give global shapes to the regions whose code goes wrong on plain local tensors, until the split module runs right.
+
+    A region is judged in every block at once, because equal blocks fail alike.
+    """
+    tp = plan.layout.tp
+    while True:
+        local = frozenset(layer.name for layer in plan.layers if layer.kind == "column" and layer.activation == "local")
+        split = trace_step(
+            module,
+            batch,
+            batch_size=trace.batch_size,
+            step=trace.step,
+            chain=trace.chain,
+            prepare=lambda twin, plan=plan: install_tensor_parallel(twin, plan, LocalAxis("tp", tp, 0)),  # type: ignore[misc]
+            keep_error=True,
+        )
+        difference = first_difference(trace, split, flow.columns, local, tp)
+        if difference is None:
+            return plan
+        index, reason = difference
+        region = {name for column in _near(trace, flow, index) for name in flow.region(column)}
+        failing = _alike(trace, region) & local
+        if not failing:
+            raise ModelError(
+                f"tp{tp}: {plan.module} cannot be split: {reason}. Keep the layers that feed it whole with "
+                f'plan.split."{trace.ops[index].module}.*"=replicate'
+            ) from split.error
+        layers = tuple(replace(layer, activation="global") if layer.name in failing else layer for layer in plan.layers)
+        plan = replace(plan, layers=layers)
+
+
+def _near(trace: Trace, flow: Flow, index: int) -> frozenset[str]:
+    """The column layers that feed an op, or else the last op before it that any feed."""
+    return next((columns for i in range(index, -1, -1) if (columns := flow.columns.get(i))), frozenset())
+
+
+def _alike(trace: Trace, layers: set[str]) -> frozenset[str]:
+    """The same layers in every block."""
+    paths = [block.path for block in trace.blocks]
+    inner = {name[len(path) + 1 :] for name in layers for path in paths if name.startswith(f"{path}.")}
+    return frozenset(layers) | {f"{path}.{name}" for path in paths for name in inner}

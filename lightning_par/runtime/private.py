@@ -1,0 +1,322 @@
+"""The one file that names private parts of other libraries, each with its reason and the version it was read in.
+
+DeepSpeed, read in 0.19.8. ZeRO there is bound to ``engine.forward`` and ``engine.backward``; a pipeline runs several
+microbatches through parts of the module and reduces once. So the engine is built, its gradient hooks are removed, and what
+they would have called is called here, once per optimizer step. Nothing in this file imports DeepSpeed before
+`start_zero_engine` runs: a run without ZeRO never loads it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_par.errors import ConfigurationError
+
+DEEPSPEED_VERSION = "0.19.8"
+
+# module, object in it, attributes that must exist on it
+_DEEPSPEED_NAMES = (
+    # builds a C++ extension for a minute and prints, on the first CPU engine, unless it is marked as incompatible
+    ("deepspeed.ops", "__compatible_ops__", ()),
+    # the process-wide answer to "who is the mpu", which engine.destroy leaves set
+    ("deepspeed.utils.groups", "mpu", ()),
+    # one pass of the reduction over gradients that piled up in p.grad; what engine.coalesce_grad_reduction runs on exit. That
+    # context itself is no option: it also runs its collectives while an exception flies through, and the peers hang
+    ("deepspeed.runtime.engine", "DeepSpeedEngine", ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3")),
+    # stage 1, 2: republish the weights from the masters after a load
+    ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", ("update_lp_params",)),
+    # stage 3: its own norm is one collective per parameter group; the other two republish the weights after a load
+    (
+        "deepspeed.runtime.zero.stage3",
+        "DeepSpeedZeroOptimizer_Stage3",
+        ("_get_norm_groups", "_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters"),
+    ),
+    # stage 3: the stack of modules whose forward is running, which an exception through a forward leaves behind
+    ("deepspeed.runtime.zero.parameter_offload", "FWD_MODULE_STACK", ()),
+    ("deepspeed.runtime.zero.parameter_offload", "apply_to_tensors_only", ()),
+    ("deepspeed.runtime.zero.utils", "apply_to_tensors_only", ()),
+    (
+        "deepspeed.runtime.zero.partitioned_param_coordinator",
+        "PartitionedParameterCoordinator",
+        ("release_sub_module", "release_backward_leftovers"),
+    ),
+    # stage 3: a module's own parameters and those it borrows from others
+    ("deepspeed.runtime.zero.partitioned_param_coordinator", "iter_params", ()),
+)
+
+
+def check_deepspeed(names: tuple[tuple[str, str, tuple[str, ...]], ...] = _DEEPSPEED_NAMES) -> None:
+    """Check that DeepSpeed is there and has every private name that this file uses.
+
+    Args:
+        names: module, object in it, attributes of that object.
+
+    Raises:
+        ConfigurationError: it is missing or another version; says which one to install.
+    """
+    remedy = f"install deepspeed=={DEEPSPEED_VERSION}, or train without ZeRO (zero0)"
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+        for module_name, name, attributes in names:
+            owner = getattr(importlib.import_module(module_name), name)
+            for attribute in attributes:
+                getattr(owner, attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"ZeRO stages 1 to 3 need DeepSpeed, and '{error.name}' cannot be imported: {remedy}") from error
+    except AttributeError as error:
+        raise ConfigurationError(
+            f"DeepSpeed {deepspeed.__version__} is not the one that ZeRO here was written for ({error}): {remedy}"
+        ) from None
+
+
+def mark_stepped(optimizer: Optimizer) -> None:
+    """Tell learning-rate schedulers that ``optimizer`` stepped, though another object did it for it.
+
+    They warn of a wrong order unless their wrapper of ``optimizer.step`` has set this mark (torch 2.13, lr_scheduler.py).
+    """
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def start_zero_engine(
+    stage: int, root: nn.Module, optimizer: Optimizer, mpu: object, config: dict[str, Any], device: torch.device
+) -> ZeroEngine:
+    """Build DeepSpeed's engine for ZeRO stage 1, 2 or 3. Collective over the world.
+
+    Args:
+        stage: ZeRO stage.
+        root: holds the parameters (stage 3: the modules too). Its own ``forward`` must never be called: DeepSpeed
+            broadcasts over the world there.
+        optimizer: a torch optimizer that DeepSpeed may take apart.
+        mpu: what DeepSpeed asks about the ranks.
+        config: DeepSpeed's configuration.
+        device: where the parameters are.
+
+    Raises:
+        ConfigurationError: DeepSpeed is missing or another version.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it guesses, with a warning
+    _silence_deepspeed()
+    check_deepspeed()
+    deepspeed = importlib.import_module("deepspeed")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, mpu=mpu, config=config)
+    kind = ZeroEngine3 if stage == 3 else ZeroEngine12
+    return kind(engine, root)
+
+
+def _silence_deepspeed() -> None:
+    """No log lines on stdout, and no warnings about torch functions that only DeepSpeed can replace."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\.")
+
+
+class ZeroEngine(ABC):
+    """A started DeepSpeed engine without its gradient hooks: gradients pile up in ``p.grad`` until `flush`."""
+
+    def __init__(self, engine: Any, root: nn.Module) -> None:
+        self.engine, self.root, self.zero = engine, root, engine.optimizer
+        # they reduce at every backward of engine.backward, and lose gradients where backwards follow one another
+        for hook in self.zero._grad_acc_hooks:
+            hook.remove()
+        self.zero._grad_acc_hooks.clear()
+
+    @property
+    def inner(self) -> Optimizer:
+        """The torch optimizer that steps the masters."""
+        inner: Optimizer = self.zero.optimizer
+        return inner
+
+    @property
+    @abstractmethod
+    def masters(self) -> list[Tensor]:
+        """The flat weights that this rank steps, by group (stage 3: by sub-group)."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Average ``p.grad`` over dp into partitions; ``p.grad`` is gone then. Collective over dp."""
+
+    @abstractmethod
+    def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
+        """The averaged gradient partitions between `flush` and `step`, live, each with its parameter."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the parameters what the masters say, after a load. Collective over dp."""
+
+    def step(self) -> None:
+        """Step the masters and publish them. Collective over dp."""
+        self.zero.step()
+
+    def forget_gradients(self) -> None:
+        self.zero.zero_grad()
+
+    def whole(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
+        """While open, ``parameter.data`` is whole over dp. Collective over dp in stage 3."""
+        return nullcontext()
+
+    def stored(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank stores of a parameter, live."""
+        return parameter.detach()
+
+    @abstractmethod
+    def detect_borrowed(self, is_on: bool) -> None:
+        """While on, reading a parameter of a module that is not running gathers it (``F.linear(x, wte.weight)``)."""
+
+    @abstractmethod
+    def settle(self, keep: bool) -> None:
+        """After a forward: close what an exception through it left open.
+
+        Args:
+            keep: the backward is still to come: keep the parameters of the modules around the cut. May be a collective
+                over dp.
+        """
+
+    @abstractmethod
+    def release_backward(self) -> None:
+        """After a backward: release what was gathered for it."""
+
+    def destroy(self) -> None:
+        """Remove every hook and what DeepSpeed keeps process-wide, so that the module can be freed. No collective."""
+        self.engine.destroy()
+        groups: Any = importlib.import_module("deepspeed.utils.groups")
+        groups.mpu = None
+        del self.engine, self.zero, self.root
+
+
+class ZeroEngine12(ZeroEngine):
+    """Stages 1 and 2: parameters are whole on every rank; masters, moments and in 2 gradients are partitioned."""
+
+    @property
+    def masters(self) -> list[Tensor]:
+        return list(self.zero.single_partition_of_fp32_groups)
+
+    def flush(self) -> None:
+        self.engine._flush_coalesced_reduction_zero12(self.zero)
+
+    def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
+        # the fragments of a group are in the order of its parameters; one more at the end is padding
+        for group, parameters in enumerate(self.zero.params_in_partition):
+            yield from zip(self.zero.averaged_gradients[group], parameters, strict=False)
+
+    def publish(self) -> None:
+        self.zero.update_lp_params()
+        self.zero._hp_optimizer_states_linked = False  # else its fragment API keeps the moments before the load alive
+
+    def detect_borrowed(self, is_on: bool) -> None:
+        """Nothing is ever away."""
+
+    def settle(self, keep: bool) -> None:
+        """Nothing is ever open."""
+
+    def release_backward(self) -> None:
+        """Nothing is ever gathered."""
+
+
+class ZeroEngine3(ZeroEngine):
+    """Stage 3: parameters are partitioned too; hooks of each module gather them for its forward and its backward.
+
+    A pipeline stage ends its forward by an exception, so the closing hooks of the modules around the cut never run, nor the
+    opening hooks of their backward. `settle` stands in for both.
+    """
+
+    def __init__(self, engine: Any, root: nn.Module) -> None:
+        super().__init__(engine, root)
+        self.offload = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
+        self.coordinator = self.zero.parameter_offload.get_param_coordinator()
+        self.depth = len(self.offload.FWD_MODULE_STACK)  # the root is on it for good
+        self.zero._get_norm_groups = lambda: [torch.zeros(())]  # a valid norm, without a collective per group
+        self.undo_mapping = _map_local_tensors()
+
+    @property
+    def masters(self) -> list[Tensor]:
+        return list(self.zero.fp32_partitioned_groups_flat)
+
+    def flush(self) -> None:
+        self.engine._flush_coalesced_reduction_zero3(self.zero)
+
+    def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
+        for group, parameters in enumerate(self.zero.fp16_groups):
+            yield from zip(self.zero.averaged_gradients[group], parameters, strict=True)
+
+    def publish(self) -> None:
+        self.zero._partition_all_parameters()
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+
+    def whole(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
+        gathered: AbstractContextManager[None] = importlib.import_module("deepspeed").zero.GatheredParameters([parameter])
+        return gathered
+
+    def stored(self, parameter: nn.Parameter) -> Tensor:
+        partition: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        return partition
+
+    def detect_borrowed(self, is_on: bool) -> None:
+        for module in self.root.modules():
+            module._parameters._in_forward = is_on  # type: ignore[attr-defined]
+
+    def settle(self, keep: bool) -> None:
+        for module in [self.root, *self._unwind()]:
+            if keep:
+                self._keep(module)
+            else:
+                self.coordinator.release_sub_module(module, forward=True)
+
+    def release_backward(self) -> None:
+        for module in self._unwind():  # left by a recomputation that stopped early
+            self.coordinator.release_sub_module(module, forward=True)
+        self.coordinator.release_backward_leftovers()
+
+    def destroy(self) -> None:
+        del self.offload.FWD_MODULE_STACK[self.depth - 1 :]
+        self.undo_mapping()
+        super().destroy()
+        del self.coordinator
+
+    def _keep(self, module: nn.Module) -> None:
+        """Keep a module's parameters, own and borrowed, until the step."""
+        module.ds_grads_remaining = -(2**30)  # type: ignore[assignment]  # never counts down to the closing backward hook
+        for parameter in self.offload.iter_params(module, recurse=False):
+            parameter.ds_active_sub_modules.add(module.ds_id)
+            if parameter.ds_status.name == "NOT_AVAILABLE":
+                parameter.all_gather()
+
+    def _unwind(self) -> list[nn.Module]:
+        stack: list[nn.Module] = self.offload.FWD_MODULE_STACK
+        left = stack[self.depth :]
+        del stack[self.depth :]
+        return left
+
+
+def _map_local_tensors() -> Callable[[], None]:
+    """Make stage 3's hooks act on the inside of tensors that have ``map_local``; returns what undoes it.
+
+    The hooks put an autograd function on every tensor that enters or leaves a module. A tensor that shows a global shape
+    and computes on its ``local`` part has its graph inside: a function applied to the outside would cut it off.
+    """
+    owners: list[Any] = [importlib.import_module(f"deepspeed.runtime.zero.{name}") for name in ("utils", "parameter_offload")]
+    original = owners[0].apply_to_tensors_only
+
+    def apply_to_tensors_only(function: Callable[[Tensor], Tensor], value: Any, warning_msg_fn: Any = None) -> Any:
+        if isinstance(value, Tensor) and hasattr(value, "map_local"):
+            return value.map_local(function)
+        return original(function, value, warning_msg_fn=warning_msg_fn)
+
+    def restore() -> None:
+        for owner in owners:
+            owner.apply_to_tensors_only = original
+
+    for owner in owners:
+        owner.apply_to_tensors_only = apply_to_tensors_only
+    return restore

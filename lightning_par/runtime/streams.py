@@ -1,0 +1,52 @@
+"""Random numbers of a training step: seeded for each microbatch, whatever the layout and the schedule.
+
+    code before the blocks     one stream for all stages and tp ranks of a replica: every stage computes the same masks
+    blocks of a later stage    a stream of the stage
+    everything                 other streams on other replicas, steps and microbatches
+
+Streams follow from (seed, replica, step, microbatch, stage), so that a resumed run and a recomputed forward draw what
+they drew before, and the order of a schedule does not matter. Around a step the generators are put back, so that what
+the ranks of a replica draw outside of it (shuffling, transforms) stays equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lightning_par.runtime.random import mix_seed
+
+
+class MicrobatchStreams:
+    """Seeds the default generators of the CPU and of ``device``.
+
+    Attributes:
+        num_steps: steps begun; part of every seed, saved in checkpoints.
+    """
+
+    def __init__(self, seed: int, replica: int, stage: int, device: torch.device) -> None:
+        self._seed, self._stage, self._device = mix_seed(seed, replica), stage, device
+        self.num_steps = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around all microbatches of one step."""
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            self.num_steps += 1
+            yield
+
+    def begin(self, microbatch: int) -> None:
+        """Before the user's step runs on a microbatch."""
+        self._set(mix_seed(mix_seed(self._seed, self.num_steps), microbatch))
+
+    def enter_stage(self, microbatch: int) -> None:
+        """Where the blocks of a later stage begin."""
+        self._set(mix_seed(mix_seed(mix_seed(self._seed, self.num_steps), microbatch), self._stage + 1))
+
+    def _set(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+        if self._device.type == "cuda":
+            torch.cuda.default_generators[self._device.index or 0].manual_seed(seed)

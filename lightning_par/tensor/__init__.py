@@ -1,0 +1,16 @@
+"""Tensor parallelism: layers cut over the tp axis, and tensors between them that keep their global shape."""
+
+from lightning_par.tensor import rules as _rules  # noqa: F401  fills the table of rules
+from lightning_par.tensor.embedding import convert_embedding
+from lightning_par.tensor.linear import SharedInput, convert_linear, linear_base
+from lightning_par.tensor.loss import vocabulary_parallel_cross_entropy
+from lightning_par.tensor.sharded import ShardedTensor
+
+__all__ = [
+    "ShardedTensor",
+    "SharedInput",
+    "convert_embedding",
+    "convert_linear",
+    "linear_base",
+    "vocabulary_parallel_cross_entropy",
+]

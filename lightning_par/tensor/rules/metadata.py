@@ -1,0 +1,62 @@
+"""Functions and attributes that only read what the local part has in common with the whole, or hang something on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lightning_par.tensor.rules.operand import sharded_input
+from lightning_par.tensor.registry import getters, rule_for, spellings
+from lightning_par.tensor.sharded import ShardedTensor
+
+_FUNCTIONS = """
+element_size get_device is_complex is_conj is_contiguous is_floating_point is_inference is_neg is_pinned is_signed
+new_empty new_full new_ones new_tensor new_zeros
+""".split()
+
+_ATTRIBUTES = """
+is_cpu is_cuda is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_sparse_csr is_xla is_xpu itemsize layout
+output_nr retains_grad _version
+""".split()
+
+
+@rule_for(*spellings(*_FUNCTIONS), *getters(*_ATTRIBUTES))
+def ask_local(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The answer of the local part. The ``new_`` functions take global sizes and give replicated tensors."""
+    return function(sharded_input(args).local, *args[1:], **kwargs)
+
+
+@rule_for(*spellings("result_type", "is_same_size"))
+def compare(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Ask about two tensors without their values."""
+    if function in spellings("is_same_size"):
+        return args[0].shape == args[1].shape
+    return function(*(value.local if isinstance(value, ShardedTensor) else value for value in args), **kwargs)
+
+
+@rule_for(*getters("data", "grad"))
+def companion(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.data`` and ``x.grad``: cut like ``x``."""
+    tensor = sharded_input(args)
+    result = function(tensor.local)
+    return result if result is None else tensor.rewrap(result)
+
+
+@rule_for(torch.Tensor.retain_grad)
+def retain_grad(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep the gradient of the local part; ``x.grad`` reads it."""
+    function(sharded_input(args).local)
+
+
+@rule_for(torch.Tensor.register_hook)
+def register_hook(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The user's hook sees and gives sharded gradients."""
+    tensor, hook = sharded_input(args), args[1]
+
+    def on_local(grad: torch.Tensor) -> torch.Tensor | None:
+        result = hook(tensor.rewrap(grad))
+        return result.local if isinstance(result, ShardedTensor) else result
+
+    return function(tensor.local, on_local)

@@ -1,0 +1,221 @@
+"""A tensor that shows its global shape and computes on the part that this rank holds.
+
+Between a column-parallel and a row-parallel layer the user's code works on activations that are cut over the tp axis,
+with sizes written for the whole tensor: ``qkv.view(B, T, n_head, C // n_head)``. A `ShardedTensor` keeps that code right.
+
+    x.view(...)  ->  __torch_function__  ->  the rule of ``view``  ->  x.local.view(...), wrapped again
+                                         ->  no rule: gather, run on plain tensors, and count it in ``axis.gathers``
+
+Autograd runs on ``local``; the wrapper itself is never part of a graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from lightning_par.errors import ModelError
+from lightning_par.runtime.axis import Axis
+from lightning_par.runtime.collective import gather_from, scatter_to
+from lightning_par.runtime.nested import map_tensors
+from lightning_par.runtime.parameter import Split
+from lightning_par.tensor.registry import RULES, NoRule, function_name
+
+
+class ShardedTensor(torch.Tensor):
+    """A tensor cut over an axis, seen from one of its ranks.
+
+    Attributes:
+        local: the part of this rank, a plain tensor. Its size along ``shard_dim`` is the global one over ``axis.size``.
+        shard_dim: the dim that is cut, from 0.
+        segments: global sizes along ``shard_dim`` that are cut each on its own; one for a plain cut (see `Split`).
+        axis: the axis it is cut over.
+    """
+
+    _local: torch.Tensor
+    shard_dim: int
+    segments: tuple[int, ...]
+    axis: Axis
+    _shape: torch.Size
+    _guarded: bool
+
+    @staticmethod
+    def __new__(cls, local: torch.Tensor, shard_dim: int, segments: tuple[int, ...], axis: Axis) -> ShardedTensor:
+        """Wrap the part of this rank. The segments must divide by ``axis.size`` and their parts fill ``local``."""
+        shape = list(local.shape)
+        shape[shard_dim] = sum(segments)
+        self = torch.Tensor._make_wrapper_subclass(  # the constructor that torch's page on wrapper subclasses names
+            cls, shape, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
+        )
+        self._local, self.shard_dim, self.segments, self.axis = local, shard_dim, segments, axis
+        self._shape, self._guarded = torch.Size(shape), False
+        return self
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        rule = RULES.get(func)
+        if rule is not None:
+            try:
+                return rule(func, args, kwargs or {})
+            except NoRule:
+                pass
+        return _on_gathered(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        """Refuse what comes past ``__torch_function__``: it would read a storage that does not exist."""
+        raise ModelError(f"{func} was called on a sharded tensor from compiled code: call x.full_tensor() on it first")
+
+    @property
+    def local(self) -> torch.Tensor:
+        local = self._local
+        if torch.is_grad_enabled() != local.requires_grad:
+            self._guard()
+        return local
+
+    @property
+    def cut(self) -> Split:
+        """How it is cut."""
+        return Split(self.shard_dim, self.segments)
+
+    def full_tensor(self) -> torch.Tensor:
+        """The global tensor, on every rank. Collective over the axis; its gradient is sliced."""
+        return gather_from(self.local, self.axis, self.cut)
+
+    def map_local(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ShardedTensor:
+        """The same cut of ``function(local)``, which must keep the shape."""
+        return self.rewrap(function(self.local))
+
+    def rewrap(self, local: torch.Tensor) -> ShardedTensor:
+        """Another local part, cut in the same way."""
+        return ShardedTensor(local, self.shard_dim, self.segments, self.axis)
+
+    def _guard(self) -> None:
+        """Keep a custom ``autograd.Function`` from losing gradients, since it ties its graph to the wrapper.
+
+        Its outputs are wrappers that require a gradient around a part that does not. Its inputs are used while gradients
+        are disabled; a gradient that arrives at such a wrapper later has nowhere to go.
+        """
+        if torch.is_grad_enabled():
+            if _of_wrapper(torch.Tensor.requires_grad, self):
+                _refuse_function(type(_of_wrapper(torch.Tensor.grad_fn, self)).__name__.removesuffix("Backward"))
+        elif not self._guarded and _of_wrapper(torch.Tensor.requires_grad, self):
+            self._guarded = True
+            torch.Tensor.__torch_function__(torch.Tensor.register_hook, (ShardedTensor,), (self, _refuse_gradient))
+
+    # What user code reads all the time is answered here, without dispatch.
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self._shape
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        return len(self._shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self._local.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._local.device
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return self._local.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self._local.requires_grad = value
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        return self._local.grad_fn
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        return self._local.is_leaf
+
+    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+        return self._shape if dim is None else self._shape[dim]
+
+    def dim(self) -> int:
+        return len(self._shape)
+
+    def numel(self) -> int:
+        return self._shape.numel()
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        axis, where = self.axis, f"dim {self.shard_dim}" + (f" in segments {self.segments}" if len(self.segments) > 1 else "")
+        return (
+            f"ShardedTensor(shape={tuple(self._shape)}, dtype={self.dtype}, device={self.device}, cut along {where}, "
+            f"part {axis.coordinate} of {axis.size} over {axis.name}: {self._local!r})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedTensor:
+        return self.rewrap(copy.deepcopy(self._local, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ModelError("a sharded tensor holds the part of one rank and cannot be saved: save x.full_tensor() instead")
+
+
+def _of_wrapper(descriptor: Any, tensor: ShardedTensor) -> Any:
+    """An attribute of the wrapper as torch itself sees it, not of ``local``."""
+    return torch.Tensor.__torch_function__(descriptor.__get__, (ShardedTensor,), (tensor,))
+
+
+def _refuse_gradient(grad: torch.Tensor) -> NoReturn:
+    _refuse_function("a custom autograd function")
+
+
+def _refuse_function(name: str) -> NoReturn:
+    raise ModelError(
+        f"{name} was applied to a sharded tensor, and autograd.Function has no hook that could shard it: "
+        "call it on x.full_tensor(), or write it with torch functions"
+    )
+
+
+def _on_gathered(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``function`` on global tensors. Always right; costs a gather of each sharded argument, and is counted.
+
+    A function that changes its first argument (``x.op_()``, ``x[i] = y``) or ``out=`` changes the gathered copy, whose
+    part is then copied back.
+    """
+    sharded: dict[int, tuple[ShardedTensor, torch.Tensor]] = {}
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, ShardedTensor):
+            return tensor
+        if id(tensor) not in sharded:
+            tensor.axis.gathers[function_name(function)] += 1
+            sharded[id(tensor)] = (tensor, tensor.full_tensor())
+        return sharded[id(tensor)][1]
+
+    result = function(*map_tensors(whole, args), **map_tensors(whole, kwargs))
+    target = kwargs.get("out", args[0] if args and _changes_first_argument(function) else None)
+    if not isinstance(target, ShardedTensor):
+        return result
+    changed = sharded[id(target)][1]
+    if changed.shape != target.shape:
+        raise ModelError(f"{function_name(function)} would change the shape of a sharded tensor in place: use its plain form")
+    target.local.copy_(scatter_to(changed, target.axis, target.cut))
+    return target if result is changed else result
+
+
+def _changes_first_argument(function: Callable[..., Any]) -> bool:
+    name = function.__name__
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name.strip("_") in _IN_PLACE_OPERATORS)
+    return name.endswith("_")
+
+
+_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift"}

@@ -1,0 +1,225 @@
+"""ZeRO stages 1, 2 and 3 by DeepSpeed: one engine per rank around the parameters that the rank holds.
+
+Source: ZeRO, arXiv 1910.02054; DeepSpeed's insides are in `lightning_par.runtime.private`. DeepSpeed steps a copy of the
+user's optimizer, because it takes apart the one it gets: flat partitions in place of parameters, empty groups dropped. The
+hyperparameters of the user's groups are copied over before each step.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_par.errors import CheckpointError, ConfigurationError
+from lightning_par.runtime.mesh import Mesh
+from lightning_par.runtime.private import ZeroEngine, mark_stepped, start_zero_engine
+from lightning_par.zero.bucket import set_gradient
+from lightning_par.zero.mpu import MeshUnit
+from lightning_par.zero.states import OptimizerStates
+
+BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32; DeepSpeed's default is ten times that, allocated at every step
+# on a flat piece of many parameters these would compute something else, or DeepSpeed rebuilds them without their groups
+NOT_ELEMENTWISE = ("Adafactor", "Muon", "LBFGS", "SparseAdam", "Adagrad")
+
+
+class DeepSpeedStates(OptimizerStates):
+    """Optimizer states (stage 1), gradients too (2), parameters too (3), partitioned over dp.
+
+    All of it is fp32; mixed precision is left to autocast. Collective over the world to build.
+
+    Args:
+        module: the module on this rank. It may hold only parameters that this rank has, no placeholders.
+        optimizers: exactly one, whose update of an element reads that element alone (Adam, AdamW, SGD and the like).
+        stage: 1, 2 or 3.
+        mesh: the mesh of the run, dp at least 2.
+
+    Raises:
+        ConfigurationError: several optimizers, one that is not elementwise, parameters that are not float32, or no
+            DeepSpeed of the right version.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], stage: int, mesh: Mesh) -> None:
+        super().__init__(module, optimizers)
+        self.stage = stage
+        _check(stage, module, optimizers)
+        trainable = [[p for p in group["params"] if p.requires_grad] for group in optimizers[0].param_groups]
+        self._sources = [i for i, parameters in enumerate(trainable) if parameters]
+        groups = [{**optimizers[0].param_groups[i], "params": trainable[i]} for i in self._sources]
+        self._shapes = {p: tuple(p.shape) for group in groups for p in group["params"]}
+        root: nn.Module = nn.ModuleList([module]) if stage == 3 else nn.ParameterList(self._shapes)
+        device = next(module.parameters()).device
+        if not groups:  # DeepSpeed cannot start without a parameter, and its peers would wait
+            stand_in = nn.Parameter(torch.zeros(1, device=device))
+            root.add_module("stand_in", nn.ParameterList([stand_in]))
+            groups = [{**optimizers[0].defaults, "params": [stand_in]}]
+            self._shapes = {stand_in: (1,)}
+        config = _config(stage, sum(p.numel() for p in self._shapes))
+        self.engine: ZeroEngine = start_zero_engine(stage, root, _copy(optimizers[0], groups), MeshUnit(mesh), config, device)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        self.engine.detect_borrowed(True)
+        try:
+            yield
+        finally:
+            self.engine.detect_borrowed(False)
+
+    @contextmanager
+    def evaluate(self) -> Iterator[None]:
+        self.engine.detect_borrowed(True)
+        try:
+            yield
+            self.engine.settle(keep=False)
+        finally:
+            self.engine.detect_borrowed(False)
+
+    def after_forward(self) -> None:
+        self.engine.settle(keep=torch.is_grad_enabled())
+
+    def after_backward(self) -> None:
+        self.engine.release_backward()
+
+    def reduce(self, optimizer: Optimizer | None = None) -> None:
+        """Average gradients over dp. A missing one counts as zero: stage 3 would apply the one of the last step again."""
+        for parameter, shape in self._shapes.items():
+            if parameter.grad is None:
+                set_gradient(parameter, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
+        self.engine.flush()
+
+    def gradients(self, optimizer: Optimizer | None = None) -> Iterator[tuple[Tensor, nn.Parameter, bool]]:
+        for fragment, parameter in self.engine.fragments():
+            yield fragment, parameter, True
+
+    def step(self, optimizer: Optimizer | None = None) -> None:
+        for i, group in zip(self._sources, self.engine.inner.param_groups, strict=False):
+            group.update(_hyperparameters(self.optimizers[0].param_groups[i]))
+        self.engine.step()
+        mark_stepped(self.optimizers[0])
+
+    def zero_grad(self, optimizer: Optimizer | None = None) -> None:
+        self.engine.forget_gradients()
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            with self.engine.whole(parameter):
+                yield name, parameter.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "zero_stage": self.stage,
+            "constants": self._constants(),
+            "masters": [master.detach() for master in self.engine.masters],
+            "moments": [dict(self.engine.inner.state[master]) for master in self.engine.masters],
+            "groups": [_hyperparameters(group) for group in self.optimizers[0].param_groups],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        constants, masters = self._constants(), self.engine.masters
+        here = {
+            "zero_stage": self.stage,
+            "constants": {name: value.shape for name, value in constants.items()},
+            "masters": [master.shape for master in masters],
+            "groups": len(self.optimizers[0].param_groups),
+        }
+        there = {
+            "zero_stage": state.get("zero_stage", 0),
+            "constants": {name: value.shape for name, value in state.get("constants", {}).items()},
+            "masters": [master.shape for master in state.get("masters", [])],
+            "groups": len(state.get("groups", [])),
+        }
+        for what, value in here.items():
+            if value != there[what]:
+                raise CheckpointError(
+                    f"the checkpoint is of another layout, module or optimizer: {what} {there[what]}, here {value}"
+                )
+        with torch.no_grad():
+            for name, value in state["constants"].items():
+                constants[name].copy_(value)
+            for master, value in zip(masters, state["masters"], strict=True):
+                master.copy_(value)
+        for master, moments in zip(masters, state["moments"], strict=True):
+            self.engine.inner.state[master] = {key: _on_device_of(master, value) for key, value in moments.items()}
+        for group, saved in zip(self.optimizers[0].param_groups, state["groups"], strict=True):
+            group.update(saved)
+        self.engine.publish()
+
+    def close(self) -> None:
+        self.engine.destroy()
+        self._shapes = {}
+
+    def _constants(self) -> dict[str, Tensor]:
+        """Parameters that are not stepped, by name, as this rank stores them: the masters do not have them."""
+        others = {name: p for name, p in self.module.named_parameters() if p not in self._shapes}
+        return {name: self.engine.stored(p) for name, p in others.items()}
+
+
+def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    if len(optimizers) != 1:
+        raise ConfigurationError(f"zero{stage} steps one optimizer, configure_optimizers gave {len(optimizers)}: use zero0")
+    ancestors = [cls.__name__ for cls in type(optimizers[0]).__mro__]
+    if any(name in ancestors for name in NOT_ELEMENTWISE):
+        raise ConfigurationError(
+            f"zero{stage} steps flat pieces of parameters, and {type(optimizers[0]).__name__} needs whole ones: "
+            "use zero0, or an elementwise optimizer such as AdamW"
+        )
+    for name, parameter in module.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ConfigurationError(
+                f"zero{stage} keeps parameters in float32, and {name} is {parameter.dtype}: use precision=bf16-mixed, or zero0"
+            )
+
+
+def _config(stage: int, num_elements: int) -> dict[str, Any]:
+    """DeepSpeed's configuration; whatever has a default that changes the result or has changed is stated."""
+    bucket = 2 * max(1, min(BUCKET_ELEMENTS, num_elements + 1) // 2)  # must be even
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "round_robin_gradients": False,  # DeepSpeed's own map from parameters to fragments is wrong with it
+        "memory_efficient_linear": False,  # it replaces torch.nn.functional.linear for the whole process
+        "use_multi_rank_bucket_allreduce": False,  # stages 1 and 2 would send half as much again
+    }
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # small parameters travel with the large ones of their module
+    else:
+        zero["compute_grad_norm"] = False  # one collective per parameter group: stages with different numbers hang
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # the default became 1.0 in 2026
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+
+
+def _copy(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """An optimizer of the same class and settings over other groups, without states.
+
+    ``copy.copy`` would drop attributes of the user's subclass, and keep the ``step`` that a learning-rate scheduler bound to
+    the original.
+    """
+    twin: Optimizer = object.__new__(type(optimizer))
+    twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
+    twin.param_groups, twin.state = groups, defaultdict(dict)
+    return twin
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _on_device_of(master: Tensor, value: Any) -> Any:
+    """A copy of a loaded state value where the optimizer wants it: the step count stays where it was, as in torch."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if value.dim() == 0 else value.to(master.device, copy=True)

@@ -1,0 +1,110 @@
+"""The contract between the training loop and whoever owns gradients' reduction, optimizer states and the step.
+
+One optimizer step, on every rank, in this order::
+
+    with states.accumulate():              once per training_step, several times with accumulate_grad_batches
+        ... of each microbatch: forward, states.after_forward(), backward, states.after_backward()
+    sum_shared_gradients(...)              gradients.py: tied stages, partial gradients
+    states.reduce()                        mean over dp
+    global_norm, clip_by_norm              gradients.py: on states.gradients(), in place
+    states.step(); states.zero_grad()
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class OptimizerStates(ABC):
+    """Reduces gradients over dp and steps the optimizers of one module.
+
+    The user's optimizers keep their ``param_groups``, empty ones included, in the user's order: learning-rate schedulers
+    and monitors change and read those, and every step obeys them. The verbs take the one optimizer that is meant;
+    ``None`` means all.
+
+    Attributes:
+        module: the module whose parameters this rank holds.
+        optimizers: the user's optimizers.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        self.module, self.optimizers = module, tuple(optimizers)
+
+    @abstractmethod
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Around the microbatches of one training step; gradients add up in ``p.grad``.
+
+        May be entered several times before `reduce`. Leaving it, by an exception too, runs no collective.
+        """
+
+    @abstractmethod
+    def evaluate(self) -> AbstractContextManager[None]:
+        """Around the forwards of one validation, test or predict step, without gradients (``no_grad``).
+
+        ``inference_mode`` is no option where parameters are partitioned: what it gathers cannot be trained on.
+        """
+
+    @abstractmethod
+    def after_forward(self) -> None:
+        """After each microbatch's forward, before its backward: settle what an exception through it left open.
+
+        May be a collective over dp: every dp rank calls it at the same place.
+        """
+
+    @abstractmethod
+    def after_backward(self) -> None:
+        """After each microbatch's backward. No collective."""
+
+    @abstractmethod
+    def reduce(self, optimizer: Optimizer | None = None) -> None:
+        """Average gradients over dp; then `gradients` is valid. Collective over dp."""
+
+    @abstractmethod
+    def gradients(self, optimizer: Optimizer | None = None) -> Iterator[tuple[Tensor, nn.Parameter, bool]]:
+        """This rank's gradient fragments, to be read or changed in place between `reduce` and `step`.
+
+        Yields:
+            A fragment (of any shape, padding is zero), its parameter, and whether this rank counts it over dp: a replicated
+            gradient counts on dp coordinate 0, a partitioned one on the rank that holds it.
+        """
+
+    @abstractmethod
+    def step(self, optimizer: Optimizer | None = None) -> None:
+        """Step with the reduced gradients. Collective over dp where states are sharded."""
+
+    @abstractmethod
+    def zero_grad(self, optimizer: Optimizer | None = None) -> None:
+        """Forget all gradients."""
+
+    @abstractmethod
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's name and local value, whole over dp (still one tp shard), in the module's order.
+
+        Collective over dp: every dp rank iterates to the end. A value is valid until the next one is asked for.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank needs to continue exactly in the same layout: parameters, optimizer states, hyperparameters.
+
+        Buffers are not in it. Plain tensors, numbers, strings, lists and dicts, so that ``torch.load(weights_only=True)``
+        reads it. The tensors are the live ones, as in torch: save or clone them before the next step.
+        """
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore in place what `state_dict` gave on this rank. Collective over dp where parameters are sharded.
+
+        Raises:
+            CheckpointError: the state is of another module, optimizer or layout.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything; the object is of no use afterwards. No collective, so safe after an exception."""

@@ -1,0 +1,96 @@
+"""The script that tests/test_launcher.py starts: three ranks, each doing what the case says, without Lightning or torch.
+
+    python tests/launched.py FOLDER CASE [CASE of rank 1] [CASE of rank 2]
+
+Each rank writes FOLDER/<rank>: its process id and the environment it got.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lightning_par.errors import LayoutError
+from lightning_par.host import launcher, processes
+from lightning_par.layout import Layout
+
+
+class ScriptLauncher:
+    """Stands in for the part of Lightning's launcher that ours relies on."""
+
+    def __init__(self, cluster_environment: Any, num_processes: int, num_nodes: int) -> None:
+        self.cluster_environment, self.num_processes, self.num_nodes = cluster_environment, num_processes, num_nodes
+        self.procs: list[Any] = []
+
+
+class Environment:
+    """As Lightning's default one: ranks are ours to start unless LOCAL_RANK says that it was done."""
+
+    main_address, main_port = "127.0.0.1", 29500
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return "LOCAL_RANK" in os.environ
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None: ...
+
+    def local_rank(self) -> int:
+        return int(os.environ.get("LOCAL_RANK", 0))
+
+    def node_rank(self) -> int:
+        return 0
+
+
+def build(num_processes: int, preflight: Any = None) -> Any:
+    """A launcher over the stand-ins."""
+    stand_in = ModuleType("private")
+    stand_in.script_launcher_class = lambda root: ScriptLauncher  # type: ignore[attr-defined]
+    stand_in.share_threads = lambda root, num_processes: None  # type: ignore[attr-defined]
+    launcher.private = stand_in  # type: ignore[assignment]
+    layout = Layout(tp=num_processes, dp=1)
+    return launcher.launcher_class("stand_in")(Environment(), num_processes, 1, layout=layout, preflight=preflight)
+
+
+def act(case: str) -> None:
+    """What one rank does."""
+    if case == "raise":
+        raise RuntimeError("raised on purpose")
+    if case == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if case == "stubborn":  # as a rank whose signal handler only sets a flag, inside a collective
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if case != "return":
+        time.sleep(1 if case == "late" else 60)
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), sys.argv[2:]
+    processes.GRACE_SECONDS = 0.5
+    processes.TERMINATE_SECONDS = 0.5
+
+    def work() -> None:
+        rank = os.environ["LOCAL_RANK"]
+        names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "WORLD_SIZE")
+        (folder / f"{rank}.part").write_text(f"{os.getpid()} " + " ".join(os.environ[name] for name in names))
+        (folder / f"{rank}.part").rename(folder / rank)
+        while len(list(folder.glob("[0-9]"))) < 3:  # as the ranks of a group: nobody is off before all are there
+            time.sleep(0.01)
+        act(cases[int(rank)])
+        (folder / f"{rank}.done").touch()
+
+    def preflight() -> None:
+        if cases[0] == "refuse":
+            raise LayoutError("refused before any process")
+
+    ranks = build(3, preflight)
+    ranks.launch(work)
+    ranks.launch(lambda: None)  # a second call, as fit then validate, starts no more ranks
+
+
+if __name__ == "__main__":
+    main()
