@@ -10,7 +10,7 @@ python train.py --help                            # every group and value
 
 from __future__ import annotations
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightning_par.config.app import app
 from lightning_par.config.devices import choose_devices
@@ -31,7 +31,7 @@ def main(config: DictConfig) -> None:
     data = instantiate(config.data, _convert_="all")
     build_trainer = instantiate(config.trainer, _convert_="all", _partial_=True, **choose_devices(config.trainer, layout))
     trainer = build_trainer(
-        strategy=HybridParallelStrategy(layout, plan=OmegaConf.to_container(config.plan, resolve=True)),
+        strategy=HybridParallelStrategy(layout, plan=instantiate(config.plan, _convert_="all"), schedule=config.schedule),
         callbacks=list(instantiate(config.callbacks, _convert_="all").values()),
         logger=instantiate(config.logger, _convert_="all"),
     )

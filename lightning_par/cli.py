@@ -78,8 +78,8 @@ def explain(config: DictConfig) -> None:
 
     import torch  # after what can fail without it
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
+    from lightning_par.plan import render_plan
     from lightning_par.prepare import prepare_plan
 
     torch.manual_seed(config.seed)
@@ -88,7 +88,8 @@ def explain(config: DictConfig) -> None:
     data.prepare_data()
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    print(prepare_plan(module, batch, layout, OmegaConf.to_container(config.plan, resolve=True)).render())
+    plan = prepare_plan(module, batch, layout, instantiate(config.plan, _convert_="all"))
+    print(render_plan(plan, color=sys.stdout.isatty()))
 
 
 if __name__ == "__main__":

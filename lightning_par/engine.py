@@ -5,7 +5,7 @@ Knows nothing of Lightning: it is given a program that runs the user's step on o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,27 @@ class Engine:
         table = forward_only(self.mesh.layout.pp, num_microbatches)
         with self.streams.step(), torch.no_grad():
             return self._executor.run(table[self.mesh.coordinate.pp], program, _no_loss, ())
+
+    def state_dict(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+        """This rank's part of the module, for a checkpoint of the same layout.
+
+        Args:
+            parameters: names and local values, whole over dp.
+        """
+        return {
+            "parameters": {name: value.detach().clone() for name, value in parameters},
+            "buffers": dict(self.module.named_buffers()),
+            "num_steps": self.streams.num_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], parameters: bool = True) -> None:
+        """Restore what `state_dict` gave on this rank; without ``parameters`` where another owner restores them."""
+        held = {**(dict(self.module.named_parameters()) if parameters else {}), **dict(self.module.named_buffers())}
+        saved = {**state["parameters"], **state["buffers"]}
+        with torch.no_grad():
+            for name, tensor in held.items():
+                tensor.copy_(saved[name])
+        self.streams.num_steps = state["num_steps"]
 
 
 def broadcast_module(module: nn.Module, mesh: Mesh) -> None:

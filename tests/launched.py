@@ -83,7 +83,7 @@ def main() -> None:
         act(cases[int(rank)])
         (folder / f"{rank}.done").touch()
 
-    def preflight() -> None:
+    def preflight(trainer: Any) -> None:
         if cases[0] == "refuse":
             raise LayoutError("refused before any process")
 

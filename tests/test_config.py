@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, ConfigCompositionException
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from lightning_par.config.devices import choose_devices
 from lightning_par.config.parallel import read_layout
@@ -21,9 +23,7 @@ from lightning_par.layout import EXAMPLES, Layout, parse_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
-OPTIONS = sorted(
-    f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name != "parallel"
-)
+OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name != "parallel")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,6 +36,11 @@ def _words() -> Iterator[None]:
 def composed(*overrides: str, folder: Path = ROOT / "conf", name: str = "train") -> DictConfig:
     with initialize_config_dir(str(folder), version_base="1.3"):
         return compose(name, list(overrides))
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("word", [*EXAMPLES, "mb3_tp5", "zero2_dp7"])
@@ -94,8 +99,15 @@ def test_completion_and_help_list_examples() -> None:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_shipped_option_composes(option: str) -> None:
-    OmegaConf.to_container(composed(option))
+def test_every_shipped_option_builds_its_object(option: str, tmp_path: Path) -> None:
+    group = option.split("=")[0]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [option, f"hydra.runtime.output_dir={tmp_path}"], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    try:
+        assert instantiate(config[group], _convert_="all")
+    finally:
+        HydraConfig.instance().cfg = None
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -107,7 +119,8 @@ def test_every_recipe_composes_and_opens_with_its_command(recipe: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "devices"), [("single", 1), ("tp2", 2), ("tp2_pp3", 6), ("zero1", 2), ("tp2_zero3", 4), ("dp3_zero1", 3), ("pp2_dp3", 6)]
+    ("word", "devices"),
+    [("single", 1), ("tp2", 2), ("tp2_pp3", 6), ("zero1", 2), ("tp2_zero3", 4), ("dp3_zero1", 3), ("pp2_dp3", 6)],
 )
 def test_devices_on_the_cpu_are_what_the_layout_needs(word: str, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -137,7 +150,12 @@ def test_devices_that_are_given_or_already_started_stay(monkeypatch: pytest.Monk
 def test_mistakes_end_with_code_2_and_no_traceback(overrides: list[str], message: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert result.returncode == 2
     assert message in result.stderr
@@ -146,6 +164,5 @@ def test_mistakes_end_with_code_2_and_no_traceback(overrides: list[str], message
 
 def test_help_and_errors_do_not_wait_for_torch() -> None:
     program = "import sys, train, lightning_par.cli; print([name for name in ('torch', 'lightning_fabric') if name in sys.modules])"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    result = run("-c", program, folder=ROOT)
     assert result.stdout.strip() == "[]", result.stderr

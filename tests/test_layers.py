@@ -18,7 +18,7 @@ LAYERS = (
     ("plan",),
     ("tensor", "pipeline", "zero"),
     ("install", "gradients", "checkpoint"),
-    ("prepare",),
+    ("prepare", "engine"),
     ("host",),
     ("__init__",),
     ("config", "demo"),

@@ -60,7 +60,11 @@ def test_dp_is_what_is_left_of_the_devices(devices: int) -> None:
 @pytest.mark.parametrize(
     ("layout", "devices", "message"),
     [
-        (Layout(tp=4, pp=2), 6, r"parallel=tp4_pp2 needs a multiple of 8 processes \(tp 4 x pp 2\), the trainer has 6 processes: use "),
+        (
+            Layout(tp=4, pp=2),
+            6,
+            r"parallel=tp4_pp2 needs a multiple of 8 processes \(tp 4 x pp 2\), the trainer has 6 ",
+        ),
         (Layout(dp=3), 1, r"parallel=dp3 needs 3 processes \(tp 1 x pp 1 x dp 3\), the trainer has 1 process: use .*devices=3"),
         (Layout(tp=2), 5, "use parallel=dp5 or parallel=tp5 or devices=4|use parallel=tp5 or parallel=dp5 or devices=4"),
     ],

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gc
+import importlib
 import io
 import subprocess
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.muon import muon_optimizer
 from torch import nn
 
 from lightning_par.errors import CheckpointError, ConfigurationError
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.private import DEEPSPEED_VERSION, check_deepspeed
+from lightning_par.runtime.parameter import ParameterSpec, Split, set_spec
+from lightning_par.tensor.linear import convert_linear
 from lightning_par.zero.engine import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
@@ -29,7 +33,8 @@ from tests import zero_model
 from tests.ranks import run_ranks
 from tests.zero_model import Case, Model
 
-PRELOADED = (deepspeed, muon_optimizer)  # imported before the fork: DeepSpeed would import the second, for seconds, in each rank
+# before the fork: else each rank spends seconds on it; DeepSpeed imports the second one when an engine starts
+PRELOADED = [importlib.import_module(name) for name in ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")]
 NUM_STEPS = 3
 
 
@@ -48,21 +53,25 @@ class Run:
         )
 
     def accumulate(self, step: int) -> float:
-        """All forwards, then all backwards, as often as gradients are accumulated. Returns this replica's loss."""
+        """All forwards, then all backwards, of each batch. Returns this replica's loss, on the last stage."""
         total = 0.0
-        for part in range(self.case.num_accumulated):
+        for batch in zero_model.microbatches(self.case, step, self.mesh.dp.coordinate):
             with self.states.accumulate():
-                total += self._microbatches(step * self.case.num_accumulated + part)
+                pairs = [self._forward(*pair) for pair in batch]
+                for hidden, output in pairs:
+                    torch.autograd.backward(output, zero_model.receive(None, self.mesh, step=1))
+                    self.states.after_backward()
+                    zero_model.send(hidden.grad, self.mesh, step=-1)
+            total += sum(float(output.detach().sum()) for _, output in pairs)
         return total
 
     def evaluate(self, step: int) -> float:
-        """The loss that `accumulate` is about to have."""
+        """The loss that `accumulate` has with the same weights, without gradients."""
         total = 0.0
-        for part in range(self.case.num_accumulated):
-            batches = zero_model.microbatches(step * self.case.num_accumulated + part, self.mesh.dp.coordinate)
+        for batch in zero_model.microbatches(self.case, step, self.mesh.dp.coordinate):
             with torch.no_grad(), self.states.evaluate():
-                losses = [self._forward(*batch)[1] for batch in batches]
-            total += sum(map(float, losses)) / self.case.num_accumulated if self.mesh.is_last_stage else 0.0
+                total += sum(float(self._forward(*pair)[1].sum()) for pair in batch)
+        assert self.case.zero < 3 or not any(p.numel() for p in self.model.parameters()), "parameters stay gathered"
         return total
 
     def reduce(self) -> torch.Tensor:
@@ -79,20 +88,15 @@ class Run:
     def step(self) -> None:
         self.states.step()
         self.states.zero_grad()
-        self.schedule.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # the scheduler warns where it believes that no step was made
+            self.schedule.step()
 
-    def _microbatches(self, step: int) -> float:
-        inputs, outputs, total = [], [], 0.0
-        for batch in zero_model.microbatches(step, self.mesh.dp.coordinate):
-            hidden, output = self._forward(*batch)
-            inputs.append(hidden)
-            outputs.append(output / self.case.num_accumulated if self.mesh.is_last_stage else output)
-            total += float(outputs[-1]) if self.mesh.is_last_stage else 0.0
-        for hidden, output in zip(inputs, outputs, strict=True):
-            torch.autograd.backward(output, zero_model.receive(None, self.mesh, step=1))
-            self.states.after_backward()
-            zero_model.send(hidden.grad, self.mesh, step=-1)
-        return total
+    def train(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            self.accumulate(step)
+            self.reduce()
+            self.step()
 
     def _forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = zero_model.receive(tokens, self.mesh, step=-1)
@@ -101,7 +105,7 @@ class Run:
         output = zero_model.run_stage(self.model, hidden)
         self.states.after_forward()
         if self.mesh.is_last_stage:
-            return hidden, zero_model.loss_of(output, targets)
+            return hidden, zero_model.loss_of(self.case, output, targets)
         zero_model.send(output, self.mesh, step=1)
         return hidden, output
 
@@ -109,6 +113,7 @@ class Run:
 @contextmanager
 def running(case: Case) -> Iterator[Run]:
     """Build, and close: afterwards nothing may keep the model alive, nor DeepSpeed's hooks the next case."""
+    gc.freeze()  # what the parent imported need not be searched by every collection
     run = Run(case, zero_model.build_mesh(case))
     yield run
     run.states.close()
@@ -124,7 +129,11 @@ def gathered_gradients(run: Run) -> dict[str, torch.Tensor]:
     mine = {names[p]: fragment.flatten().clone() for fragment, p, is_counted in run.states.gradients() if is_counted}
     parts = [mine] * run.mesh.dp.size
     dist.all_gather_object(parts, mine, group=run.mesh.dp.group)
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names.values() if any(name in part for part in parts)}
+    return {
+        name: torch.cat([part[name] for part in parts if name in part])
+        for name in names.values()
+        if any(name in part for part in parts)
+    }
 
 
 def check_parity(run: Run) -> None:
@@ -143,7 +152,9 @@ def check_parity(run: Run) -> None:
             assert (name in gradients) == (expected[name].grad is not None), name
             if name in gradients:
                 whole = zero_model.local(expected[name].grad, parameter, mesh).flatten()
-                torch.testing.assert_close(gradients[name][: whole.numel()], whole, rtol=2e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+                torch.testing.assert_close(
+                    gradients[name][: whole.numel()], whole, rtol=2e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+                )
         run.step()
     check_weights(run, next(alone)[0])
 
@@ -165,7 +176,145 @@ def check_cases(rank: int, world_size: int, cases: list[Case]) -> None:
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("mesh", [(1, 2, 1), (2, 2, 1), (1, 2, 2)], ids=str)
-def test_training_equals_one_process(zero: int, mesh: tuple[int, int, int]) -> None:
-    plain = Case(*mesh, zero)
-    run_ranks(check_cases, plain.layout.world_size, [plain])
+def test_training_equals_one_process(zero: int) -> None:
+    pipeline = Case(pp=2, dp=2, tp=1, zero=zero)
+    cases = [
+        pipeline,
+        replace(pipeline, is_tied=False, frozen=("chain.0.", "norm.bias"), has_unused=True, num_accumulated=2, max_value=0.01),
+        replace(pipeline, is_tied=False, frozen=("chain.3.", "head.", "norm."), num_microbatches=1),  # stage 1 has nothing to train
+        Case(pp=1, dp=2, tp=2, zero=zero, is_tied=False, frozen=("up.bias",)),
+    ]
+    run_ranks(check_cases, 4, cases)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_data_parallel_alone_equals_one_process(zero: int) -> None:
+    run_ranks(check_cases, 2, [Case(pp=1, dp=2, tp=1, zero=zero, has_unused=True, num_accumulated=2)])
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_all_axes_at_once_equal_one_process(zero: int) -> None:
+    run_ranks(check_cases, 8, [Case(pp=2, dp=2, tp=2, zero=zero)])
+
+
+def resume(rank: int, world_size: int, cases: list[Case]) -> None:
+    for case in cases:
+        with running(case) as run:
+            run.train(range(2))
+            file = io.BytesIO()
+            torch.save((run.states.state_dict(), run.schedule.state_dict()), file)
+            run.train(range(2, 4))
+            expected = {name: value.clone() for name, value in run.states.full_parameters()}
+        with running(case) as run:
+            run.train(range(5, 6))  # other weights, moments and learning rates than those to be loaded
+            states, schedule = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+            run.states.load_state_dict(states)
+            run.schedule.load_state_dict(schedule)
+            run.train(range(2, 4))
+            for name, value in run.states.full_parameters():
+                assert torch.equal(value, expected[name]), f"{case}: {name}"
+            with pytest.raises(CheckpointError, match="the checkpoint is of another"):
+                run.states.load_state_dict({"parameters": {}, "optimizers": []})
+
+
+def test_training_resumed_from_a_state_dict_is_bitwise_the_same() -> None:
+    run_ranks(resume, 4, [Case(pp=2, dp=2, tp=1, zero=zero, frozen=("chain.1.",)) for zero in (0, 1, 2, 3)])
+
+
+def train_on_global_shapes(rank: int, world_size: int) -> None:
+    """A column layer that gives a `ShardedTensor` between two modules that ZeRO-3 has hooks on."""
+    case = Case(pp=1, dp=2, tp=2, zero=3)
+    mesh = zero_model.build_mesh(case)
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6))
+    model = copy.deepcopy(alone)
+    splits = {"0.weight": Split(0, (10,)), "0.bias": Split(0, (10,)), "2.weight": Split(1, (10,))}
+    for name, parameter in model.named_parameters():
+        set_spec(parameter, ParameterSpec(name, tuple(parameter.shape), splits.get(name)))
+        parameter.data = zero_model.local(parameter.data, parameter, mesh).clone()
+    convert_linear(model[0], "column", mesh.tp, output="global")
+    convert_linear(model[2], "row", mesh.tp)
+    states = DeepSpeedStates(model, [torch.optim.SGD(model.parameters(), lr=0.5)], 3, mesh)
+    inputs = torch.randn(2, 3, 6)
+    for _ in range(2):
+        with states.accumulate():
+            output = model(inputs[mesh.dp.coordinate])
+            states.after_forward()
+            output.square().mean().backward()
+            states.after_backward()
+        states.reduce()
+        states.step()
+        alone.zero_grad()
+        alone(inputs).square().mean().backward()
+        torch.optim.SGD(alone.parameters(), lr=0.5).step()
+    expected, parameters = dict(alone.named_parameters()), dict(model.named_parameters())
+    for name, value in states.full_parameters():
+        torch.testing.assert_close(value, zero_model.local(expected[name], parameters[name], mesh).detach(), msg=name)
+
+
+def test_partitioned_parameters_under_tensors_of_global_shape() -> None:
+    run_ranks(train_on_global_shapes, 4)
+
+
+def fail_inside(rank: int, world_size: int, cases: list[Case]) -> list[float]:
+    """One rank raises in the middle of a step. Returns what a collective right after it gives."""
+    sums = []
+    for case in cases:
+        run = Run(case, zero_model.build_mesh(case))
+        with contextlib.suppress(ZeroDivisionError), run.states.accumulate():
+            tokens, targets = next(zero_model.microbatches(case, 0, run.mesh.dp.coordinate))[0]
+            zero_model.loss_of(case, run.model(tokens), targets).backward()
+            if rank == 0:
+                raise ZeroDivisionError
+        total = torch.ones(1)
+        run.mesh.world.all_reduce(total)
+        sums.append(total.item())
+        run.states.close()
+    return sums
+
+
+def test_an_exception_inside_a_step_runs_no_collective_on_its_way_out() -> None:
+    assert run_ranks(fail_inside, 2, [Case(pp=1, dp=2, tp=1, zero=zero) for zero in (0, 1, 2, 3)]) == [[2.0] * 4] * 2
+
+
+def train_and_flush(rank: int, world_size: int, cases: list[Case]) -> None:
+    for case in cases:
+        with running(case) as run:
+            run.train(range(2))
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def test_deepspeed_prints_and_warns_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    run_ranks(train_and_flush, 2, [Case(pp=1, dp=2, tp=1, zero=zero) for zero in (1, 2, 3)])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_deepspeed_is_not_imported_without_zero() -> None:
+    program = "import sys, lightning_par.gradients, lightning_par.zero.engine; assert 'deepspeed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_another_deepspeed_is_refused() -> None:
+    check_deepspeed()
+    with pytest.raises(ConfigurationError, match=rf"is not the one .*gone.*install deepspeed=={DEEPSPEED_VERSION}"):
+        check_deepspeed((("deepspeed.runtime.engine", "DeepSpeedEngine", ("gone",)),))
+    with pytest.raises(ConfigurationError, match="need DeepSpeed, and 'deepspeed.gone' cannot be imported"):
+        check_deepspeed((("deepspeed.gone", "Engine", ()),))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda model: [torch.optim.SGD(model.parameters()), torch.optim.SGD(model.parameters())],
+            "zero2 steps one optimizer, .* gave 2",
+        ),
+        (lambda model: [torch.optim.Adafactor(model.parameters())], "Adafactor needs whole ones"),
+        (lambda model: [torch.optim.SGD(model.bfloat16().parameters())], "weight is torch.bfloat16: use precision=bf16-mixed"),
+    ],
+)
+def test_what_zero_cannot_train_is_refused(change: Callable[[nn.Module], list[torch.optim.Optimizer]], message: str) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigurationError, match=message):
+        DeepSpeedStates(model, change(model), 2, mesh=None)

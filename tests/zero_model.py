@@ -22,7 +22,7 @@ from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.parameter import ParameterSpec, Split, get_spec, set_spec
 from tests.ranks import COLLECTIVE_TIMEOUT
 
-VOCABULARY, WIDTH, HIDDEN, LENGTH, NUM_BLOCKS, NUM_MICROBATCHES, ROWS = 11, 6, 10, 5, 4, 3, 2
+VOCABULARY, WIDTH, HIDDEN, LENGTH, NUM_BLOCKS, ROWS = 11, 6, 10, 5, 4, 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Case:
     is_tied: bool = True
     frozen: tuple[str, ...] = ()
     has_unused: bool = False
+    num_microbatches: int = 3
     num_accumulated: int = 1
     max_norm: float | None = 0.3
     max_value: float | None = None
@@ -118,7 +119,8 @@ class Model(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_first:
-            x = self.embedding(x) * self.position.abs()
+            scale = self.embedding.weight.abs().mean()  # borrowed, then released by its owner
+            x = self.embedding(x) * (scale + self.position.abs())
         x = self.norm(self.chain(x))
         return F.linear(x, self.embedding.weight if self.head is None else self.head.weight)
 
@@ -174,15 +176,21 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-2, eps=1e-4)
 
 
-def microbatches(step: int, replica: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(1000 * step + replica)
-    shape = (2, NUM_MICROBATCHES, ROWS, LENGTH)
-    tokens, targets = torch.randint(VOCABULARY, shape, generator=generator)
-    return list(zip(tokens, targets, strict=True))
+Batch = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / NUM_MICROBATCHES
+def microbatches(case: Case, step: int, replica: int) -> Iterator[Batch]:
+    """The tokens and targets of one optimizer step on one replica: as many batches as are accumulated."""
+    for part in range(case.num_accumulated):
+        generator = torch.Generator().manual_seed(1000 * step + 100 * part + replica)
+        shape = (2, case.num_microbatches, ROWS, LENGTH)
+        tokens, targets = torch.randint(VOCABULARY, shape, generator=generator)
+        yield list(zip(tokens, targets, strict=True))
+
+
+def loss_of(case: Case, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """This microbatch's share of the replica's loss."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / (case.num_microbatches * case.num_accumulated)
 
 
 def train_alone(case: Case, num_steps: int) -> Iterator[tuple[Model, float, float]]:
@@ -192,12 +200,11 @@ def train_alone(case: Case, num_steps: int) -> Iterator[tuple[Model, float, floa
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     for step in range(num_steps):
         total = 0.0
-        for part in range(case.num_accumulated):
-            for replica in range(case.dp):
-                for tokens, targets in microbatches(step * case.num_accumulated + part, replica):
-                    loss = loss_of(model(tokens), targets) / (case.dp * case.num_accumulated)
-                    loss.backward()
-                    total += loss.item()
+        for replica in range(case.dp):
+            for tokens, targets in (pair for batch in microbatches(case, step, replica) for pair in batch):
+                loss = loss_of(case, model(tokens), targets) / case.dp
+                loss.backward()
+                total += loss.item()
         if case.zero:
             for parameter in model.parameters():  # ZeRO takes a missing gradient for zero; weight decay acts
                 if parameter.requires_grad and parameter.grad is None:

@@ -28,7 +28,7 @@ class StandardLibrary(pl.LightningDataModule):
         seed: order of the training windows; the same in every process.
     """
 
-    def __init__(self, context: int = 128, batch_size: int = 32, num_validation_windows: int = 256, seed: int = 0) -> None:
+    def __init__(self, context: int = 128, batch_size: int = 16, num_validation_windows: int = 256, seed: int = 0) -> None:
         super().__init__()
         self.context, self.batch_size = context, batch_size
         self.num_validation_windows, self.seed = num_validation_windows, seed
@@ -53,7 +53,7 @@ class Windows(Dataset):
     Args:
         text: uint8 [N].
         context: bytes per window.
-        count: number of windows, spread evenly; by default as many as fit side by side.
+        count: number of windows, spread evenly; by default as many as fit without overlap.
     """
 
     def __init__(self, text: torch.Tensor, context: int, count: int | None = None) -> None:

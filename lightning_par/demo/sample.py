@@ -27,7 +27,7 @@ class SampleText(pl.Callback):
         prompts: Sequence[str] = ("def ", "class ", "import ", "    if self."),
         num_bytes: int = 150,
         context: int = 128,
-        temperature: float = 0.7,
+        temperature: float = 0.8,
         seed: int = 0,
     ) -> None:
         self.prompts, self.num_bytes, self.context = tuple(prompts), num_bytes, context
@@ -52,4 +52,4 @@ class SampleText(pl.Callback):
             logits = trainer.strategy.predict_step(batch, index)  # [prompts, vocab_size]
             probabilities = torch.softmax(logits.float().cpu() / self.temperature, dim=-1)
             text = torch.cat((text, torch.multinomial(probabilities, 1, generator=generator)), dim=1)
-        return [bytes(row).decode(errors="replace").lstrip("\n") for row in text.tolist()]
+        return [bytes(row).decode(errors="replace").strip("\n ") for row in text.tolist()]

@@ -76,7 +76,7 @@ def _hydra_command(config: Any, local_rank: int) -> list[str]:
             command += ["--config-dir", source.path]
     if config.job.config_name:
         command += ["--config-name", config.job.config_name]
-    command += config.overrides.task
+    command += list(config.overrides.task)
     command += [override for override in config.overrides.hydra if not override.lstrip("+~").startswith(_PARENT_ONLY)]
     folder = config.runtime.output_dir.replace("\\", "\\\\").replace("'", "\\'")
     command += ["hydra.mode=RUN", f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]

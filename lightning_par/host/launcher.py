@@ -57,7 +57,7 @@ class _RankLauncher:
         num_processes: ranks on this machine.
         num_nodes: machines.
         layout: names a rank's coordinate in messages.
-        preflight: called as ``preflight(*args, **kwargs)`` with what `launch` hands to its function, in every process,
+        preflight: called as ``preflight(trainer, *args, **kwargs)`` with what `launch` hands to its function, in every process,
             before any other process is started and before the ranks meet. What it raises ends the run.
         """
         super().__init__(cluster_environment, num_processes, num_nodes)  # type: ignore[call-arg]
@@ -71,7 +71,7 @@ class _RankLauncher:
         Args:
             function: what the Trainer runs on every rank.
             *args: its arguments.
-            trainer: not used; part of Lightning's signature.
+            trainer: the Trainer, for ``preflight``.
             **kwargs: its keyword arguments.
 
         Raises:
@@ -81,7 +81,7 @@ class _RankLauncher:
         exit_with_parent()
         with _ranks_end_on_error():
             if self._preflight is not None:
-                self._preflight(*args, **kwargs)
+                self._preflight(trainer, *args, **kwargs)
             if not self.cluster_environment.creates_processes_externally:
                 self._call_children_scripts()
             private.share_threads(self.root, self.num_processes)

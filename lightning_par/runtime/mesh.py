@@ -54,6 +54,10 @@ class Mesh:
             self._tied[stages] = self._axis("tied", every)
         return self._tied[stages]
 
+    def barrier(self) -> None:
+        """Wait for all ranks of the world."""
+        dist.barrier(group=self.world.group)
+
     @property
     def is_first_stage(self) -> bool:
         return self.coordinate.pp == 0

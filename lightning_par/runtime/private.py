@@ -27,8 +27,6 @@ DEEPSPEED_VERSION = "0.19.8"
 
 # module, object in it, attributes that must exist on it
 _DEEPSPEED_NAMES = (
-    # builds a C++ extension for a minute and prints, on the first CPU engine, unless it is marked as incompatible
-    ("deepspeed.ops", "__compatible_ops__", ()),
     # the process-wide answer to "who is the mpu", which engine.destroy leaves set
     ("deepspeed.utils.groups", "mpu", ()),
     # one pass of the reduction over gradients that piled up in p.grad; what engine.coalesce_grad_reduction runs on exit. That
@@ -106,19 +104,28 @@ def start_zero_engine(
         ConfigurationError: DeepSpeed is missing or another version.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it guesses, with a warning
-    _silence_deepspeed()
     check_deepspeed()
+    _quieten_deepspeed()
     deepspeed = importlib.import_module("deepspeed")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, mpu=mpu, config=config)
     kind = ZeroEngine3 if stage == 3 else ZeroEngine12
     return kind(engine, root)
 
 
-def _silence_deepspeed() -> None:
-    """No log lines on stdout, and no warnings about torch functions that only DeepSpeed can replace."""
+def _quieten_deepspeed() -> None:
+    """Keep DeepSpeed, once imported, from compiling, starting programs, and writing to the terminal."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\.")
+    # read when an engine starts on CPU, to decide on building an extension of its own for collectives. Read for the first
+    # time, it tries every extension with the C compiler, which writes to stderr; so it must not be read before it is set
+    vars(importlib.import_module("deepspeed.ops")).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    # the number of devices of this machine; without it stage 3 on CPU starts `numactl` at every reduction to count them
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    warnings.filterwarnings(
+        "ignore",
+        r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
+        FutureWarning,
+        r"torch\.distributed\.",
+    )
 
 
 class ZeroEngine(ABC):
@@ -259,7 +266,7 @@ class ZeroEngine3(ZeroEngine):
         return gathered
 
     def stored(self, parameter: nn.Parameter) -> Tensor:
-        partition: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        partition: Tensor = parameter.ds_tensor.detach()  # type: ignore[attr-defined]  # sheds DeepSpeed's attributes
         return partition
 
     def detect_borrowed(self, is_on: bool) -> None:

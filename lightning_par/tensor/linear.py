@@ -34,8 +34,9 @@ class SharedInput:
     """
 
     def __init__(self, num_readers: int) -> None:
-        self._num_readers = num_readers
-        self._forget()
+        self._num_readers, self._num_reads = num_readers, 0
+        self._source: weakref.ref[torch.Tensor] | None = None
+        self._copy: torch.Tensor | None = None
 
     def read(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
         """``tensor`` with its gradient summed over the axis, once for all readers."""
@@ -46,15 +47,13 @@ class SharedInput:
             self._source = weakref.ref(tensor, self._forget)
         copy, self._num_reads = self._copy, self._num_reads + 1
         if self._num_reads == self._num_readers:
-            self._forget()
+            self._forget(self._source)
         return copy
 
-    def _forget(self, source: Any = None) -> None:
+    def _forget(self, source: weakref.ref[torch.Tensor] | None) -> None:
         """Drop the copy, unless it is by now one of another source."""
-        if source is None or source is self._source:
-            self._source: weakref.ref[torch.Tensor] | None = None
-            self._copy: torch.Tensor | None = None
-            self._num_reads = 0
+        if source is self._source:
+            self._source, self._copy, self._num_reads = None, None, 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
         return memo.setdefault(id(self), SharedInput(self._num_readers))
@@ -113,7 +112,7 @@ class ColumnParallelLinear(_ParallelLinear):
             input = input.full_tensor()
         x = copy_to(input, axis) if record.shared is None else record.shared.read(input, axis)
         local = self.product(x, self.bias)
-        return local if record.output == "local" else ShardedTensor(local, local.dim() - 1, record.segments, axis)
+        return local if record.output == "local" or axis.size == 1 else ShardedTensor(local, local.dim() - 1, record.segments, axis)
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -160,10 +159,12 @@ def convert_linear(
     """
     base = linear_base(type(module))
     if base is None:
-        raise ModelError(f"{type(module).__name__} is no nn.Linear or Conv1D and cannot be {kind}-parallel: leave it whole in the plan")
+        raise ModelError(
+            f"{type(module).__name__} is no nn.Linear or Conv1D and cannot be {kind}-parallel: leave it whole in the plan"
+        )
     transposed = base is not nn.Linear
-    inputs, outputs = (module.nx, module.nf) if transposed else (module.in_features, module.out_features)
-    size = outputs if kind == "column" else inputs
+    names = ("nx", "nf") if transposed else ("in_features", "out_features")
+    size: int = getattr(module, names[kind == "column"])
     cut = Split(0, segments or (size,))
     if sum(cut.segments) != size or not cut.divides(axis.size):
         side = "outputs" if kind == "column" else "inputs"

@@ -50,7 +50,10 @@ def vocabulary_parallel_cross_entropy(
         local_weight = weight[axis.coordinate * rows : (axis.coordinate + 1) * rows].to(token_weight)
         token_weight = token_weight * weight.to(token_weight)[labels]
     smooth = label_smoothing / vocabulary * counted
-    losses = _CrossEntropy.apply(flat, labels, axis, (1 - label_smoothing) * token_weight, smooth, local_weight, label_smoothing > 0)
+    losses = _CrossEntropy.apply(
+        flat, labels, axis, (1 - label_smoothing) * token_weight, smooth, local_weight, label_smoothing > 0
+    )
+    losses = losses.masked_fill(~counted, 0)  # 0 and not nan where the loss of an ignored token is infinite
     if reduction == "none":
         losses = losses.view(target.shape)
     elif reduction == "mean":
@@ -91,7 +94,9 @@ class _CrossEntropy(torch.autograd.Function):
         mine = x.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0)
         sums = [x.exp().sum(-1), mine]
         if smooths:
-            weighted, total = (x, torch.full_like(mine, rows)) if class_weight is None else (x * class_weight, class_weight.sum().expand(tokens))
+            weighted, total = (
+                (x, torch.full_like(mine, rows)) if class_weight is None else (x * class_weight, class_weight.sum().expand(tokens))
+            )
             sums += [weighted.sum(-1), total]
         stacked = torch.stack(sums)
         axis.all_reduce(stacked)
@@ -102,10 +107,10 @@ class _CrossEntropy(torch.autograd.Function):
             total_weight = stacked[3]
             losses = losses + smooth * (total_weight * z - stacked[2])
         ctx.save_for_backward(logits, top + z, index, elsewhere, token_weight, smooth, class_weight, total_weight)
-        return losses.masked_fill(token_weight == 0, 0) if not smooths else losses
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, z, index, elsewhere, token_weight, smooth, class_weight, total_weight = ctx.saved_tensors
         a, b = grad * token_weight, grad * smooth
         scale = a if total_weight is None else a + b * total_weight

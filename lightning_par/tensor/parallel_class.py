@@ -29,7 +29,8 @@ class ParallelLayer(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(part for part in (super().extra_repr(), self.record.describe(self)) if part)
 
-    __repr__ = nn.Module.__repr__  # transformers' Conv1D has its own
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)  # transformers' Conv1D has one that shows less
 
 
 def convert(module: nn.Module, base: type[nn.Module], layer: type[ParallelLayer], record: Any) -> None:
@@ -49,8 +50,8 @@ def convert(module: nn.Module, base: type[nn.Module], layer: type[ParallelLayer]
     module.__class__ = _derive(user, base, layer)
 
 
-@functools.lru_cache(maxsize=None)
-def _derive(user: type[nn.Module], base: type[nn.Module], layer: type[ParallelLayer]) -> type[nn.Module]:
+@functools.cache
+def _derive(user: Any, base: Any, layer: Any) -> type[nn.Module]:
     between = type(layer.__name__, (layer, base), {"__module__": layer.__module__})
     return between if user is base else type(user.__name__, (user, between), {"__module__": user.__module__})
 

@@ -33,18 +33,19 @@ def rule_for(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     return register
 
 
-def spellings(*names: str) -> list[Callable[..., Any]]:
+def spellings(names: str) -> list[Callable[..., Any]]:
     """All functions that torch offers under ``names``: ``torch.x``, ``Tensor.x``, ``F.x``, ``torch.special.x``.
 
-    A name that this torch does not have is left out.
+    Args:
+        names: separated by spaces. One that this torch does not have is left out.
     """
     homes = (torch, torch.Tensor, functional, torch.special)
-    return [getattr(home, name) for name in names for home in homes if callable(getattr(home, name, None))]
+    return [getattr(home, name) for name in names.split() for home in homes if callable(getattr(home, name, None))]
 
 
-def getters(*names: str) -> list[Callable[..., Any]]:
-    """The functions that read the attributes ``names`` of a tensor, such as ``x.T``."""
-    return [getattr(torch.Tensor, name).__get__ for name in names if hasattr(torch.Tensor, name)]
+def getters(names: str) -> list[Callable[..., Any]]:
+    """The functions that read the attributes ``names`` (separated by spaces) of a tensor, such as ``x.T``."""
+    return [getattr(torch.Tensor, name).__get__ for name in names.split() if hasattr(torch.Tensor, name)]
 
 
 def function_name(function: Callable[..., Any]) -> str:

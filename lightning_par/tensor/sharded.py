@@ -55,7 +55,7 @@ class ShardedTensor(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_function__(  # type: ignore[override]
+    def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         rule = RULES.get(func)
@@ -67,7 +67,7 @@ class ShardedTensor(torch.Tensor):
         return _on_gathered(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
         """Refuse what comes past ``__torch_function__``: it would read a storage that does not exist."""
         raise ModelError(f"{func} was called on a sharded tensor from compiled code: call x.full_tensor() on it first")
 
@@ -106,7 +106,7 @@ class ShardedTensor(torch.Tensor):
                 _refuse_function(type(_of_wrapper(torch.Tensor.grad_fn, self)).__name__.removesuffix("Backward"))
         elif not self._guarded and _of_wrapper(torch.Tensor.requires_grad, self):
             self._guarded = True
-            torch.Tensor.__torch_function__(torch.Tensor.register_hook, (ShardedTensor,), (self, _refuse_gradient))
+            torch.Tensor.__torch_function__(torch.Tensor.register_hook, (), (self, _refuse_gradient))
 
     # What user code reads all the time is answered here, without dispatch.
 
@@ -127,7 +127,7 @@ class ShardedTensor(torch.Tensor):
         return self._local.device
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return self._local.requires_grad
 
     @requires_grad.setter
@@ -142,7 +142,7 @@ class ShardedTensor(torch.Tensor):
     def is_leaf(self) -> bool:  # type: ignore[override]
         return self._local.is_leaf
 
-    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+    def size(self, dim: int | None = None) -> Any:
         return self._shape if dim is None else self._shape[dim]
 
     def dim(self) -> int:
@@ -154,7 +154,7 @@ class ShardedTensor(torch.Tensor):
     def __len__(self) -> int:
         return self._shape[0]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         axis, where = self.axis, f"dim {self.shard_dim}" + (f" in segments {self.segments}" if len(self.segments) > 1 else "")
         return (
             f"ShardedTensor(shape={tuple(self._shape)}, dtype={self.dtype}, device={self.device}, cut along {where}, "
@@ -170,7 +170,7 @@ class ShardedTensor(torch.Tensor):
 
 def _of_wrapper(descriptor: Any, tensor: ShardedTensor) -> Any:
     """An attribute of the wrapper as torch itself sees it, not of ``local``."""
-    return torch.Tensor.__torch_function__(descriptor.__get__, (ShardedTensor,), (tensor,))
+    return torch.Tensor.__torch_function__(descriptor.__get__, (), (tensor,))
 
 
 def _refuse_gradient(grad: torch.Tensor) -> NoReturn:
@@ -218,4 +218,18 @@ def _changes_first_argument(function: Callable[..., Any]) -> bool:
     return name.endswith("_")
 
 
-_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift"}
+_IN_PLACE_OPERATORS = {
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "idiv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "ilshift",
+    "irshift",
+}

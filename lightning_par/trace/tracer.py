@@ -33,7 +33,7 @@ def trace_step(
 ) -> Trace:
     """Run one step of a copy of ``module`` on fake tensors and record it. No memory for weights, no side effect.
 
-    A step whose control flow or shapes depend on values is run on the real tensors instead, on shared weights.
+    A step that fails on fake tensors (its control flow or shapes depend on values) is run on the real ones, on shared weights.
 
     Args:
         module: the user's LightningModule, untouched.
@@ -51,7 +51,7 @@ def trace_step(
     path, seen = find_chain(module, chain)
     for fake in (True, False):
         recorder, output, error = _run(module, batch, step, path, prepare, fake)
-        if error is None or not is_data_dependent(error):
+        if error is None or (keep_error and not is_data_dependent(error)):
             break
     if error is not None and not keep_error:
         raise error

@@ -58,7 +58,6 @@ class DeepSpeedStates(OptimizerStates):
             stand_in = nn.Parameter(torch.zeros(1, device=device))
             root.add_module("stand_in", nn.ParameterList([stand_in]))
             groups = [{**optimizers[0].defaults, "params": [stand_in]}]
-            self._shapes = {stand_in: (1,)}
         config = _config(stage, sum(p.numel() for p in self._shapes))
         self.engine: ZeroEngine = start_zero_engine(stage, root, _copy(optimizers[0], groups), MeshUnit(mesh), config, device)
 
@@ -94,7 +93,8 @@ class DeepSpeedStates(OptimizerStates):
 
     def gradients(self, optimizer: Optimizer | None = None) -> Iterator[tuple[Tensor, nn.Parameter, bool]]:
         for fragment, parameter in self.engine.fragments():
-            yield fragment, parameter, True
+            if parameter in self._shapes:  # the stand-in is nobody's
+                yield fragment, parameter, True
 
     def step(self, optimizer: Optimizer | None = None) -> None:
         for i, group in zip(self._sources, self.engine.inner.param_groups, strict=False):

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from lightning_par.runtime.random import sharded_stream
-from lightning_par.tensor.rules.operand import aligned_part, first_sharded
 from lightning_par.tensor.registry import NoRule, rule_for
+from lightning_par.tensor.rules.operand import aligned_part, first_sharded
 from lightning_par.tensor.sharded import ShardedTensor
 
 _HEADS = -3

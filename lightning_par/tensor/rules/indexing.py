@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lightning_par.tensor.rules.operand import aligned_part, normalise_dim, sharded_input
 from lightning_par.tensor.registry import NoRule, rule_for, spellings
+from lightning_par.tensor.rules.operand import aligned_part, has_out, normalise_dim, sharded_input
 from lightning_par.tensor.rules.segment import take_segments
 from lightning_par.tensor.rules.shape import argument
 from lightning_par.tensor.sharded import ShardedTensor
@@ -109,12 +109,12 @@ def index_select(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> An
     tensor = sharded_input(args)
     dim = normalise_dim(argument(args, kwargs, 1, "dim", None), tensor.ndim)
     index = argument(args, kwargs, 2, "index", None)
-    if dim == tensor.shard_dim or "out" in kwargs or not _is_index_tensor(index):
+    if dim == tensor.shard_dim or has_out(kwargs) or not _is_index_tensor(index):
         raise NoRule
     return tensor.rewrap(tensor.local.index_select(dim, index))
 
 
-@rule_for(*spellings("gather", "take_along_dim"))
+@rule_for(*spellings("gather take_along_dim"))
 def gather(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Gather along another dim, with an index that is cut like the input."""
     tensor = sharded_input(args)
@@ -123,15 +123,15 @@ def gather(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     else:
         index, dim = argument(args, kwargs, 1, "indices", None), argument(args, kwargs, 2, "dim", None)
     dim = normalise_dim(dim, tensor.ndim)
-    if dim == tensor.shard_dim or index.shape[tensor.shard_dim] != tensor.shape[tensor.shard_dim] or "out" in kwargs:
+    if dim == tensor.shard_dim or index.shape[tensor.shard_dim] != tensor.shape[tensor.shard_dim] or has_out(kwargs):
         raise NoRule
     part = aligned_part(index, tensor.shard_dim - tensor.ndim, tensor.segments, tensor.axis)
     return tensor.rewrap(tensor.local.gather(dim, part))
 
 
-@rule_for(*spellings("tril", "triu"))
+@rule_for(*spellings("tril triu"))
 def triangle(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tensor = sharded_input(args)
-    if tensor.shard_dim >= tensor.ndim - 2 or "out" in kwargs:
+    if tensor.shard_dim >= tensor.ndim - 2 or has_out(kwargs):
         raise NoRule
     return tensor.rewrap(function(tensor.local, *args[1:], **kwargs))

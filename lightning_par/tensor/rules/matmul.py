@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional
 
 from lightning_par.runtime.collective import reduce_from
-from lightning_par.tensor.rules.operand import aligned_part, first_sharded
 from lightning_par.tensor.registry import NoRule, rule_for, spellings
+from lightning_par.tensor.rules.operand import aligned_part, first_sharded
 from lightning_par.tensor.rules.shape import argument
 from lightning_par.tensor.sharded import ShardedTensor
 
@@ -27,7 +27,9 @@ Kwargs = dict[str, Any]
 Labels = Sequence[Any]
 
 
-def product(function: Callable[..., torch.Tensor], operands: Sequence[torch.Tensor], labels: Sequence[Labels], result: Labels) -> Any:
+def product(
+    function: Callable[..., torch.Tensor], operands: Sequence[torch.Tensor], labels: Sequence[Labels], result: Labels
+) -> Any:
     """``function(*operands)``, a product that is linear in each operand.
 
     Args:
@@ -59,7 +61,7 @@ def _matmul_labels(left: int, right: int) -> tuple[Labels, Labels, Labels]:
     return left_labels, right_labels, [*batch, *["row"] * (left > 1), *["column"] * (right > 1)]
 
 
-@rule_for(*spellings("matmul", "bmm", "mm", "mv", "dot", "__matmul__"))
+@rule_for(*spellings("matmul bmm mm mv dot __matmul__"))
 def matmul(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if kwargs or len(args) != 2:
         raise NoRule
@@ -72,7 +74,7 @@ def rmatmul(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     return matmul(torch.matmul, (args[1], args[0]), kwargs)
 
 
-@rule_for(*spellings("addmm", "baddbmm"))
+@rule_for(*spellings("addmm baddbmm"))
 def add_product(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """``beta * x + alpha * (a @ b)``."""
     start, a, b = args[:3]

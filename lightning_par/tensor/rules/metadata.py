@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from lightning_par.tensor.rules.operand import sharded_input
+from lightning_par.errors import ModelError
 from lightning_par.tensor.registry import getters, rule_for, spellings
+from lightning_par.tensor.rules.operand import sharded_input
 from lightning_par.tensor.sharded import ShardedTensor
 
 _FUNCTIONS = """
 element_size get_device is_complex is_conj is_contiguous is_floating_point is_inference is_neg is_pinned is_signed
 new_empty new_full new_ones new_tensor new_zeros
-""".split()
+"""
 
 _ATTRIBUTES = """
 is_cpu is_cuda is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_sparse_csr is_xla is_xpu itemsize layout
 output_nr retains_grad _version
-""".split()
+"""
 
 
-@rule_for(*spellings(*_FUNCTIONS), *getters(*_ATTRIBUTES))
+@rule_for(*spellings(_FUNCTIONS), *getters(_ATTRIBUTES))
 def ask_local(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The answer of the local part. The ``new_`` functions take global sizes and give replicated tensors."""
     return function(sharded_input(args).local, *args[1:], **kwargs)
 
 
-@rule_for(*spellings("result_type", "is_same_size"))
+@rule_for(*spellings("result_type is_same_size"))
 def compare(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Ask about two tensors without their values."""
     if function in spellings("is_same_size"):
@@ -36,7 +37,23 @@ def compare(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return function(*(value.local if isinstance(value, ShardedTensor) else value for value in args), **kwargs)
 
 
-@rule_for(*getters("data", "grad"))
+@rule_for(torch.Tensor.stride)
+def stride(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Strides of a whole tensor laid out like the local one: those that step over the cut dim are ``axis.size`` times longer."""
+    tensor = sharded_input(args)
+    local = tensor.local.stride()
+    strides = tuple(step * tensor.axis.size if step > local[tensor.shard_dim] else step for step in local)
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    return strides if dim is None else strides[dim]
+
+
+@rule_for(*spellings("data_ptr untyped_storage storage set_ share_memory_ __dlpack__"))
+def refuse_memory(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    """There is no memory that holds the whole tensor."""
+    raise ModelError(f"{function.__name__} needs the memory of a sharded tensor: use x.full_tensor() or x.local")
+
+
+@rule_for(*getters("data grad"))
 def companion(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x.data`` and ``x.grad``: cut like ``x``."""
     tensor = sharded_input(args)

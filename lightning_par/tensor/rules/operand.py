@@ -29,6 +29,11 @@ def sharded_input(args: tuple[Any, ...]) -> ShardedTensor:
     raise NoRule
 
 
+def has_out(kwargs: dict[str, Any]) -> bool:
+    """Whether the call writes to a given tensor."""
+    return kwargs.get("out") is not None
+
+
 def normalise_dim(dim: int, ndim: int) -> int:
     """``dim`` counted from 0. Out of range is left to torch's own message."""
     if not isinstance(dim, int) or not -ndim <= dim < ndim:

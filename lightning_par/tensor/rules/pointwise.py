@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lightning_par.tensor.rules.operand import aligned_part, first_sharded, sharded_input
 from lightning_par.tensor.registry import NoRule, rule_for, spellings
+from lightning_par.tensor.rules.operand import aligned_part, first_sharded, has_out, sharded_input
 from lightning_par.tensor.sharded import ShardedTensor
 
 _UNARY = """
@@ -19,34 +19,33 @@ sigmoid sign signbit sin sinc sinh sqrt square tan tanh trunc zeros_like ones_li
 celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu6 selu silu softplus softshrink softsign
 tanhshrink threshold expit
 bfloat16 bool byte char cpu cuda double float half int long short
-""".split()
+"""
 
 _BROADCASTING = """
 add addcdiv addcmul arctan2 atan2 bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor clamp clamp_max
 clamp_min clip copysign div divide eq float_power floor_divide fmax fmin fmod ge greater greater_equal gt heaviside hypot
 isclose ldexp le lerp less less_equal logaddexp logaddexp2 logical_and logical_or logical_xor lt masked_fill maximum
 minimum mul multiply ne nextafter not_equal polar pow remainder rsub sub subtract true_divide where xlogy
-""".split()
+"""
 
 _OPERATORS = """
 __and__ __eq__ __floordiv__ __invert__ __or__ __pow__ __rand__ __rdiv__ __rfloordiv__ __rlshift__ __rmod__ __ror__ __rpow__
 __rrshift__ __rsub__ __rxor__ __xor__ __lshift__ __rshift__ __rtruediv__ __radd__ __rmul__
-""".split()
-
-_IN_PLACE_OPERATORS = "__iand__ __ior__ __ixor__ __ilshift__ __irshift__ __ifloordiv__ __ipow__ __imod__".split()
+"""
 
 _IN_PLACE = """
-add addcdiv addcmul clamp clamp_max clamp_min copy detach div divide erf exp fill floor_divide fmod ge gt le lerp log logical_and
-logical_not logical_or lt masked_fill mul multiply ne neg pow reciprocal relu remainder requires_grad round rsqrt sigmoid
-square sqrt sub subtract tanh true_divide zero eq clip abs ceil floor cos sin elu leaky_relu
-""".split()
+abs_ add_ addcdiv_ addcmul_ ceil_ clamp_ clamp_max_ clamp_min_ clip_ copy_ cos_ detach_ div_ divide_ elu_ eq_ erf_ exp_ fill_ floor_
+floor_divide_ fmod_ ge_ gt_ le_ leaky_relu_ lerp_ log_ logical_and_ logical_not_ logical_or_ lt_ masked_fill_ mul_ multiply_ ne_
+neg_ pow_ reciprocal_ relu_ remainder_ requires_grad_ round_ rsqrt_ sigmoid_ sin_ sqrt_ square_ sub_ subtract_ tanh_ true_divide_
+zero_ __iand__ __ifloordiv__ __ilshift__ __imod__ __ior__ __ipow__ __irshift__ __ixor__
+"""
 
 
-@rule_for(*spellings(*_UNARY, *_BROADCASTING, *_OPERATORS))
+@rule_for(*spellings(_UNARY + _BROADCASTING + _OPERATORS))
 def pointwise(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run on the aligned parts; the result is cut where the operands are, counted from the right."""
     lead = first_sharded((*args, *kwargs.values()) if kwargs else args)
-    if "out" in kwargs:
+    if has_out(kwargs):
         raise NoRule
     from_right, segments, axis = lead.shard_dim - len(lead.shape), lead.segments, lead.axis
     parts = [value.local if value is lead else aligned_part(value, from_right, segments, axis) for value in args]
@@ -59,7 +58,7 @@ def pointwise(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     return ShardedTensor(result, from_right + result.dim(), segments, axis)
 
 
-@rule_for(*spellings(*(f"{name}_" for name in _IN_PLACE), *_IN_PLACE_OPERATORS))
+@rule_for(*spellings(_IN_PLACE))
 def in_place(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Change the local part of the first argument, which must be the sharded one, and give it back."""
     target = sharded_input(args)
@@ -67,7 +66,7 @@ def in_place(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return target
 
 
-@rule_for(*spellings("to", "type", "type_as"))
+@rule_for(*spellings("to type type_as"))
 def cast(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Change dtype or device; another tensor only says to which, sharded or not."""
     other = args[1:] and args[1]

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 
 from lightning_par.runtime.collective import reduce_from
-from lightning_par.tensor.rules.operand import normalise_dim, replicated_part, sharded_input
-from lightning_par.tensor.rules.pointwise import pointwise
 from lightning_par.tensor.registry import NoRule, rule_for, spellings
+from lightning_par.tensor.rules.operand import has_out, normalise_dim, replicated_part, sharded_input
+from lightning_par.tensor.rules.pointwise import pointwise
 from lightning_par.tensor.rules.shape import argument, sizes_of
 from lightning_par.tensor.sharded import ShardedTensor
 
@@ -19,11 +19,11 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 _DIM_SECOND = """
-all amax amin any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum logcumsumexp log_softmax logsumexp
+all amax amin any argmin argsort count_nonzero cummax cummin cumprod cumsum logcumsumexp log_softmax logsumexp
 mean median nanmean nansum prod softmax softmin sort std sum var std_mean var_mean
-""".split()
+"""
 
-_DIM_THIRD = "kthvalue norm roll topk".split()
+_DIM_THIRD = "kthvalue norm roll topk"
 
 
 def _dims(tensor: ShardedTensor, dim: Any) -> set[int]:
@@ -47,7 +47,7 @@ def _rewrap(tensor: ShardedTensor, result: Any, dims: set[int]) -> Any:
 def _along(function: Callable[..., Any], args: Args, kwargs: Kwargs, dim: Any) -> Any:
     tensor = sharded_input(args)
     dims = _dims(tensor, dim)
-    if tensor.shard_dim in dims or "out" in kwargs:
+    if tensor.shard_dim in dims or has_out(kwargs):
         raise NoRule
     return _rewrap(tensor, function(tensor.local, *args[1:], **kwargs), dims)
 
@@ -57,7 +57,7 @@ def _default_dim(function: Callable[..., Any]) -> int | None:
     return -1 if function.__name__ in ("argsort", "sort", "topk", "kthvalue") else None
 
 
-@rule_for(*spellings(*_DIM_SECOND))
+@rule_for(*spellings(_DIM_SECOND))
 def along_dim(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     dim = argument(args, kwargs, 1, "dim", kwargs.get("axis", kwargs.get("dims", _default_dim(function))))
     if isinstance(dim, bool):  # std(x, unbiased)
@@ -65,7 +65,7 @@ def along_dim(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     return _along(function, args, kwargs, dim)
 
 
-@rule_for(*spellings(*_DIM_THIRD))
+@rule_for(*spellings(_DIM_THIRD))
 def along_third(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     return _along(function, args, kwargs, argument(args, kwargs, 2, "dim", kwargs.get("dims", _default_dim(function))))
 
@@ -75,24 +75,38 @@ def flip(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     return _along(function, args, kwargs, sizes_of(args, kwargs, "dims"))
 
 
-@rule_for(*spellings("max", "min"))
+@rule_for(*spellings("max min"))
 def extreme(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """``max(x, y)`` is pointwise, ``max(x, dim)`` a reduction."""
     other = argument(args, kwargs, 1, "other", None)
     return pointwise(function, args, kwargs) if isinstance(other, torch.Tensor) else along_dim(function, args, kwargs)
 
 
-@rule_for(*spellings("sum", "mean"))
+@rule_for(*spellings("sum mean"))
 def sum_or_mean(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Over the cut dim, the partial sums are summed over the axis: the parts are equal, so their means average."""
     tensor = sharded_input(args)
     dim = argument(args, kwargs, 1, "dim", kwargs.get("axis"))
     dims = _dims(tensor, dim)
-    if tensor.shard_dim not in dims or "out" in kwargs:
+    if tensor.shard_dim not in dims or has_out(kwargs):
         return _along(function, args, kwargs, dim)
     part = function(tensor.local, *args[1:], **kwargs)
     total = reduce_from(part, tensor.axis)
     return total / tensor.axis.size if function.__name__ == "mean" else total
+
+
+@rule_for(*spellings("argmax"))
+def argmax(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """Over the cut dim (predictions from logits): every rank offers its best, and only these are gathered."""
+    tensor = sharded_input(args)
+    dim = argument(args, kwargs, 1, "dim", None)
+    if dim is None or tensor.shard_dim not in _dims(tensor, dim) or len(tensor.segments) > 1:
+        return along_dim(function, args, kwargs)
+    axis, keep = tensor.axis, argument(args, kwargs, 2, "keepdim", False)
+    value, index = tensor.local.detach().max(dim, keepdim=keep)
+    index = index + axis.coordinate * (tensor.shape[dim] // axis.size)
+    best = torch.stack(axis.all_gather(value)).argmax(0, keepdim=True)
+    return torch.stack(axis.all_gather(index)).gather(0, best).squeeze(0)
 
 
 @rule_for(functional.layer_norm, functional.rms_norm, torch.layer_norm, torch.rms_norm)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from lightning_par.tensor.rules.operand import aligned_part, first_sharded, normalise_dim, sharded_input
 from lightning_par.tensor.registry import NoRule, getters, rule_for, spellings
+from lightning_par.tensor.rules.operand import aligned_part, first_sharded, has_out, normalise_dim, sharded_input
 from lightning_par.tensor.rules.segment import resolve_shape, take_segments, view_cut
 from lightning_par.tensor.sharded import ShardedTensor
 
@@ -44,17 +45,19 @@ def viewed(tensor: ShardedTensor, shape: Sequence[int], via: Callable[..., torch
     return ShardedTensor(via(tensor.local, local_shape), dim, segments, tensor.axis)
 
 
-@rule_for(*spellings("view", "reshape", "view_as", "reshape_as"))
+@rule_for(*spellings("view reshape view_as reshape_as"))
 def view(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    tensor = sharded_input(args)
     second = args[1] if len(args) > 1 else kwargs.get("dtype", kwargs.get("other"))
     if isinstance(second, torch.dtype):
         raise NoRule
     shape = second.shape if isinstance(second, torch.Tensor) else sizes_of(args, kwargs, "size", "shape")
+    if not isinstance(args[0], ShardedTensor):
+        return args[0].reshape(shape)
+    tensor = args[0]
     return viewed(tensor, shape, torch.Tensor.view if function.__name__.startswith("view") else torch.Tensor.reshape)
 
 
-@rule_for(*spellings("flatten", "ravel"))
+@rule_for(*spellings("flatten ravel"))
 def flatten(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tensor = sharded_input(args)
     start = normalise_dim(argument(args, kwargs, 1, "start_dim", 0), tensor.ndim)
@@ -76,7 +79,7 @@ def permuted(tensor: ShardedTensor, order: Sequence[int]) -> ShardedTensor:
     return ShardedTensor(tensor.local.permute(*order), list(order).index(tensor.shard_dim), tensor.segments, tensor.axis)
 
 
-@rule_for(*spellings("transpose", "swapaxes", "swapdims"))
+@rule_for(*spellings("transpose swapaxes swapdims"))
 def transpose(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tensor = sharded_input(args)
     if kwargs:
@@ -92,7 +95,7 @@ def permute(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     return permuted(tensor, [normalise_dim(dim, tensor.ndim) for dim in sizes_of(args, kwargs, "dims")])
 
 
-@rule_for(*spellings("t", "adjoint"), *getters("T", "mT", "mH", "H"))
+@rule_for(*spellings("t adjoint"), *getters("T mT mH H"))
 def transpose_last(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tensor = sharded_input(args)
     if tensor.ndim < 2:
@@ -103,7 +106,7 @@ def transpose_last(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> 
     return ShardedTensor(result, moved, tensor.segments, tensor.axis)
 
 
-@rule_for(*spellings("movedim", "moveaxis"))
+@rule_for(*spellings("movedim moveaxis"))
 def movedim(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tensor = sharded_input(args)
     source, destination = argument(args, kwargs, 1, "source", None), argument(args, kwargs, 2, "destination", None)
@@ -133,14 +136,12 @@ def squeeze(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     return ShardedTensor(tensor.local.squeeze(gone), moved, tensor.segments, tensor.axis)
 
 
-@rule_for(*spellings("expand", "expand_as", "broadcast_to"))
+@rule_for(*spellings("expand expand_as broadcast_to"))
 def expand(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    if len(args) == 2 and isinstance(args[1], torch.Tensor):
-        sizes = list(args[1].shape)
-    else:
-        sizes = list(sizes_of(args, kwargs, "size"))
+    like = argument(args, kwargs, 1, "other", None)
+    sizes = list(like.shape if isinstance(like, torch.Tensor) else sizes_of(args, kwargs, "size"))
     if not isinstance(args[0], ShardedTensor):
-        return function(args[0], sizes) if function.__name__ != "expand_as" else args[0].expand(sizes)
+        return args[0].expand(sizes)
     tensor = args[0]
     dim = tensor.shard_dim + len(sizes) - tensor.ndim
     if sizes[dim] not in (-1, tensor.shape[tensor.shard_dim]):
@@ -180,7 +181,7 @@ def split_sizes(tensor: ShardedTensor, sizes: Sequence[int], dim: int) -> tuple[
     return tuple(ShardedTensor(piece, dim, segments, tensor.axis) for piece, segments in zip(pieces, taken, strict=True))
 
 
-@rule_for(*spellings("split", "split_with_sizes"))
+@rule_for(*spellings("split split_with_sizes"))
 def split(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tensor = sharded_input(args)
     sizes = argument(args, kwargs, 1, "split_size_or_sections", kwargs.get("split_size", kwargs.get("split_sizes")))
@@ -211,12 +212,14 @@ def unbind(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     return tuple(ShardedTensor(piece, moved, tensor.segments, tensor.axis) for piece in tensor.local.unbind(dim))
 
 
-@rule_for(*spellings("cat", "concat", "concatenate"))
+@rule_for(*spellings("cat concat concatenate"))
 def cat(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Joined along the cut dim, the segments of the operands follow one another."""
-    operands = argument(args, kwargs, 0, "tensors", ())
+    operands = [
+        o for o in argument(args, kwargs, 0, "tensors", ()) if tuple(o.shape) != (0,)
+    ]  # torch skips these; empty caches are such
     lead = first_sharded(operands)
-    if "out" in kwargs:
+    if has_out(kwargs):
         raise NoRule
     dim = normalise_dim(argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)), lead.ndim)
     from_right, axis = lead.shard_dim - lead.ndim, lead.axis
@@ -235,8 +238,27 @@ def cat(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
 def stack(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     operands = argument(args, kwargs, 0, "tensors", ())
     lead = first_sharded(operands)
-    if "out" in kwargs or any(operand.shape != lead.shape for operand in operands):
+    if has_out(kwargs) or any(operand.shape != lead.shape for operand in operands):
         raise NoRule
     dim = normalise_dim(argument(args, kwargs, 1, "dim", 0), lead.ndim + 1)
     parts = [aligned_part(operand, lead.shard_dim - lead.ndim, lead.segments, lead.axis) for operand in operands]
     return ShardedTensor(torch.stack(parts, dim), lead.shard_dim + (dim <= lead.shard_dim), lead.segments, lead.axis)
+
+
+@rule_for(torch.view_as_complex, torch.view_as_real)
+def complex_pairs(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """The last dim holds real and imaginary parts: it comes or goes, and is not the cut one."""
+    tensor = sharded_input(args)
+    if function is torch.view_as_complex and tensor.shard_dim == tensor.ndim - 1:
+        raise NoRule
+    return ShardedTensor(function(tensor.local), tensor.shard_dim, tensor.segments, tensor.axis)
+
+
+@rule_for(functional.pad)
+def pad(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """Padding of other dims. Pairs of widths are counted from the last dim."""
+    tensor, widths = sharded_input(args), argument(args, kwargs, 1, "pad", ())
+    first = 2 * (tensor.ndim - 1 - tensor.shard_dim)
+    if any(widths[first : first + 2]):
+        raise NoRule
+    return tensor.rewrap(function(tensor.local, *args[1:], **kwargs))

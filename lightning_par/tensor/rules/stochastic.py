@@ -8,22 +8,22 @@ from typing import Any
 from torch.nn import functional
 
 from lightning_par.runtime.random import sharded_stream
-from lightning_par.tensor.rules.operand import sharded_input
 from lightning_par.tensor.registry import NoRule, rule_for, spellings
+from lightning_par.tensor.rules.operand import has_out, sharded_input
 from lightning_par.tensor.rules.shape import argument
 from lightning_par.tensor.sharded import ShardedTensor
 
 _ELEMENTWISE = """
 alpha_dropout bernoulli bernoulli_ cauchy_ dropout dropout_ exponential_ feature_alpha_dropout geometric_ log_normal_ normal_
 rand_like randint_like randn_like random_ rrelu uniform_
-""".split()
+"""
 
 
-@rule_for(*spellings(*_ELEMENTWISE))
+@rule_for(*spellings(_ELEMENTWISE))
 def draw(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run on the local part with numbers that differ over the axis."""
     tensor = sharded_input(args)
-    if any(isinstance(value, ShardedTensor) for value in args[1:]) or "generator" in kwargs or "out" in kwargs:
+    if any(isinstance(value, ShardedTensor) for value in args[1:]) or "generator" in kwargs or has_out(kwargs):
         raise NoRule
     if function is functional.dropout and not (argument(args, kwargs, 2, "training", True) and argument(args, kwargs, 1, "p", 0.5)):
         return tensor

@@ -1,0 +1,78 @@
+"""The first batch of a run, looked at without disturbing the order of the data."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_par.errors import DataError
+
+
+def first_batch(loaders: Any) -> Any:
+    """The first batch of a loader, or of every loader in a dict or list, as the step gets it.
+
+    A DataLoader's dataset is read in this process, without workers; its generators are put back.
+
+    Raises:
+        DataError: the data is an iterator that can be read only once, or is empty.
+    """
+    if isinstance(loaders, Mapping):
+        return {key: first_batch(loader) for key, loader in loaders.items()}
+    if isinstance(loaders, (list, tuple)):
+        return type(loaders)(first_batch(loader) for loader in loaders)
+    with _generators_put_back(loaders):
+        batches = _batches(loaders) if isinstance(loaders, DataLoader) else _iterate(loaders, "train_dataloaders")
+        for batch in batches:
+            return batch
+    raise DataError(f"the {type(loaders).__name__} gives no batch: a run needs at least one")
+
+
+def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
+    collate, dataset = loader.collate_fn, loader.dataset
+    if isinstance(dataset, IterableDataset):
+        items = _iterate(dataset, "the loader's IterableDataset")
+        if loader.batch_size is None:
+            yield from map(collate, items)
+        while batch := list(itertools.islice(items, loader.batch_size)):
+            yield collate(batch)
+    elif loader.batch_sampler is not None:
+        for indices in loader.batch_sampler:
+            yield collate([dataset[index] for index in indices])
+    else:
+        for index in loader.sampler:
+            yield collate(dataset[index])
+
+
+def _iterate(data: Iterable[Any], what: str) -> Iterator[Any]:
+    iterator = iter(data)
+    if iterator is data:
+        raise DataError(
+            f"{what} is a {type(data).__name__}, which can be read only once: the plan is made from the first batch, and every epoch "
+            "reads from the start. Give a DataLoader, or an object whose __iter__ starts afresh"
+        )
+    return iterator
+
+
+@contextlib.contextmanager
+def _generators_put_back(loader: Any) -> Iterator[None]:
+    """What runs inside draws from the global generators and the loader's own, and leaves them as they were."""
+    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    python_state, numpy_state = random.getstate(), copy.deepcopy(numpy.random.get_state())
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

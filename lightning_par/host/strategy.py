@@ -1,0 +1,484 @@
+"""The Lightning strategy: hooks that delegate to the parts that do the work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from lightning_par.checkpoint import load_checkpoint, load_rank_state, save_checkpoint
+from lightning_par.engine import Engine
+from lightning_par.errors import ConfigurationError
+from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
+from lightning_par.host.batch import merge_outputs, split_batch
+from lightning_par.host.fingerprint import check_same_batch
+from lightning_par.host.launcher import launcher_class
+from lightning_par.host.precision import check_precision, precision_class
+from lightning_par.host.preflight import check_callbacks, check_optimization, plan_from_trainer
+from lightning_par.host.stage_log import StageLog
+from lightning_par.host.stage_metric import from_last_stage
+from lightning_par.layout import Layout, parse_layout
+from lightning_par.plan import Plan, render_plan
+from lightning_par.runtime.mesh import Mesh
+from lightning_par.zero.engine import DeepSpeedStates
+from lightning_par.zero.replicated import ReplicatedStates
+from lightning_par.zero.states import OptimizerStates
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import ParallelStrategy as Host
+else:
+    Host = object
+
+NUM_CHECKED_BATCHES = 3  # batches of each step that are compared between the ranks of a replica
+_ROOTS = ("pytorch_lightning", "lightning.pytorch")
+
+
+class HybridParallelStrategy(Host):
+    """Pipeline, tensor and ZeRO parallelism for an unmodified LightningModule.
+
+    ``Trainer(strategy=HybridParallelStrategy("tp2_pp2_zero1"), accelerator="cpu", devices=4)``, with the Trainer of
+    ``pytorch_lightning`` or of ``lightning.pytorch``.
+
+    Args:
+        layout: a layout word, such as ``tp2_pp2_zero1``, or a `Layout`. dp left out is what is left of the devices.
+        plan: lines that win over what the trace says, see `lightning_par.plan.override`.
+        schedule: the pipeline schedule, ``1f1b`` or ``gpipe``.
+        timeout_seconds: how long a collective may wait for a rank before it is an error.
+        print_plan: whether rank 0 prints the plan before the first step.
+
+    Raises:
+        LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
+    """
+
+    is_distributed = True  # without it Lightning adds no sampler and sync_dist is silently off
+    strategy_name = "hybrid_parallel"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> HybridParallelStrategy:
+        """Make a strategy of the Lightning namespace that the caller uses: their classes are disjoint."""
+        return object.__new__(cls if issubclass(cls, _Bound) else _bind(_caller_root()))
+
+    def __init__(
+        self,
+        layout: str | Layout = "single",
+        *,
+        plan: Mapping[str, Any] | None = None,
+        schedule: str = "1f1b",
+        timeout_seconds: float = 600.0,
+        print_plan: bool = True,
+    ) -> None:
+        super().__init__()
+        self._typed = str(layout)
+        self.layout = parse_layout(layout) if isinstance(layout, str) else layout
+        self._overrides, self._schedule, self._print_plan = dict(plan or {}), schedule, print_plan
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._num_nodes = 1
+        self._plan: Plan | None = None
+        self._mesh: Mesh | None = None
+        self._engine: Engine | None = None
+        self._states: OptimizerStates | None = None
+        self._log: StageLog | None = None
+        self._num_seen: dict[str, int] = {}
+        self._reduced = False
+        self.grad_norm: torch.Tensor | None = None
+
+    # ------------------------------------------------------------------ devices and ranks
+
+    @property
+    def num_nodes(self) -> int:
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, count: int) -> None:
+        self._num_nodes = count
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.parallel_devices or ())
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def mesh(self) -> Mesh:
+        """This rank's axes; there once the Trainer has started."""
+        if self._mesh is None:
+            raise RuntimeError("the mesh exists once trainer.fit, validate, test or predict has started")
+        return self._mesh
+
+    @property
+    def plan(self) -> Plan:
+        """All decisions of the run; there once the Trainer has started."""
+        if self._plan is None:
+            raise RuntimeError("the plan exists once trainer.fit, validate, test or predict has started")
+        return self._plan
+
+    @property
+    def dp_rank(self) -> int:
+        """Which replica this rank belongs to; what a dataset or sampler is sharded by."""
+        return self.layout.coordinate_of(self.global_rank).dp
+
+    @property
+    def dp_size(self) -> int:
+        """Replicas."""
+        return self.layout.dp or 1
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """All ranks of a replica read the same samples."""
+        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
+
+    def set_world_ranks(self) -> None:
+        """Tell Lightning's environment the world; fill in dp. Called by the Trainer before the launcher is made."""
+        world_size = self._num_nodes * self.num_processes
+        self.layout = self.layout.resolve(world_size, self._typed)
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(world_size)
+
+    def _configure_launcher(self) -> None:
+        self._launcher = launcher_class(self._root)(
+            self.cluster_environment, self.num_processes, self._num_nodes, layout=self.layout, preflight=self._preflight
+        )
+
+    def _preflight(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        """Everything that can be found wrong without other ranks, before they are started. Rank 0 only."""
+        check_callbacks(trainer)
+        if self.global_rank == 0 and self._plan is None:
+            self._plan = plan_from_trainer(trainer, self.layout, self._overrides, *args, **kwargs)
+
+    # ------------------------------------------------------------------ setup
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if not dist.is_initialized():
+            environment = self.cluster_environment
+            assert environment is not None
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+            backend = "nccl" if self.root_device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, rank=self.global_rank, world_size=self.world_size, timeout=self._timeout)
+        if self._mesh is None:
+            self._mesh = Mesh(self.layout, self._timeout)
+
+    def setup(self, trainer: Any) -> None:
+        """Install the plan on the module, then make the optimizers over what this rank holds."""
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        module = self.lightning_module
+        if self._engine is None or self._engine.module is not module:
+            self._install(module)
+            self._show_plan(trainer.log_dir if trainer.loggers else None)  # every rank asks: the answer is broadcast
+        self._log = StageLog(module, self.mesh)
+        self._num_seen.clear()
+        if trainer.state.fn == "fit":
+            module.__dict__["optimizer_zero_grad"] = _do_nothing  # gradients are there before Lightning would clear them
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def _install(self, module: Any) -> None:
+        plans: list[Any] = [self._plan, torch.initial_seed()]
+        dist.broadcast_object_list(plans, src=0, group=self.mesh.world.group)
+        self._plan = plans[0]
+        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self._schedule, plans[1])
+
+    def _show_plan(self, folder: str | None) -> None:
+        """Print the plan, and save it with the run's logs. Rank 0 only."""
+        if not self.is_global_zero:
+            return
+        if self._print_plan:
+            print(render_plan(self.plan), flush=True)
+        if folder is not None:
+            path = Path(folder, "plan.yaml")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(self.plan.to_dict(), sort_keys=False))
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        if self._states is not None:
+            self._states.close()
+        super().setup_optimizers(trainer)
+        module, layout = self.lightning_module, self.layout
+        check_optimization(module, self.optimizers, layout)
+        if layout.zero and self.dp_size > 1:
+            self._states = DeepSpeedStates(module, self.optimizers, layout.zero, self.mesh)
+        else:
+            self._states = ReplicatedStates(module, self.optimizers, self.mesh.dp)
+        self.engine.connect(self._states.after_forward, self._states.after_backward)
+
+    def model_to_device(self) -> None:
+        """The engine moves this rank's shards when it installs them."""
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def states(self) -> OptimizerStates:
+        """The owner of the optimizer states; there while fitting."""
+        assert self._states is not None
+        return self._states
+
+    @property
+    def precision_plugin(self) -> Any:
+        return self._precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Any) -> None:
+        if plugin is not None:
+            check_precision(plugin)
+        self._precision_plugin = precision_class(self._root)(self)
+
+    # ------------------------------------------------------------------ steps
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Forward and backward of one batch through all stages; the mean loss, equal on every rank, without a graph."""
+        module = self.lightning_module
+        self._check_batch("training", batch)
+        if not module.automatic_optimization:
+            with self._stage_log.step():
+                return module.training_step(batch, *args, **kwargs)
+        trainer = module.trainer
+        batch_idx = args[0] if args else 0
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            type(module).optimizer_zero_grad(module, trainer.current_epoch, batch_idx, self.optimizers[0])
+            self.states.zero_grad()
+        pieces = split_batch(batch, self.plan.layout.microbatches or 1)
+        sizes = [size for _, size in pieces]
+        program = self._program("training_step", pieces, args, kwargs)
+        with self._stage_log.step(), self.states.accumulate():
+            outputs = self.engine.train(program, sizes, _loss_of, 1 / trainer.accumulate_grad_batches)
+        self._reduced = False
+        return self._training_output(outputs, sizes)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("validation_step", *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("test_step", *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's ``predict_step`` through all stages; the whole batch's output on every rank of the replica."""
+        return self._evaluate("predict_step", *args, **kwargs)
+
+    def _evaluate(self, step: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self._check_batch(step.removesuffix("_step"), batch)
+        pieces = split_batch(batch, (self.plan.layout.microbatches or 1) if self.layout.pp > 1 else 1)
+        program = self._program(step, pieces, args, kwargs)
+        if step == "predict_step":
+            outputs = self.engine.evaluate(program, len(pieces))
+        else:
+            with self._stage_log.step():
+                outputs = self.engine.evaluate(program, len(pieces))
+        merged = merge_outputs(outputs, [size for _, size in pieces]) if outputs else None
+        return from_last_stage(merged, self.mesh)
+
+    def _program(self, step: str, pieces: list[tuple[Any, int]], args: Any, kwargs: Any) -> Callable[[int], Any]:
+        run = getattr(self.lightning_module, step)
+
+        def program(index: int) -> Any:
+            microbatch, self._stage_log.size = pieces[index]
+            return run(microbatch, *args, **kwargs)
+
+        return program
+
+    def _training_output(self, outputs: list[Any], sizes: list[int]) -> Any:
+        """The mean loss over the batch and all replicas, on every rank; other entries of a returned dict beside it."""
+        mesh = self.mesh
+        summary = torch.zeros(2, dtype=torch.float64, device=self.root_device)
+        extras: Any = None
+        if outputs:
+            losses = [float(size) * _loss_of(output).detach().double() for output, size in zip(outputs, sizes, strict=True)]
+            summary[0] = sum(losses) / (sum(sizes) * mesh.tp.size * mesh.dp.size)
+            if isinstance(outputs[0], dict):
+                extras = merge_outputs([{k: v for k, v in output.items() if k != "loss"} for output in outputs], sizes) or None
+            summary[1] = float(extras is not None)
+        mesh.world.all_reduce(summary)
+        loss = summary[0].float()
+        return {"loss": loss, **from_last_stage(extras, mesh)} if float(summary[1]) else loss
+
+    def _check_batch(self, what: str, batch: Any) -> None:
+        """Compare the first batches of each kind between the ranks of a replica."""
+        seen = self._num_seen[what] = self._num_seen.get(what, 0) + 1
+        if seen <= NUM_CHECKED_BATCHES:
+            check_same_batch(batch, self.mesh.replica, f"{what} batch {seen - 1} of replica {self.dp_rank}")
+
+    @property
+    def _stage_log(self) -> StageLog:
+        assert self._log is not None
+        return self._log
+
+    # ------------------------------------------------------------------ optimization
+
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The hooks around a backward; the backward itself has run, except in manual optimization."""
+        module = self.lightning_module
+        if not module.automatic_optimization:
+            self._reduced = False
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        return self.precision_plugin.post_backward(closure_loss, module)
+
+    def reduce_gradients(self, optimizer: Any = None) -> None:
+        """Sum shared gradients, average over dp; once between a backward and a step. Collective over the world."""
+        if not self._reduced:
+            sum_shared_gradients(self.lightning_module.parameters(), self.mesh)
+            self.states.reduce(optimizer if len(self.optimizers) > 1 else None)
+            self._reduced = True
+
+    def clip_gradients(self, optimizer: Any, value: float, algorithm: str) -> None:
+        """Clip the reduced gradients of the whole model, by norm or by value. Collective over the world."""
+        self.reduce_gradients(optimizer)
+        chosen = optimizer if len(self.optimizers) > 1 else None
+        if algorithm == "value":
+            clip_by_value(self.states, value, chosen)
+        else:
+            self.grad_norm = global_norm(self.states, self.mesh, chosen)
+            clip_by_norm(self.states, value, self.grad_norm, chosen)
+
+    def step_optimizer(self, optimizer: Any) -> None:
+        """Step with the reduced gradients."""
+        self.states.step(optimizer if len(self.optimizers) > 1 else None)
+
+    # ------------------------------------------------------------------ collectives for Lightning
+
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            devices = [self.root_device.index or 0] if self.root_device.type == "cuda" else None
+            dist.barrier(device_ids=devices)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src=src)
+        return box[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over all ranks. A mean over all ranks is the mean over replicas, as tp and pp ranks hold equal values."""
+        if not isinstance(tensor, torch.Tensor) or not dist.is_initialized():
+            return tensor
+        total = tensor.clone().to(self.root_device)
+        is_mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
+        operation = dist.ReduceOp.SUM if isinstance(reduce_op, str) or reduce_op is None else reduce_op
+        total = total.double() if is_mean and not total.is_floating_point() else total
+        dist.all_reduce(total, op=operation, group=group)
+        return total / dist.get_world_size(group) if is_mean else total
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        count = int(self.reduce(torch.tensor(int(decision)), reduce_op="sum"))
+        return count == self.world_size if all else count > 0
+
+    # ------------------------------------------------------------------ checkpoints
+
+    restore_checkpoint_after_setup = True  # a rank reads its own shards, which exist after setup
+    lightning_restore_optimizer = False  # optimizer states are read with the shards
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: each rank's shards are written by `save_checkpoint`."""
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Nothing, as for the weights."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a folder: what Lightning gives, once, and every rank's shards. Collective over the world."""
+        filepath = self.broadcast(str(filepath))
+        save_checkpoint(Path(filepath), checkpoint, self._rank_state(), self.mesh)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read what Lightning gave to `save_checkpoint`. The shards follow in `load_model_state_dict`."""
+        self._loading = Path(checkpoint_path)
+        return load_checkpoint(self._loading, self.layout, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        state = load_rank_state(self._loading, self.mesh)
+        if self._states is not None and state["states"] is not None:
+            self.engine.load_state_dict(state["module"], parameters=False)
+            self._states.load_state_dict(state["states"])
+        else:
+            self.engine.load_state_dict(state["module"])
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """The optimizer states came with the shards."""
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(filepath)
+
+    def _rank_state(self) -> dict[str, Any]:
+        if self._states is None:
+            return {"module": self.engine.state_dict(self.lightning_module.named_parameters()), "states": None}
+        return {"module": self.engine.state_dict(self._states.full_parameters()), "states": self._states.state_dict()}
+
+    # ------------------------------------------------------------------ teardown
+
+    def teardown(self) -> None:
+        module = self.lightning_module
+        if module is not None:
+            module.__dict__.pop("optimizer_zero_grad", None)
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        for part in (self.precision_plugin, self.cluster_environment, self.accelerator, self.checkpoint_io):
+            if part is not None:  # the base class would also move the module away from its device
+                part.teardown()
+
+
+class _Bound:
+    """Marks the classes made by `_bind`."""
+
+    _root: str
+
+
+@lru_cache
+def _bind(root: str) -> type[HybridParallelStrategy]:
+    """The strategy on the base class of one Lightning namespace."""
+    base = import_module(f"{root}.strategies").ParallelStrategy
+    return type("HybridParallelStrategy", (HybridParallelStrategy, _Bound, base), {"_root": root, "__module__": __name__})
+
+
+def _caller_root() -> str:
+    """The Lightning namespace in use: the imported one; where both are, the one that the calling script names."""
+    loaded = [root for root in _ROOTS if root in sys.modules]
+    if len(loaded) < 2:
+        return loaded[0] if loaded else next(root for root in _ROOTS if _is_installed(root))
+    frame = sys._getframe(2)
+    while frame is not None:
+        for value in list(frame.f_globals.values()):
+            name = getattr(value, "__name__", "") if isinstance(value, type(sys)) else getattr(value, "__module__", "")
+            root = next((root for root in (*_ROOTS, "lightning") if name == root or str(name).startswith(f"{root}.")), None)
+            if root is not None:
+                return "lightning.pytorch" if root == "lightning" else root
+        frame = frame.f_back  # type: ignore[assignment]
+    return loaded[0]
+
+
+def _is_installed(root: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(root.partition(".")[0]) is not None
+
+
+def _loss_of(output: Any) -> torch.Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, torch.Tensor):
+        raise ConfigurationError(
+            f"training_step returned {'None' if loss is None else type(loss).__name__} for a batch: a parallel run needs the loss of "
+            "every batch; return the loss tensor"
+        )
+    return loss
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    return None
