@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -66,7 +67,7 @@ def _collect(processes: list[Any], results: Any, timeout: float) -> list[Any]:
             assert not dead, f"ranks {dead} died with {[processes[rank].exitcode for rank in dead]}"
             continue
         assert error is None, f"rank {rank} of {len(processes)} raised:\n{error}"
-        done[rank] = value
+        done[rank] = pickle.loads(value)
     return [done[rank] for rank in range(len(processes))]
 
 
@@ -76,7 +77,7 @@ def _rank_main(function: Callable[..., Any], rank: int, world_size: int, rendezv
     try:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
         value = function(rank, world_size, *args)
-        results.put((rank, None, value))
+        results.put((rank, None, pickle.dumps(value)))  # by value: torch would share memory that dies with this process
     except BaseException:  # whatever ended this rank is what the test must show
         results.put((rank, traceback.format_exc(), None))
     results.close()

@@ -27,7 +27,7 @@ CLASSES, BATCH = 5, 6  # 6 samples in 4 microbatches: 2, 2, 1, 1
 
 # what each case adds to the Trainer
 CASES: dict[str, dict[str, Any]] = {
-    "early stopping": {"max_epochs": 4},
+    "early stopping": {"max_epochs": 4},  # in both namespaces; the rest in the first
     "accumulate and clip by norm": {"max_epochs": 1, "accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
     "clip by value": {"max_epochs": 1, "gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"},
 }
@@ -90,7 +90,9 @@ def user_module(root: str) -> Any:
     return Classifier()
 
 
-def make_trainer(root: str, world_size: int, folder: Path, **options: Any) -> tuple[Any, list[dict[str, float]]]:
+def make_trainer(
+    root: str, world_size: int, folder: Path, layout: str = LAYOUT, **options: Any
+) -> tuple[Any, list[dict[str, float]]]:
     """A Trainer, stock in one process, and the list in which it leaves what each batch logged."""
     pl: Any = LIGHTNING[root]
     seen: list[dict[str, float]] = []
@@ -119,7 +121,6 @@ def make_trainer(root: str, world_size: int, folder: Path, **options: Any) -> tu
         ],
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,
         **options,
     )
     return trainer, seen
@@ -129,8 +130,8 @@ def run_cases(rank: int, world_size: int, root: str, folder: Path) -> dict[str, 
     """Fit, validate and predict in every case; what the Trainer of this rank knows of each."""
     train, validation = DataLoader(samples(4 * BATCH, 0), BATCH), DataLoader(samples(2 * BATCH - 1, 1), BATCH)
     known = {}
-    for name, options in CASES.items():
-        trainer, seen = make_trainer(root, world_size, folder / name, **options)
+    for name, options in CASES.items() if root == ROOTS[0] else [("early stopping", CASES["early stopping"])]:
+        trainer, seen = make_trainer(root, world_size, folder / name, use_distributed_sampler=False, **options)
         module = user_module(root)
         trainer.fit(module, train, validation)
         known[name] = {
@@ -146,7 +147,7 @@ def resume(root: str, world_size: int, folder: Path, train: Any, validation: Any
     """The first case again, from the checkpoint after its first epoch."""
     name = "early stopping"
     first = next(path for path in (folder / name / "checkpoints").iterdir() if path.name.startswith("epoch=0"))
-    trainer, seen = make_trainer(root, world_size, folder / "resumed", **CASES[name])
+    trainer, seen = make_trainer(root, world_size, folder / "resumed", use_distributed_sampler=False, **CASES[name])
     module = user_module(root)
     trainer.fit(module, train, validation, ckpt_path=str(first))
     return {
@@ -182,6 +183,32 @@ def test_the_same_run_as_the_stock_trainer(root: str, tmp_path: Path) -> None:
             assert table.items() <= whole.items()  # to the last bit; the uninterrupted run still shows its first epoch's means
         for key, prediction in uninterrupted["predictions"].items():
             np.testing.assert_array_equal(resumed["predictions"][key], prediction)
+
+
+def read_by_replicas(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Validate and train with the sampler that Lightning adds; the samples that this rank was given, by their first tokens."""
+    given: list[tuple[int, ...]] = []
+
+    class Given(LIGHTNING[ROOTS[0]].Callback):  # type: ignore[misc]
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+            given.extend(tuple(row) for row in batch["tokens"][:, :4].tolist())
+
+    trainer, _ = make_trainer(ROOTS[0], world_size, folder, "pp2_dp2", max_epochs=1)
+    trainer.callbacks.append(Given())
+    module, loader = user_module(ROOTS[0]), DataLoader(samples(4 * BATCH, 0), BATCH)
+    (validated,) = trainer.validate(module, loader, verbose=False)
+    trainer.fit(module, loader, loader)
+    return {"validated": validated, "given": given, "fitted": numbers(trainer.callback_metrics)}
+
+
+def test_replicas_read_different_samples_and_know_the_same(tmp_path: Path) -> None:
+    (stock,) = run_ranks(read_by_replicas, 1, tmp_path / "stock")
+    ranks = run_ranks(read_by_replicas, 4, tmp_path / "dp2")  # ranks 0 and 2 are replica 0
+    assert ranks[0]["given"] == ranks[2]["given"] and ranks[1]["given"] == ranks[3]["given"]
+    assert sorted(ranks[0]["given"] + ranks[1]["given"]) == sorted(stock["given"])
+    for rank in ranks:
+        assert rank["validated"] == pytest.approx(stock["validated"], rel=1e-5)
+        assert rank["fitted"] == ranks[0]["fitted"]
 
 
 def refused_precision(rank: int, world_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
@@ -199,6 +201,37 @@ def run_gpt2(rank: int, size: int) -> dict[str, int]:
 
 def test_gpt2_of_transformers_needs_no_gather() -> None:
     assert run_ranks(run_gpt2, 2) == [{}, {}]
+
+
+def run_checkpointed(rank: int, size: int) -> None:
+    """Recomputing a block draws the same masks and needs no further all-reduce of the shared input's gradient."""
+    axis = tp_axis()
+    torch.manual_seed(0)
+    model = Model()
+    shard_model(model, axis, "global")
+    x = torch.randn(2, 5, D, requires_grad=True)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return model.separate(x) + model.down(F.dropout(F.gelu(model.up(x)), 0.5))
+
+    gradients, calls = [], []
+    for run in (
+        block,
+        functools.partial(checkpoint, block, use_reentrant=False),
+        functools.partial(checkpoint, block, use_reentrant=True),
+    ):
+        torch.manual_seed(1)
+        x.grad = None
+        axis.calls.clear()
+        run(x).square().sum().backward()
+        gradients.append(x.grad)
+        calls.append(axis.calls["all_reduce"])
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+    assert calls == [4, 6, 6]  # two in the forward, two in the backward, and the forward's again where it is recomputed
+
+
+def test_activation_checkpointing() -> None:
+    run_ranks(run_checkpointed, 2)
 
 
 def run_inputs(rank: int, size: int) -> None:

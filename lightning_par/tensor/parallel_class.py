@@ -47,11 +47,12 @@ def convert(module: nn.Module, base: type[nn.Module], layer: type[ParallelLayer]
             f"call super().forward(...) in it, or leave this layer whole in the plan"
         )
     module.__dict__[_RECORD] = record
-    module.__class__ = _derive(user, base, layer)
+    classes: tuple[Any, ...] = (user, base, layer)
+    module.__class__ = _derive(*classes)
 
 
 @functools.cache
-def _derive(user: Any, base: Any, layer: Any) -> type[nn.Module]:
+def _derive(user: type[nn.Module], base: type[nn.Module], layer: type[ParallelLayer]) -> type[nn.Module]:
     between = type(layer.__name__, (layer, base), {"__module__": layer.__module__})
     return between if user is base else type(user.__name__, (user, between), {"__module__": user.__module__})
 

@@ -1,0 +1,185 @@
+"""The parity harness: the same module trained in one process and in a layout must give the same run.
+
+Compared are the losses, every gradient of the first step, the global gradient norm of every step, and all weights after
+three AdamW steps with clipping, in fp32, each tensor to a relative 1e-5. Global tensors are put together here, from what
+every rank holds, by the sizes in the plan alone: neither the reductions nor the checkpoint code is trusted with it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_par.host.strategy import HybridParallelStrategy
+from lightning_par.layout import Layout, parse_layout
+from lightning_par.runtime.parameter import ParameterSpec, get_spec
+from tests.models import make_batch
+from tests.ranks import run_ranks
+
+STEPS, REPLICA_BATCH, CLIP, TOLERANCE = 3, 8, 0.3, 1e-5
+MakeModel = Callable[[], pl.LightningModule]
+
+
+@dataclass
+class Run:
+    """What one process, or one rank of a layout, saw."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    specs: dict[str, ParameterSpec] = field(default_factory=dict)
+
+
+class Steps(Dataset[dict[str, torch.Tensor]]):
+    """Whole batches by step: the global batch, or the part of one replica."""
+
+    def __init__(self, dp_size: int, dp_rank: int | None = None) -> None:
+        self.dp_size, self.dp_rank = dp_size, dp_rank
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        if step >= STEPS:
+            raise IndexError(step)
+        batch = make_batch(step, REPLICA_BATCH * self.dp_size)
+        if self.dp_rank is None:
+            return batch
+        part = slice(self.dp_rank * REPLICA_BATCH, (self.dp_rank + 1) * REPLICA_BATCH)
+        return {key: value[part] for key, value in batch.items()}
+
+
+class Watch(pl.Callback):
+    """Writes down a run."""
+
+    def __init__(self) -> None:
+        self.run = Run()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            named = pl_module.named_parameters()
+            self.run.gradients = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        if not isinstance(trainer.strategy, HybridParallelStrategy):
+            norms = torch.stack([p.grad.double().norm() for p in pl_module.parameters() if p.grad is not None])
+            self.run.norms.append(float(norms.norm()))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.run.losses.append(float(outputs["loss"]))
+        if isinstance(trainer.strategy, HybridParallelStrategy):
+            assert trainer.strategy.grad_norm is not None
+            self.run.norms.append(float(trainer.strategy.grad_norm))
+
+
+def fit(make: MakeModel, loader: DataLoader[Any], **trainer: Any) -> tuple[pl.Trainer, pl.LightningModule, Run]:
+    """Train a freshly made model, without anything that writes."""
+    torch.manual_seed(0)
+    module, watch = make(), Watch()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen: dict[str, Any] = {"accelerator": "cpu", "max_steps": STEPS, "gradient_clip_val": CLIP, **quiet, **trainer}
+        host = pl.Trainer(callbacks=[watch], **chosen)
+        host.fit(module, loader)
+    return host, module, watch.run
+
+
+def train_alone(make: MakeModel, dp_size: int) -> Run:
+    """The run in one process, on the batches of all replicas together."""
+    _, module, run = fit(make, DataLoader(Steps(dp_size), batch_size=None), devices=1)
+    run.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    return run
+
+
+def train_rank(make: MakeModel, layout: Layout, rank: int) -> Run:
+    """One rank's view of the run in a layout. Collective over the world."""
+    strategy = HybridParallelStrategy(layout, print_plan=False)
+    loader: DataLoader[Any] = DataLoader(Steps(layout.dp or 1, layout.coordinate_of(rank).dp), batch_size=None)
+    _, module, run = fit(make, loader, strategy=strategy, devices=layout.world_size)
+    run.weights = {name: value.detach().clone() for name, value in strategy.states.full_parameters()}
+    run.specs = {name: get_spec(p) for name, p in module.named_parameters()}
+    strategy.states.close()
+    return run
+
+
+def check_parity(makers: dict[str, MakeModel], word: str, timeout: float = 120) -> None:
+    """Train every model alone and in the layout ``word``, all in one start of its ranks, and compare.
+
+    Raises:
+        AssertionError: names the model, what differs, by how much.
+    """
+    layout = parse_layout(word)
+    layout = layout.resolve(layout.world_size)
+    results = run_ranks(_all_models, layout.world_size, makers, layout, timeout=timeout)
+    for name, make in makers.items():
+        alone = train_alone(make, layout.dp or 1)
+        ranks = [result[name] for result in results]
+        try:
+            compare(alone, ranks, layout)
+        except AssertionError as error:
+            raise AssertionError(f"{name} in {word}: {error}") from None
+
+
+def _all_models(rank: int, world_size: int, makers: dict[str, MakeModel], layout: Layout) -> dict[str, Run]:
+    return {name: train_rank(make, layout, rank) for name, make in makers.items()}
+
+
+def compare(alone: Run, ranks: list[Run], layout: Layout) -> None:
+    """Hold the ranks' views of a run against the run in one process."""
+    for rank, run in enumerate(ranks):
+        _close(f"losses on rank {rank}", torch.tensor(run.losses), torch.tensor(alone.losses))
+        _close(f"gradient norms on rank {rank}", torch.tensor(run.norms), torch.tensor(alone.norms))
+    for what, total in (("gradients", True), ("weights", False)):
+        ours, theirs = dict(_assemble(ranks, layout, what, total)), getattr(alone, what)
+        assert ours.keys() == theirs.keys(), f"{what} of {sorted(ours.keys() ^ theirs.keys())} are on one side only"
+        for name, tensor in theirs.items():
+            _close(f"{what}[{name}]", ours[name], tensor)
+
+
+def _assemble(ranks: list[Run], layout: Layout, what: str, total: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Global tensors by the user's name, from the pieces on all ranks.
+
+    Args:
+        total: for gradients, which add up over the stages that share a weight and over tp where they are partial, and are
+            averaged over dp. Weights must be the same on all of these instead.
+    """
+    pieces: dict[str, dict[tuple[int, int, int], torch.Tensor]] = {}
+    specs: dict[str, ParameterSpec] = {}
+    for rank, run in enumerate(ranks):
+        at = layout.coordinate_of(rank)
+        for name, tensor in getattr(run, what).items():
+            spec = run.specs[name]
+            specs[spec.name] = spec
+            pieces.setdefault(spec.name, {})[at.pp, at.dp, at.tp] = tensor
+    for name, held in pieces.items():
+        spec, replicas = specs[name], []
+        for d in range(layout.dp or 1):
+            copies = [_over_tp([held[p, d, t] for t in range(layout.tp)], spec, total, name) for p in spec.stages]
+            replicas.append(torch.stack(copies).sum(0) if total else _same(copies, f"{name} over stages"))
+        yield name, torch.stack(replicas).mean(0) if total else _same(replicas, f"{name} over dp")
+
+
+def _over_tp(shards: list[torch.Tensor], spec: ParameterSpec, total: bool, name: str) -> torch.Tensor:
+    if spec.split is not None:
+        return spec.split.unshard(shards)
+    return torch.stack(shards).sum(0) if total and spec.partial else _same(shards, f"{name} over tp")
+
+
+def _same(copies: list[torch.Tensor], what: str) -> torch.Tensor:
+    """Copies of one tensor must be equal bit for bit, or they drift apart."""
+    assert all(torch.equal(copy, copies[0]) for copy in copies), f"copies of {what} differ"
+    return copies[0]
+
+
+def _close(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.shape == theirs.shape, f"{what}: shape {list(ours.shape)} instead of {list(theirs.shape)}"
+    error = float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30))
+    assert error <= TOLERANCE, f"{what}: relative error {error:.1e}, more than {TOLERANCE}"
