@@ -58,8 +58,11 @@ def build(num_processes: int, preflight: Any = None) -> Any:
 
 def act(case: str) -> None:
     """What one rank does."""
-    if case == "raise":
+    if case.startswith("raise"):
+        time.sleep(0.3 if case.endswith("later") else 0)
         raise RuntimeError("raised on purpose")
+    if case == "exit":
+        os._exit(3)  # as a crash in C++ does: nothing is said
     if case == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if case == "stubborn":  # as a rank whose signal handler only sets a flag, inside a collective

@@ -9,7 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_par.demo.gpt import GPT
+
 VOCABULARY, LENGTH = 128, 16
+
+
+class ByteModel(pl.LightningModule):
+    """The GPT of the main job, on the tests' batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = GPT(vocab_size=VOCABULARY, width=32, depth=4, heads=4)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        tokens = batch["tokens"]
+        logits = self.network(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return adamw(self)
+
+
+def gpt() -> pl.LightningModule:
+    """Separate query, key and value, rotary positions."""
+    return ByteModel()
 
 
 class TransformersModel(pl.LightningModule):
@@ -119,7 +144,7 @@ def adamw(module: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-2, eps=1e-4)
 
 
-MODELS = {"llama": llama, "gpt2": gpt2, "gemma2": gemma2, "encoder": encoder}
+MODELS = {"gpt": gpt, "llama": llama, "gpt2": gpt2, "gemma2": gemma2, "encoder": encoder}
 
 
 def make_batch(step: int, size: int) -> dict[str, torch.Tensor]:

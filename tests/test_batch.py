@@ -142,7 +142,7 @@ def test_an_output_that_cannot_be_merged_names_the_place(outputs: list[Any], mes
 
 
 def test_fingerprints_tell_any_change() -> None:
-    batch = {
+    batch: dict[str, Any] = {
         "x": rows(4, 2),
         "half": rows(4).bfloat16(),
         "path": ["a", "b"],

@@ -61,8 +61,28 @@ def test_every_rank_gets_its_environment_and_the_first_waits_for_the_others(tmp_
 def test_a_rank_that_raises_is_named_and_ends_all(tmp_path: Path) -> None:
     code, errors = finish(start(tmp_path, "wait", "wait", "raise"))
     assert code == 1
-    assert "lightning_par: rank 2 (pp 0, dp 0, tp 2) ended with exit code 1: ending all ranks" in errors
+    assert "lightning_par: rank 2 (pp 0, dp 0, tp 2) raised RuntimeError: raised on purpose: ending all ranks" in errors
+    assert errors.count("Traceback") == 1, "it has the time to say where"
     wait_until_gone(ranks(tmp_path))
+
+
+def test_a_rank_that_exits_is_named(tmp_path: Path) -> None:
+    code, errors = finish(start(tmp_path, "wait", "exit", "wait"))
+    assert code == 1
+    assert "lightning_par: rank 1 (pp 0, dp 0, tp 1) ended with exit code 3: ending all ranks" in errors
+
+
+def test_a_rank_that_fails_after_the_first_is_done_fails_the_run(tmp_path: Path) -> None:
+    code, errors = finish(start(tmp_path, "return", "return", "raise later"))
+    assert code == 1
+    assert "rank 2 (pp 0, dp 0, tp 2) raised RuntimeError" in errors
+
+
+def test_the_rank_that_failed_first_is_named_when_the_others_fail_with_it(tmp_path: Path) -> None:
+    code, errors = finish(start(tmp_path, "raise later", "raise later", "raise"))
+    assert code == 1
+    assert "rank 2 (pp 0, dp 0, tp 2) raised RuntimeError" in errors
+    assert errors.count("lightning_par:") == 1
 
 
 def test_a_rank_that_is_killed_ends_those_that_ignore_a_polite_signal(tmp_path: Path) -> None:

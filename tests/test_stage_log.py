@@ -66,7 +66,7 @@ def user_module(root: str) -> Any:
             self.blocks = Blocks()
             self.error = MeanSquaredError()
             self.scores = MetricCollection({"f1": BinaryF1Score(), "auroc": BinaryAUROC()}, prefix="val_")
-            self.by_hand = nn.ModuleDict({"sum": SumMetric()})
+            self.by_hand: Any = nn.ModuleDict({"sum": SumMetric()})
 
         def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
             self.log("early", float(batch_idx))  # before the model: runs on every stage
@@ -92,7 +92,7 @@ def user_module(root: str) -> Any:
             if dataloader_idx == 0:
                 self.scores.update(x, batch["y"])
                 self.log_dict(self.scores)
-            self.by_hand["sum"].update(x)  # type: ignore[operator]
+            self.by_hand["sum"].update(x)
             return {"predictions": x}
 
         def on_validation_epoch_end(self) -> None:

@@ -23,8 +23,8 @@ from torch import nn
 from lightning_par.errors import CheckpointError, ConfigurationError
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
 from lightning_par.runtime.mesh import Mesh
-from lightning_par.runtime.private import DEEPSPEED_VERSION, check_deepspeed
 from lightning_par.runtime.parameter import ParameterSpec, Split, set_spec
+from lightning_par.runtime.private import DEEPSPEED_VERSION, check_deepspeed
 from lightning_par.tensor.linear import convert_linear
 from lightning_par.zero.engine import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
@@ -44,12 +44,15 @@ class Run:
     def __init__(self, case: Case, mesh: Mesh) -> None:
         self.case, self.mesh = case, mesh
         self.model = Model(case, mesh.coordinate.pp, mesh.tp)
-        self.optimizer = zero_model.build_optimizer(self.model)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+        self.start()
+
+    def start(self) -> None:
+        case, mesh, optimizer = self.case, self.mesh, zero_model.build_optimizer(self.model)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         self.states: OptimizerStates = (
-            DeepSpeedStates(self.model, [self.optimizer], case.zero, mesh)
+            DeepSpeedStates(self.model, [optimizer], case.zero, mesh)
             if case.zero
-            else ReplicatedStates(self.model, [self.optimizer], mesh.dp)
+            else ReplicatedStates(self.model, [optimizer], mesh.dp)
         )
 
     def accumulate(self, step: int) -> float:
@@ -221,6 +224,29 @@ def test_training_resumed_from_a_state_dict_is_bitwise_the_same() -> None:
     run_ranks(resume, 4, [Case(pp=2, dp=2, tp=1, zero=zero, frozen=("chain.1.",)) for zero in (0, 1, 2, 3)])
 
 
+def train_twice(rank: int, world_size: int) -> None:
+    """Two trainings of one module, as ``trainer.fit`` twice: the second starts from plain parameters that the first left."""
+    expected: dict[str, torch.Tensor] = {}
+    for zero in (0, 1, 2, 3):
+        case = Case(pp=1, dp=2, tp=1, zero=zero, frozen=("chain.1.",))
+        with running(case) as run:
+            attributes = {name: {*vars(module)} for name, module in run.model.named_modules()} if zero == 0 else attributes
+            run.train(range(2))
+            run.states.dissolve()
+            assert all(set(vars(parameter)) == {"lightning_par_spec"} for parameter in run.model.parameters())
+            assert {name: {*vars(module)} for name, module in run.model.named_modules()} == attributes
+            run.start()
+            run.train(range(2, 4))
+            for name, value in run.states.full_parameters():
+                torch.testing.assert_close(
+                    value, expected.setdefault(name, value.clone()), rtol=0, atol=1e-6, msg=f"zero{zero}: {name}"
+                )
+
+
+def test_a_module_can_be_trained_again() -> None:
+    run_ranks(train_twice, 2)
+
+
 def train_on_global_shapes(rank: int, world_size: int) -> None:
     """A column layer that gives a `ShardedTensor` between two modules that ZeRO-3 has hooks on."""
     case = Case(pp=1, dp=2, tp=2, zero=3)
@@ -299,7 +325,7 @@ def test_another_deepspeed_is_refused() -> None:
     check_deepspeed()
     with pytest.raises(ConfigurationError, match=rf"is not the one .*gone.*install deepspeed=={DEEPSPEED_VERSION}"):
         check_deepspeed((("deepspeed.runtime.engine", "DeepSpeedEngine", ("gone",)),))
-    with pytest.raises(ConfigurationError, match="need DeepSpeed, and 'deepspeed.gone' cannot be imported"):
+    with pytest.raises(ConfigurationError, match=r"need DeepSpeed, and 'deepspeed\.gone' cannot be imported"):
         check_deepspeed((("deepspeed.gone", "Engine", ()),))
 
 

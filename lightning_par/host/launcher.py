@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from lightning_par.host import private
 from lightning_par.host.command import hydra_job, rank_command
-from lightning_par.host.processes import RankProcesses, exit_with_parent
+from lightning_par.host.processes import RankProcesses, join_parent, report_failure
 from lightning_par.layout import Layout
 
 # What starting ranks sets in this process, and ending a Hydra job must undo.
@@ -78,7 +78,7 @@ class _RankLauncher:
             Whatever ``preflight`` or the function raises; the other ranks are then ended.
         """
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        exit_with_parent()
+        join_parent()
         with _ranks_end_on_error():
             if self._preflight is not None:
                 self._preflight(trainer, *args, **kwargs)
@@ -141,7 +141,8 @@ def _end_earlier_job() -> None:
 def _ranks_end_on_error() -> Iterator[None]:
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        report_failure(error)
         if _RankLauncher._current is not None:
             _RankLauncher._current.ranks.abort()
         raise

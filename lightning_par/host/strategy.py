@@ -29,6 +29,8 @@ from lightning_par.host.stage_metric import from_last_stage
 from lightning_par.layout import Layout, parse_layout
 from lightning_par.plan import Plan, render_plan
 from lightning_par.runtime.mesh import Mesh
+from lightning_par.runtime.nested import map_tensors
+from lightning_par.tensor import ShardedTensor
 from lightning_par.zero.engine import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
@@ -279,6 +281,7 @@ class HybridParallelStrategy(Host):
         else:
             with self._stage_log.step():
                 outputs = self.engine.evaluate(program, len(pieces))
+        outputs = [map_tensors(_whole, output) for output in outputs]
         merged = merge_outputs(outputs, [size for _, size in pieces]) if outputs else None
         return from_last_stage(merged, self.mesh)
 
@@ -300,7 +303,8 @@ class HybridParallelStrategy(Host):
             losses = [float(size) * _loss_of(output).detach().double() for output, size in zip(outputs, sizes, strict=True)]
             summary[0] = sum(losses) / (sum(sizes) * mesh.tp.size * mesh.dp.size)
             if isinstance(outputs[0], dict):
-                extras = merge_outputs([{k: v for k, v in output.items() if k != "loss"} for output in outputs], sizes) or None
+                others = [{key: value for key, value in output.items() if key != "loss"} for output in outputs]
+                extras = merge_outputs([map_tensors(_whole, other) for other in others], sizes) or None
             summary[1] = float(extras is not None)
         mesh.world.all_reduce(summary)
         loss = summary[0].float()
@@ -478,6 +482,11 @@ def _loss_of(output: Any) -> torch.Tensor:
             "every batch; return the loss tensor"
         )
     return loss
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Logits that the user's step returns are cut over the vocabulary."""
+    return tensor.full_tensor() if isinstance(tensor, ShardedTensor) else tensor
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

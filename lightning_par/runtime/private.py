@@ -107,9 +107,10 @@ def start_zero_engine(
     check_deepspeed()
     _quieten_deepspeed()
     deepspeed = importlib.import_module("deepspeed")
+    marks = _Marks(root)
     engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, mpu=mpu, config=config)
-    kind = ZeroEngine3 if stage == 3 else ZeroEngine12
-    return kind(engine, root)
+    marks.find()
+    return ZeroEngine3(engine, marks) if stage == 3 else ZeroEngine12(engine, marks)
 
 
 def _quieten_deepspeed() -> None:
@@ -128,11 +129,35 @@ def _quieten_deepspeed() -> None:
     )
 
 
+class _Marks:
+    """The attributes that DeepSpeed puts on modules and parameters.
+
+    It leaves them there. They keep its optimizer alive, and a second engine on the same module would take the parameters
+    for partitioned and call the hooks of the first.
+    """
+
+    WHILE_RUNNING = ("ds_grads_remaining", "applied_pre_backward_ref_cnt")
+
+    def __init__(self, root: nn.Module) -> None:
+        self.names = {marked: set(vars(marked)) for marked in (*root.modules(), *root.parameters())}
+
+    def find(self) -> None:
+        """What is new since this object was built."""
+        self.names = {marked: vars(marked).keys() - names for marked, names in self.names.items()}
+
+    def remove(self) -> None:
+        for marked, names in self.names.items():
+            if "_original_parameters" in names:  # stage 3 replaces the dict of a module's parameters
+                vars(marked)["_parameters"] = vars(marked)["_original_parameters"]
+            for name in (*names, *self.WHILE_RUNNING):
+                vars(marked).pop(name, None)
+
+
 class ZeroEngine(ABC):
     """A started DeepSpeed engine without its gradient hooks: gradients pile up in ``p.grad`` until `flush`."""
 
-    def __init__(self, engine: Any, root: nn.Module) -> None:
-        self.engine, self.root, self.zero = engine, root, engine.optimizer
+    def __init__(self, engine: Any, marks: _Marks) -> None:
+        self.engine, self.root, self.zero, self.marks = engine, engine.module, engine.optimizer, marks
         # they reduce at every backward of engine.backward, and lose gradients where backwards follow one another
         for hook in self.zero._grad_acc_hooks:
             hook.remove()
@@ -194,11 +219,15 @@ class ZeroEngine(ABC):
         """After a backward: release what was gathered for it."""
 
     def destroy(self) -> None:
-        """Remove every hook and what DeepSpeed keeps process-wide, so that the module can be freed. No collective."""
+        """Remove every hook and mark, and what DeepSpeed keeps process-wide. No collective.
+
+        Stage 3 leaves the parameters empty.
+        """
         self.engine.destroy()
+        self.marks.remove()
         groups: Any = importlib.import_module("deepspeed.utils.groups")
         groups.mpu = None
-        del self.engine, self.zero, self.root
+        del self.engine, self.zero, self.root, self.marks
 
 
 class ZeroEngine12(ZeroEngine):
@@ -237,8 +266,8 @@ class ZeroEngine3(ZeroEngine):
     opening hooks of their backward. `settle` stands in for both.
     """
 
-    def __init__(self, engine: Any, root: nn.Module) -> None:
-        super().__init__(engine, root)
+    def __init__(self, engine: Any, marks: _Marks) -> None:
+        super().__init__(engine, marks)
         self.offload = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
         self.coordinator = self.zero.parameter_offload.get_param_coordinator()
         self.depth = len(self.offload.FWD_MODULE_STACK)  # the root is on it for good

@@ -24,6 +24,8 @@ from lightning_par.runtime.nested import map_tensors
 from lightning_par.runtime.parameter import Split
 from lightning_par.tensor.registry import RULES, NoRule, function_name
 
+_CHANGING_OPERATORS = "setitem iadd isub imul itruediv idiv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
+
 
 class ShardedTensor(torch.Tensor):
     """A tensor cut over an axis, seen from one of its ranks.
@@ -94,6 +96,11 @@ class ShardedTensor(torch.Tensor):
     def rewrap(self, local: torch.Tensor) -> ShardedTensor:
         """Another local part, cut in the same way."""
         return ShardedTensor(local, self.shard_dim, self.segments, self.axis)
+
+    def follow_local(self) -> None:
+        """Note that ``local`` was changed in place and may require a gradient by now; see `_guard`."""
+        if self._local.requires_grad:
+            torch.Tensor.__torch_function__(torch.Tensor.requires_grad_, (), (self,))
 
     def _guard(self) -> None:
         """Keep a custom ``autograd.Function`` from losing gradients, since it ties its graph to the wrapper.
@@ -208,28 +215,12 @@ def _on_gathered(function: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     if changed.shape != target.shape:
         raise ModelError(f"{function_name(function)} would change the shape of a sharded tensor in place: use its plain form")
     target.local.copy_(scatter_to(changed, target.axis, target.cut))
+    target.follow_local()
     return target if result is changed else result
 
 
 def _changes_first_argument(function: Callable[..., Any]) -> bool:
     name = function.__name__
     if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name.strip("_") in _IN_PLACE_OPERATORS)
+        return name.strip("_") in _CHANGING_OPERATORS
     return name.endswith("_")
-
-
-_IN_PLACE_OPERATORS = {
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "idiv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "ilshift",
-    "irshift",
-}

@@ -153,6 +153,12 @@ class DeepSpeedStates(OptimizerStates):
         self.engine.destroy()
         self._shapes = {}
 
+    def dissolve(self) -> None:
+        values = [value.clone() for _, value in self.full_parameters()]
+        self.close()
+        for parameter, value in zip(self.module.parameters(), values, strict=True):
+            parameter.data = value
+
     def _constants(self) -> dict[str, Tensor]:
         """Parameters that are not stepped, by name, as this rank stores them: the masters do not have them."""
         others = {name: p for name, p in self.module.named_parameters() if p not in self._shapes}

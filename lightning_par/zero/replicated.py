@@ -85,6 +85,9 @@ class ReplicatedStates(OptimizerStates):
     def close(self) -> None:
         """Nothing to free."""
 
+    def dissolve(self) -> None:
+        """Nothing to restore."""
+
     def _chosen(self, optimizer: Optimizer | None) -> Sequence[Optimizer]:
         return self.optimizers if optimizer is None else (optimizer,)
 

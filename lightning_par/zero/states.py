@@ -107,4 +107,8 @@ class OptimizerStates(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free everything; the object is of no use afterwards. No collective, so safe after an exception."""
+        """Free everything. No collective, so safe after an exception. In ZeRO-3 the parameters are lost."""
+
+    @abstractmethod
+    def dissolve(self) -> None:
+        """`close`, but leave whole, plain parameters, for another run with the same module. Collective over dp."""

@@ -85,6 +85,7 @@ def set_item(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> None:
     index, dim, segments = local_index(tensor, args[1])
     place = ShardedTensor(tensor.local.detach()[index], dim, segments, tensor.axis)
     tensor.local[index] = aligned_part(value, dim - place.ndim, segments, tensor.axis)
+    tensor.follow_local()
 
 
 @rule_for(*spellings("narrow"))

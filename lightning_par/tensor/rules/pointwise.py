@@ -63,6 +63,7 @@ def in_place(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     """Change the local part of the first argument, which must be the sharded one, and give it back."""
     target = sharded_input(args)
     pointwise(function, args, kwargs)
+    target.follow_local()
     return target
 
 

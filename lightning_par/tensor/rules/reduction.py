@@ -65,7 +65,7 @@ def along_dim(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     return _along(function, args, kwargs, dim)
 
 
-@rule_for(*spellings(_DIM_THIRD))
+@rule_for(*spellings(_DIM_THIRD), torch.linalg.vector_norm)
 def along_third(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     return _along(function, args, kwargs, argument(args, kwargs, 2, "dim", kwargs.get("dims", _default_dim(function))))
 

@@ -14,7 +14,7 @@ from lightning_par.tensor.rules.shape import argument
 from lightning_par.tensor.sharded import ShardedTensor
 
 _ELEMENTWISE = """
-alpha_dropout bernoulli bernoulli_ cauchy_ dropout dropout_ exponential_ feature_alpha_dropout geometric_ log_normal_ normal_
+alpha_dropout bernoulli bernoulli_ cauchy_ dropout dropout_ exponential_ geometric_ log_normal_ normal_
 rand_like randint_like randn_like random_ rrelu uniform_
 """
 
