@@ -97,7 +97,7 @@ def make_trainer(
     pl: Any = LIGHTNING[root]
     seen: list[dict[str, float]] = []
 
-    class Watch(pl.Callback):  # type: ignore[misc]
+    class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             seen.append(numbers({**trainer.progress_bar_metrics, **trainer.logged_metrics, **trainer.callback_metrics}))
 

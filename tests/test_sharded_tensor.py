@@ -23,7 +23,7 @@ from lightning_par.tensor.rules.segment import resolve_shape, take_segments, vie
 from tests.axes import tp_axis
 from tests.ranks import run_ranks
 
-B, T, H, D = 2, 3, 12, 5  # heads divide by 2, 3 and 4
+B, T, H, D = 2, 3, 12, 5  # heads divide by 2 and 3
 C = H * D
 
 
@@ -330,7 +330,7 @@ def run_cases(rank: int, size: int) -> dict[str, str]:
     return failures
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3])
 def test_every_case_equals_plain_torch(size: int) -> None:
     assert run_ranks(run_cases, size) == [{}] * size
 

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.parameter import ParameterSpec, Split, set_spec
 from lightning_par.runtime.private import DEEPSPEED_VERSION, check_deepspeed
 from lightning_par.tensor.linear import convert_linear
+from lightning_par.zero import engine
 from lightning_par.zero.engine import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
@@ -43,6 +45,7 @@ class Run:
 
     def __init__(self, case: Case, mesh: Mesh) -> None:
         self.case, self.mesh = case, mesh
+        self.sent: list[object] = []  # a tensor must live until it is sent
         self.model = Model(case, mesh.coordinate.pp, mesh.tp)
         self.start()
 
@@ -60,11 +63,12 @@ class Run:
         total = 0.0
         for batch in zero_model.microbatches(self.case, step, self.mesh.dp.coordinate):
             with self.states.accumulate():
-                pairs = [self._forward(*pair) for pair in batch]
-                for hidden, output in pairs:
-                    torch.autograd.backward(output, zero_model.receive(None, self.mesh, step=1))
-                    self.states.after_backward()
-                    zero_model.send(hidden.grad, self.mesh, step=-1)
+                pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+                for kind, index in self.case.actions(self.mesh.coordinate.pp):
+                    if kind == "F":
+                        pairs.append(self._forward(*batch[index]))
+                    else:
+                        self._backward(*pairs[index])
             total += sum(float(output.detach().sum()) for _, output in pairs)
         return total
 
@@ -109,8 +113,13 @@ class Run:
         self.states.after_forward()
         if self.mesh.is_last_stage:
             return hidden, zero_model.loss_of(self.case, output, targets)
-        zero_model.send(output, self.mesh, step=1)
+        self.sent.append(zero_model.send(output, self.mesh, step=1))
         return hidden, output
+
+    def _backward(self, hidden: torch.Tensor, output: torch.Tensor) -> None:
+        torch.autograd.backward(output, zero_model.receive(None, self.mesh, step=1))
+        self.states.after_backward()
+        self.sent.append(zero_model.send(hidden.grad, self.mesh, step=-1))
 
 
 @contextmanager
@@ -171,8 +180,9 @@ def check_weights(run: Run, reference: nn.Module) -> None:
 
 def check_cases(rank: int, world_size: int, cases: list[Case]) -> None:
     for case in cases:
+        bucket = case.bucket_elements or engine.BUCKET_ELEMENTS
         try:
-            with running(case) as run:
+            with mock.patch.object(engine, "BUCKET_ELEMENTS", bucket), running(case) as run:
                 check_parity(run)
         except Exception as error:
             raise AssertionError(f"{case}") from error
@@ -185,6 +195,7 @@ def test_training_equals_one_process(zero: int) -> None:
         pipeline,
         replace(pipeline, is_tied=False, frozen=("chain.0.", "norm.bias"), has_unused=True, num_accumulated=2, max_value=0.01),
         replace(pipeline, is_tied=False, frozen=("chain.3.", "head.", "norm."), num_microbatches=1),  # stage 1 has nothing to train
+        replace(pipeline, is_interleaved=True, bucket_elements=40),  # some parameters are larger than a bucket
         Case(pp=1, dp=2, tp=2, zero=zero, is_tied=False, frozen=("up.bias",)),
     ]
     run_ranks(check_cases, 4, cases)
@@ -230,11 +241,11 @@ def train_twice(rank: int, world_size: int) -> None:
     for zero in (0, 1, 2, 3):
         case = Case(pp=1, dp=2, tp=1, zero=zero, frozen=("chain.1.",))
         with running(case) as run:
-            attributes = {name: {*vars(module)} for name, module in run.model.named_modules()} if zero == 0 else attributes
+            before = {name: {*vars(module)} for name, module in Model(case, 0).named_modules()}
             run.train(range(2))
             run.states.dissolve()
             assert all(set(vars(parameter)) == {"lightning_par_spec"} for parameter in run.model.parameters())
-            assert {name: {*vars(module)} for name, module in run.model.named_modules()} == attributes
+            assert {name: {*vars(module)} for name, module in run.model.named_modules()} == before
             run.start()
             run.train(range(2, 4))
             for name, value in run.states.full_parameters():

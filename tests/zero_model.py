@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,8 @@ class Case:
     num_accumulated: int = 1
     max_norm: float | None = 0.3
     max_value: float | None = None
+    is_interleaved: bool = False
+    bucket_elements: int | None = None
 
     @property
     def layout(self) -> Layout:
@@ -54,6 +57,14 @@ class Case:
         rest = (NUM_BLOCKS - 1) // self.pp
         start = 0 if stage == 0 else NUM_BLOCKS - rest * (self.pp - stage)
         return range(start, NUM_BLOCKS - rest * (self.pp - stage - 1))
+
+    def actions(self, stage: int) -> list[tuple[str, int]]:
+        """Forwards and backwards of one stage: all forwards first, or 1F1B."""
+        warmup = min(self.pp - stage - 1, self.num_microbatches) if self.is_interleaved else self.num_microbatches
+        actions = [("F", i) for i in range(warmup)]
+        for i in range(warmup, self.num_microbatches):
+            actions += [("F", i), ("B", i - warmup)]
+        return actions + [("B", i) for i in range(self.num_microbatches - warmup, self.num_microbatches)]
 
 
 class Done(BaseException):
@@ -243,8 +254,10 @@ def receive(like: torch.Tensor | None, mesh: Mesh, step: int) -> torch.Tensor | 
     return received
 
 
-def send(hidden: torch.Tensor | None, mesh: Mesh, step: int) -> None:
-    """To the neighbour at ``step`` along the pipeline, where there is one."""
+def send(hidden: torch.Tensor | None, mesh: Mesh, step: int) -> Any:
+    """Start to send to the neighbour at ``step`` along the pipeline, where there is one; what to wait for, and to keep."""
     neighbour = mesh.pp.coordinate + step
-    if hidden is not None and 0 <= neighbour < mesh.pp.size:
-        dist.send(hidden.detach().contiguous(), mesh.pp.ranks[neighbour], group=mesh.pp.group)
+    if hidden is None or not 0 <= neighbour < mesh.pp.size:
+        return None
+    hidden = hidden.detach().contiguous()
+    return dist.isend(hidden, mesh.pp.ranks[neighbour], group=mesh.pp.group), hidden

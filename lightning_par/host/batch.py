@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_par.errors import DataError
-from lightning_par.host.tree import children, is_namedtuple, path_to, rebuild, tensors
+from lightning_par.runtime.nested import arrays_in, children, is_namedtuple, path_to, rebuild
 
 
 def batch_size(batch: Any) -> int:
@@ -85,7 +85,7 @@ def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
 
 
 def _find_size(batch: Any) -> int | None:
-    sizes = (tensor.shape[0] for tensor in tensors(batch) if isinstance(tensor, torch.Tensor) and tensor.ndim)
+    sizes = (tensor.shape[0] for tensor in arrays_in(batch) if isinstance(tensor, torch.Tensor) and tensor.ndim)
     return next(sizes, None)
 
 
@@ -109,7 +109,7 @@ def _is_cut(node: Any, size: int) -> bool:
     if isinstance(node, (torch.Tensor, np.ndarray)):
         return node.ndim > 0 and node.shape[0] == size
     is_sequence = isinstance(node, (list, tuple)) and not is_namedtuple(node)
-    return is_sequence and len(node) == size and next(tensors(node), None) is None
+    return is_sequence and len(node) == size and next(arrays_in(node), None) is None
 
 
 def _merge(parts: list[Any], sizes: Sequence[int], path: str) -> Any:
@@ -144,7 +144,7 @@ def _merge_containers(parts: list[Any], sizes: Sequence[int], path: str) -> Any:
 def _is_per_sample(part: Any, size: int) -> bool:
     """Whether ``part`` of an output has one item for each of the microbatch's ``size`` samples."""
     if isinstance(part, list) and len(part) == size:
-        inside = list(tensors(part))
+        inside = list(arrays_in(part))
         return not inside or not all(_is_cut(tensor, size) for tensor in inside)
     return _is_cut(part, size)
 

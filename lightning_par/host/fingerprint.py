@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_par.errors import ReplicaError
-from lightning_par.host.tree import children, path_to
+from lightning_par.runtime.nested import children, path_to
 from lightning_par.runtime.axis import GroupAxis
 
 Leaf = tuple[str, tuple[int, ...], str, tuple[int, ...]]

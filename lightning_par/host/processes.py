@@ -151,9 +151,12 @@ def join_parent() -> tuple[int, str] | None:
 
 
 def report_failure(error: BaseException) -> None:
-    """In a rank that `RankProcesses` started: tell the first rank why this one is about to end."""
+    """In a rank that `RankProcesses` started: tell the first rank why this one is about to end.
+
+    Not for Ctrl-C, which the terminal sends to every rank.
+    """
     link = join_parent()
-    if link is not None:
+    if link is not None and not isinstance(error, KeyboardInterrupt):
         words = " ".join(f"{type(error).__name__}: {error}".split())[:1000]  # one line, short enough to be written whole
         try:
             os.write(link[0], f"{link[1]} raised {words}\n".encode())

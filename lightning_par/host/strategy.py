@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import yaml
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_par.checkpoint import load_checkpoint, load_rank_state, save_checkpoint
 from lightning_par.engine import Engine
@@ -147,6 +148,7 @@ class HybridParallelStrategy(Host):
         assert self.cluster_environment is not None
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         self.cluster_environment.set_world_size(world_size)
+        rank_zero_only.rank = self.global_rank
 
     def _configure_launcher(self) -> None:
         self._launcher = launcher_class(self._root)(
@@ -232,13 +234,15 @@ class HybridParallelStrategy(Host):
 
     @property
     def precision_plugin(self) -> Any:
-        return self._precision_plugin
+        """Ours; Lightning's choice, by ``Trainer(precision=...)``, is only checked."""
+        return self._own_precision
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
         if plugin is not None:
             check_precision(plugin)
-        self._precision_plugin = precision_class(self._root)(self)
+        self._precision_plugin = None  # Lightning would take anything here for the user's plugin and drop precision=
+        self._own_precision = precision_class(self._root)(self)
 
     # ------------------------------------------------------------------ steps
 
@@ -248,7 +252,7 @@ class HybridParallelStrategy(Host):
         self._check_batch("training", batch)
         if not module.automatic_optimization:
             with self._stage_log.step():
-                return module.training_step(batch, *args, **kwargs)
+                return self._program("training_step", split_batch(batch, 1), args, kwargs)(0)
         trainer = module.trainer
         batch_idx = args[0] if args else 0
         if batch_idx % trainer.accumulate_grad_batches == 0:

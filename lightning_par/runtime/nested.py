@@ -1,45 +1,76 @@
-"""Walking through nested containers of tensors: batches, arguments and outputs of modules."""
+"""Nested containers (batches, arguments, outputs) as trees whose leaves are everything that is not a container.
+
+Containers are mappings (a ``UserDict`` such as transformers' ``BatchEncoding`` and a ``ModelOutput`` keep their type),
+lists, tuples, namedtuples and dataclasses.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
 import torch
 
 
-def tensors_in(nested: Any) -> list[torch.Tensor]:
-    """The tensors of nested mappings, sequences and dataclasses, in order."""
-    if isinstance(nested, torch.Tensor):
-        return [nested]
-    if isinstance(nested, Mapping):
-        return [tensor for value in nested.values() for tensor in tensors_in(value)]
-    if isinstance(nested, (tuple, list)):
-        return [tensor for value in nested for tensor in tensors_in(value)]
-    if dataclasses.is_dataclass(nested) and not isinstance(nested, type):
-        return [tensor for field in dataclasses.fields(nested) for tensor in tensors_in(getattr(nested, field.name))]
-    return []
+def children(node: Any) -> list[tuple[Any, Any]] | None:
+    """The (key, child) pairs of a container, in order; ``None`` for a leaf."""
+    if isinstance(node, Mapping):
+        return list(node.items())
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
+    return None
 
 
-def map_tensors(function: Callable[[torch.Tensor], Any], nested: Any) -> Any:
-    """The same nesting with every tensor replaced by ``function(tensor)``; containers keep their type."""
-    if isinstance(nested, torch.Tensor):
-        return function(nested)
-    if isinstance(nested, MutableMapping):  # a copy keeps the class of BatchEncoding, ModelOutput, defaultdict
-        twin = copy.copy(nested)
-        for key, value in nested.items():
-            twin[key] = map_tensors(function, value)
-        return twin
-    if isinstance(nested, tuple) and hasattr(nested, "_fields"):
-        return type(nested)(*(map_tensors(function, value) for value in nested))
-    if isinstance(nested, (tuple, list)):
-        return type(nested)(map_tensors(function, value) for value in nested)
-    if dataclasses.is_dataclass(nested) and not isinstance(nested, type):
-        changes = {field.name: map_tensors(function, getattr(nested, field.name)) for field in dataclasses.fields(nested)}
-        twin = copy.copy(nested)
-        for name, value in changes.items():
-            object.__setattr__(twin, name, value)
-        return twin
-    return nested
+def rebuild(node: Any, values: list[Any]) -> Any:
+    """A container like ``node`` (type, keys, other attributes) that holds ``values``, one for each of its children."""
+    if isinstance(node, MutableMapping):
+        filled = copy.copy(node)
+        for key, value in zip(node, values, strict=True):
+            filled[key] = value
+        return filled
+    if isinstance(node, Mapping):
+        return type(node)(dict(zip(node, values, strict=True)))  # type: ignore[call-arg]
+    if is_namedtuple(node):
+        return type(node)(*values)
+    if isinstance(node, (list, tuple)):
+        return type(node)(values)
+    filled = copy.copy(node)
+    for field, value in zip(dataclasses.fields(node), values, strict=True):
+        object.__setattr__(filled, field.name, value)  # frozen dataclasses too
+    return filled
+
+
+def arrays_in(node: Any) -> Iterator[torch.Tensor | np.ndarray]:
+    """Every tensor and numpy array in the tree, in order."""
+    if isinstance(node, (torch.Tensor, np.ndarray)):
+        yield node
+    for _, child in children(node) or ():
+        yield from arrays_in(child)
+
+
+def tensors_in(node: Any) -> list[torch.Tensor]:
+    """Every tensor in the tree, in order."""
+    return [array for array in arrays_in(node) if isinstance(array, torch.Tensor)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], node: Any) -> Any:
+    """The same tree with every tensor replaced by ``function(tensor)``."""
+    if isinstance(node, torch.Tensor):
+        return function(node)
+    pairs = children(node)
+    return node if pairs is None else rebuild(node, [map_tensors(function, child) for _, child in pairs])
+
+
+def path_to(parent: str, node: Any, key: Any) -> str:
+    """How a user would write the child at ``key`` of ``node``: ``batch['x'][0].mask``."""
+    return f"{parent}[{key!r}]" if isinstance(node, (Mapping, list, tuple)) else f"{parent}.{key}"
+
+
+def is_namedtuple(node: Any) -> bool:
+    """Whether ``node`` is a tuple whose places have names, so that its length says nothing about a batch."""
+    return isinstance(node, tuple) and hasattr(type(node), "_fields")

@@ -13,7 +13,7 @@ import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lightning_par.errors import ConfigurationError
 
 DEEPSPEED_VERSION = "0.19.8"
+_REMEDY = f"install deepspeed=={DEEPSPEED_VERSION}, or train without ZeRO (zero0)"
 
 # module, object in it, attributes that must exist on it
 _DEEPSPEED_NAMES = (
@@ -63,19 +64,24 @@ def check_deepspeed(names: tuple[tuple[str, str, tuple[str, ...]], ...] = _DEEPS
     Raises:
         ConfigurationError: it is missing or another version; says which one to install.
     """
-    remedy = f"install deepspeed=={DEEPSPEED_VERSION}, or train without ZeRO (zero0)"
     try:
-        deepspeed = importlib.import_module("deepspeed")
-        for module_name, name, attributes in names:
-            owner = getattr(importlib.import_module(module_name), name)
-            for attribute in attributes:
-                getattr(owner, attribute)
+        importlib.import_module("deepspeed")
+        for module, name, attributes in names:
+            _require(getattr(importlib.import_module(module), name), attributes)
     except ModuleNotFoundError as error:
-        raise ConfigurationError(f"ZeRO stages 1 to 3 need DeepSpeed, and '{error.name}' cannot be imported: {remedy}") from error
+        raise ConfigurationError(f"ZeRO stages 1 to 3 need DeepSpeed, and '{error.name}' cannot be imported: {_REMEDY}") from error
     except AttributeError as error:
-        raise ConfigurationError(
-            f"DeepSpeed {deepspeed.__version__} is not the one that ZeRO here was written for ({error}): {remedy}"
-        ) from None
+        raise _wrong_version(error) from error
+
+
+def _require(owner: Any, attributes: Iterable[str]) -> None:
+    for attribute in attributes:
+        getattr(owner, attribute)
+
+
+def _wrong_version(missing: AttributeError) -> ConfigurationError:
+    found = importlib.import_module("deepspeed").__version__
+    return ConfigurationError(f"DeepSpeed {found} is not the one that ZeRO here was written for ({missing}): {_REMEDY}")
 
 
 def mark_stepped(optimizer: Optimizer) -> None:
@@ -105,22 +111,27 @@ def start_zero_engine(
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it guesses, with a warning
     check_deepspeed()
-    _quieten_deepspeed()
+    _quieten_deepspeed(device)
     deepspeed = importlib.import_module("deepspeed")
     marks = _Marks(root)
     engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, mpu=mpu, config=config)
     marks.find()
-    return ZeroEngine3(engine, marks) if stage == 3 else ZeroEngine12(engine, marks)
+    kind = ZeroEngine3 if stage == 3 else ZeroEngine12
+    try:
+        _require(engine.optimizer, kind.NAMES)
+    except AttributeError as error:
+        raise _wrong_version(error) from error
+    return kind(engine, marks)
 
 
-def _quieten_deepspeed() -> None:
+def _quieten_deepspeed(device: torch.device) -> None:
     """Keep DeepSpeed, once imported, from compiling, starting programs, and writing to the terminal."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # read when an engine starts on CPU, to decide on building an extension of its own for collectives. Read for the first
     # time, it tries every extension with the C compiler, which writes to stderr; so it must not be read before it is set
     vars(importlib.import_module("deepspeed.ops")).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    # the number of devices of this machine; without it stage 3 on CPU starts `numactl` at every reduction to count them
-    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type == "cpu":  # the number of devices; else stage 3 starts `numactl` at every reduction to count them
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     warnings.filterwarnings(
         "ignore",
         r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
@@ -154,7 +165,13 @@ class _Marks:
 
 
 class ZeroEngine(ABC):
-    """A started DeepSpeed engine without its gradient hooks: gradients pile up in ``p.grad`` until `flush`."""
+    """A started DeepSpeed engine without its gradient hooks: gradients pile up in ``p.grad`` until `flush`.
+
+    Attributes:
+        NAMES: what DeepSpeed's ZeRO optimizer must have, once started.
+    """
+
+    NAMES: tuple[str, ...]
 
     def __init__(self, engine: Any, marks: _Marks) -> None:
         self.engine, self.root, self.zero, self.marks = engine, engine.module, engine.optimizer, marks
@@ -233,6 +250,8 @@ class ZeroEngine(ABC):
 class ZeroEngine12(ZeroEngine):
     """Stages 1 and 2: parameters are whole on every rank; masters, moments and in 2 gradients are partitioned."""
 
+    NAMES = ("_grad_acc_hooks", "averaged_gradients", "params_in_partition", "single_partition_of_fp32_groups")
+
     @property
     def masters(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
@@ -266,6 +285,8 @@ class ZeroEngine3(ZeroEngine):
     opening hooks of their backward. `settle` stands in for both.
     """
 
+    NAMES = ("_grad_acc_hooks", "averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "parameter_offload")
+
     def __init__(self, engine: Any, marks: _Marks) -> None:
         super().__init__(engine, marks)
         self.offload = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
@@ -295,12 +316,14 @@ class ZeroEngine3(ZeroEngine):
         return gathered
 
     def stored(self, parameter: nn.Parameter) -> Tensor:
-        partition: Tensor = parameter.ds_tensor.detach()  # type: ignore[attr-defined]  # sheds DeepSpeed's attributes
-        return partition
+        partitioned: Any = parameter
+        view: Tensor = partitioned.ds_tensor.detach()  # without DeepSpeed's attributes, which cannot be saved
+        return view
 
     def detect_borrowed(self, is_on: bool) -> None:
         for module in self.root.modules():
-            module._parameters._in_forward = is_on  # type: ignore[attr-defined]
+            parameters: Any = module._parameters
+            parameters._in_forward = is_on
 
     def settle(self, keep: bool) -> None:
         for module in [self.root, *self._unwind()]:
@@ -322,7 +345,7 @@ class ZeroEngine3(ZeroEngine):
 
     def _keep(self, module: nn.Module) -> None:
         """Keep a module's parameters, own and borrowed, until the step."""
-        module.ds_grads_remaining = -(2**30)  # type: ignore[assignment]  # never counts down to the closing backward hook
+        vars(module)["ds_grads_remaining"] = -(2**30)  # never counts down to the closing backward hook
         for parameter in self.offload.iter_params(module, recurse=False):
             parameter.ds_active_sub_modules.add(module.ds_id)
             if parameter.ds_status.name == "NOT_AVAILABLE":

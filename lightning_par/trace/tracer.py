@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,9 +66,9 @@ def _run(
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
     to_fake = mode.from_tensor if mode is not None else (lambda tensor: tensor)
     training = step == "training_step"
+    twin = copy_module(module, to_fake, by_reference=[getattr(module, "_trainer", None)])
+    _silence(twin)
     with torch.random.fork_rng(), mode or contextlib.nullcontext():
-        twin = copy_module(module, to_fake, by_reference=[getattr(module, "_trainer", None)])
-        _silence(twin)
         if prepare is not None:
             prepare(twin)
         inputs = map_tensors(lambda tensor: to_fake(tensor.detach()), batch)
@@ -106,19 +106,3 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 def _zero(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.zeros(())
-
-
-@contextlib.contextmanager
-def no_random_effect() -> Iterator[None]:
-    """Whatever runs inside draws from copies of the generators of torch, numpy and Python."""
-    import random
-
-    import numpy
-
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)

@@ -120,31 +120,17 @@ class DeepSpeedStates(OptimizerStates):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        constants, masters = self._constants(), self.engine.masters
-        here = {
-            "zero_stage": self.stage,
-            "constants": {name: value.shape for name, value in constants.items()},
-            "masters": [master.shape for master in masters],
-            "groups": len(self.optimizers[0].param_groups),
-        }
-        there = {
-            "zero_stage": state.get("zero_stage", 0),
-            "constants": {name: value.shape for name, value in state.get("constants", {}).items()},
-            "masters": [master.shape for master in state.get("masters", [])],
-            "groups": len(state.get("groups", [])),
-        }
+        here, there = _outline(self.state_dict()), _outline(state)
         for what, value in here.items():
             if value != there[what]:
-                raise CheckpointError(
-                    f"the checkpoint is of another layout, module or optimizer: {what} {there[what]}, here {value}"
-                )
+                raise CheckpointError(f"the checkpoint is of another layout or module: its {what}: {there[what]}, here {value}")
         with torch.no_grad():
-            for name, value in state["constants"].items():
-                constants[name].copy_(value)
-            for master, value in zip(masters, state["masters"], strict=True):
+            for name, tensor in self._constants().items():
+                tensor.copy_(state["constants"][name])
+            for master, value in zip(self.engine.masters, state["masters"], strict=True):
                 master.copy_(value)
-        for master, moments in zip(masters, state["moments"], strict=True):
-            self.engine.inner.state[master] = {key: _on_device_of(master, value) for key, value in moments.items()}
+        for master, moments in zip(self.engine.masters, state["moments"], strict=True):
+            self.engine.inner.state[master] = {key: self._placed(value, master) for key, value in moments.items()}
         for group, saved in zip(self.optimizers[0].param_groups, state["groups"], strict=True):
             group.update(saved)
         self.engine.publish()
@@ -163,6 +149,13 @@ class DeepSpeedStates(OptimizerStates):
         """Parameters that are not stepped, by name, as this rank stores them: the masters do not have them."""
         others = {name: p for name, p in self.module.named_parameters() if p not in self._shapes}
         return {name: self.engine.stored(p) for name, p in others.items()}
+
+    def _placed(self, value: Any, master: Tensor) -> Any:
+        """A copy of a loaded optimizer state. Step counts stay on the CPU unless the kernel reads them, as in torch."""
+        if not isinstance(value, Tensor):
+            return value
+        is_on_device = value.dim() > 0 or any(g.get("fused") or g.get("capturable") for g in self.optimizers[0].param_groups)
+        return value.to(master.device, copy=True) if is_on_device else value.clone()
 
 
 def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -224,8 +217,11 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _on_device_of(master: Tensor, value: Any) -> Any:
-    """A copy of a loaded state value where the optimizer wants it: the step count stays where it was, as in torch."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.clone() if value.dim() == 0 else value.to(master.device, copy=True)
+def _outline(state: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a state to be loaded."""
+    return {
+        "ZeRO stage": state.get("zero_stage", 0),
+        "parameters without optimizer": {name: tuple(value.shape) for name, value in state.get("constants", {}).items()},
+        "sizes of partitions": [master.numel() for master in state.get("masters", [])],
+        "number of parameter groups": len(state.get("groups", [])),
+    }
