@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_par import __version__, cli
+from lightning_par.host.command import MAIN
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-par"])
+    monkeypatch.setenv(MAIN, "")  # so that it is forgotten again
 
 
 def test_explain_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,7 +30,10 @@ def test_explain_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["parallel=tp2", "trainer.devices=3"], r"parallel=tp2 needs a multiple of 2 processes \(tp 2 x pp 1\), the trainer has 3 "),
+        (
+            ["parallel=tp2", "trainer.devices=3"],
+            r"parallel=tp2 needs a multiple of 2 processes \(tp 2 x pp 1\), the trainer has 3 ",
+        ),
         (["parallel=tp3"], "tp3"),
         (["parallel=pp2", "plan={splitt: 1}"], "splitt"),
     ],

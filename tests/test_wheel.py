@@ -55,4 +55,7 @@ def test_an_installed_wheel_serves_a_program_that_does_not_import_it(wheel: Path
     assert result.stdout == "4 2 7\n", result.stderr
     where = "import lightning_par, lightning_par.conf as conf; print(lightning_par.__file__, conf.__file__)"
     found = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert found.stdout.split() == [str(site / "lightning_par" / "__init__.py"), str(site / "lightning_par" / "conf" / "__init__.py")]
+    assert found.stdout.split() == [
+        str(site / "lightning_par" / "__init__.py"),
+        str(site / "lightning_par" / "conf" / "__init__.py"),
+    ]

@@ -10,7 +10,9 @@ Exit codes: 0 done, 2 the configuration cannot work (the message alone, no trace
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -83,7 +85,8 @@ def _quiet_other_ranks() -> None:
     """Under torchrun, SLURM or MPI every rank runs Hydra: only the first may write the output folder and its log."""
     rank = _rank()
     if rank > 0:
-        folder = os.path.join(tempfile.gettempdir(), f"lightning_par-rank-{rank}-{os.getpid()}")
+        folder = tempfile.mkdtemp(prefix=f"lightning_par-rank-{rank}-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         sys.argv += ["hydra.output_subdir=null", f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", "hydra/job_logging=stdout"]
 
 

@@ -32,7 +32,7 @@ _PARENT_ONLY = (
 
 def remember_main() -> None:
     """Keep how this program was started, for workers that inherit the environment but not ``__main__``."""
-    os.environ.setdefault(MAIN, json.dumps(_main()))
+    os.environ[MAIN] = json.dumps(_main())
 
 
 def hydra_job() -> str | None:

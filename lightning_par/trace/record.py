@@ -12,6 +12,7 @@ first block of the next one is called.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 LayerKind = Literal["linear", "conv1d", "embedding"]
@@ -165,4 +166,17 @@ class Trace:
 
     def canonical(self, alias: str) -> str:
         """The first name of the parameter registered as ``alias``."""
-        return next(name for name, info in self.parameters.items() if alias in info.aliases)
+        return self._first_names[alias]
+
+    @cached_property
+    def _first_names(self) -> dict[str, str]:
+        return {alias: name for name, info in self.parameters.items() for alias in info.aliases}
+
+    @cached_property
+    def readers(self) -> dict[int, list[Op]]:
+        """The operations that read each value, in order."""
+        readers: dict[int, list[Op]] = {}
+        for op in self.ops:
+            for number in set(op.inputs):
+                readers.setdefault(number, []).append(op)
+        return readers

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_par.errors import ModelError
+from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.nested import map_tensors
 from lightning_par.runtime.torch_private import FakeTensorMode, is_data_dependent
 from lightning_par.trace.chain import find_chain
@@ -33,7 +34,8 @@ def trace_step(
 ) -> Trace:
     """Run one step of a copy of ``module`` on fake tensors and record it. No memory for weights, no side effect.
 
-    A step that fails on fake tensors (its control flow or shapes depend on values) is run on the real ones, on shared weights.
+    A step that fails on fake tensors (its control flow or shapes depend on values) is run on copies of the real ones. A
+    chain whose blocks do not run once each in order is none; the trace says why in ``chains_seen``.
 
     Args:
         module: the user's LightningModule, untouched.
@@ -45,33 +47,45 @@ def trace_step(
         keep_error: when the step raises, give the trace up to there with the error in it.
 
     Raises:
-        ModelError: the step returned None, or cannot be run.
+        ModelError: the step returned None, or the chosen chain is none.
         PlanError: ``chain`` names nothing.
     """
     path, seen = find_chain(module, chain)
-    for fake in (True, False):
-        recorder, output, error = _run(module, batch, step, path, prepare, fake)
-        if error is None or (keep_error and not is_data_dependent(error)):
-            break
+    recorder, output, error = _run(module, batch, step, path, prepare, keep_error)
+    if error is None and recorder.chain_fault is not None:
+        assert path is not None
+        if chain is not None:
+            raise ModelError(f"plan.chain={chain}: {recorder.chain_fault}; a chain runs its blocks once each, in order: name another")
+        seen = (*seen, (path, recorder.chain_fault))
+        recorder, output, error = _run(module, batch, step, None, prepare, keep_error)
     if error is not None and not keep_error:
         raise error
-    if step == "training_step" and error is None:
+    if step == "training_step" and error is None and getattr(module, "automatic_optimization", True):
         _check_loss(output, type(module).__name__)
     return recorder.finish(step, seen, batch_size, error)
 
 
 def _run(
-    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Callable[[nn.Module], None] | None, fake: bool
+    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Callable[[nn.Module], None] | None, keep_error: bool
 ) -> tuple[Recorder, Any, Exception | None]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
-    to_fake = mode.from_tensor if mode is not None else (lambda tensor: tensor)
+    """On fake tensors, and where that fails on real ones."""
+    recorder, output, error = _run_once(module, batch, step, chain, prepare, FakeTensorMode(allow_non_fake_inputs=True))
+    if error is None or (keep_error and not is_data_dependent(error)):
+        return recorder, output, error
+    return _run_once(module, batch, step, chain, prepare, None)
+
+
+def _run_once(
+    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Callable[[nn.Module], None] | None, fake: FakeTensorMode | None
+) -> tuple[Recorder, Any, Exception | None]:
+    replace = _clone if fake is None else fake.from_tensor
     training = step == "training_step"
-    twin = copy_module(module, to_fake, by_reference=[getattr(module, "_trainer", None)])
-    _silence(twin)
-    with torch.random.fork_rng(), mode or contextlib.nullcontext():
+    with generators_put_back(), fake or contextlib.nullcontext():
+        twin = copy_module(module, replace, by_reference=[getattr(module, "_trainer", None)])
+        _silence(twin)
         if prepare is not None:
             prepare(twin)
-        inputs = map_tensors(lambda tensor: to_fake(tensor.detach()), batch)
+        inputs = map_tensors(lambda tensor: replace(tensor.detach()), batch)
         recorder = Recorder(twin, chain, inputs)
         twin.train(training)
         output, failure = None, None
@@ -83,6 +97,11 @@ def _run(
     return recorder, output, failure
 
 
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    twin = tensor.detach().clone()
+    return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+
 def _check_loss(output: Any, name: str) -> None:
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, torch.Tensor):
@@ -91,10 +110,10 @@ def _check_loss(output: Any, name: str) -> None:
 
 
 def _silence(twin: nn.Module) -> None:
-    """Cut the copy's ways out: metrics and logs of a dry run mean nothing."""
+    """Cut the copy's ways out: metrics, logs and a backward of a dry run mean nothing."""
     from torchmetrics import Metric
 
-    twin.__dict__.update(log=_ignore, log_dict=_ignore)
+    twin.__dict__.update(dict.fromkeys(("log", "log_dict", "print", "manual_backward"), _ignore))
     for child in list(twin.modules()):
         if isinstance(child, Metric):
             child.__dict__.update(forward=_zero, update=_ignore, compute=_zero, reset=_ignore)
