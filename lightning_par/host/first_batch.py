@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import itertools
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_par.errors import DataError
+from lightning_par.runtime.generator import generators_put_back
 
 
 def first_batch(loaders: Any) -> Any:
@@ -28,7 +25,7 @@ def first_batch(loaders: Any) -> Any:
         return {key: first_batch(loader) for key, loader in loaders.items()}
     if isinstance(loaders, (list, tuple)):
         return type(loaders)(first_batch(loader) for loader in loaders)
-    with _generators_put_back(loaders):
+    with generators_put_back(_generators_of(loaders)):
         batches = _batches(loaders) if isinstance(loaders, DataLoader) else _iterate(loaders, "train_dataloaders")
         for batch in batches:
             return batch
@@ -55,24 +52,12 @@ def _iterate(data: Iterable[Any], what: str) -> Iterator[Any]:
     iterator = iter(data)
     if iterator is data:
         raise DataError(
-            f"{what} is a {type(data).__name__}, which can be read only once: the plan is made from the first batch, and every epoch "
-            "reads from the start. Give a DataLoader, or an object whose __iter__ starts afresh"
+            f"{what} is a {type(data).__name__}, which can be read only once: the plan is made from the first batch, and every "
+            "epoch reads from the start. Give a DataLoader, or an object whose __iter__ starts afresh"
         )
     return iterator
 
 
-@contextlib.contextmanager
-def _generators_put_back(loader: Any) -> Iterator[None]:
-    """What runs inside draws from the global generators and the loader's own, and leaves them as they were."""
+def _generators_of(loader: Any) -> list[torch.Generator]:
     owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    python_state, numpy_state = random.getstate(), copy.deepcopy(numpy.random.get_state())
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    return [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]

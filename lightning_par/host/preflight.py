@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.first_batch import first_batch
 from lightning_par.layout import Layout
 from lightning_par.plan import Plan
 from lightning_par.prepare import prepare_plan
+from lightning_par.runtime.parameter import has_spec
 from lightning_par.trace.copying import copy_module
 
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
@@ -47,6 +50,26 @@ def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any]
         owner = source if source is not None and _overrides(source, hook) else twin
         batch = getattr(owner, hook)(batch, 0)
     return prepare_plan(twin, batch, layout, overrides, _STEPS[what])
+
+
+def check_split(module: Any, layout: Layout) -> Engine | None:
+    """The engine of a module that an earlier Trainer has split; None for a whole one.
+
+    Raises:
+        ConfigurationError: it was split in another layout, or is a part of a module that was split.
+    """
+    engine = Engine.of(module)
+    if engine is not None and replace(engine.mesh.layout, microbatches=layout.microbatches) != layout:
+        raise ConfigurationError(
+            f"parallel={layout}: this {type(module).__name__} is already split as parallel={engine.mesh.layout}: use the same layout, or "
+            "build the module anew and load a checkpoint"
+        )
+    if engine is None and any(has_spec(parameter) for parameter in module.parameters()):
+        raise ConfigurationError(
+            f"this {type(module).__name__} contains a model that is already split, as part of another LightningModule: use that one, or "
+            "build the model anew and load a checkpoint"
+        )
+    return engine
 
 
 def check_callbacks(trainer: Any) -> None:

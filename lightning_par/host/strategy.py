@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import lru_cache
 from importlib import import_module
@@ -24,7 +25,7 @@ from lightning_par.host.batch import merge_outputs, split_batch
 from lightning_par.host.fingerprint import check_same_batch
 from lightning_par.host.launcher import launcher_class
 from lightning_par.host.precision import check_precision, precision_class
-from lightning_par.host.preflight import check_callbacks, check_optimization, plan_from_trainer
+from lightning_par.host.preflight import check_callbacks, check_optimization, check_split, plan_from_trainer
 from lightning_par.host.stage_log import StageLog
 from lightning_par.host.stage_metric import from_last_stage
 from lightning_par.layout import Layout, parse_layout
@@ -32,8 +33,6 @@ from lightning_par.plan import Plan, render_plan
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.nested import map_tensors
 from lightning_par.tensor import ShardedTensor
-from lightning_par.zero.engine import DeepSpeedStates
-from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
 
 if TYPE_CHECKING:
@@ -87,7 +86,6 @@ class HybridParallelStrategy(Host):
         self._plan: Plan | None = None
         self._mesh: Mesh | None = None
         self._engine: Engine | None = None
-        self._states: OptimizerStates | None = None
         self._log: StageLog | None = None
         self._num_seen: dict[str, int] = {}
         self._reduced = False
@@ -156,10 +154,14 @@ class HybridParallelStrategy(Host):
         )
 
     def _preflight(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        """Everything that can be found wrong without other ranks, before they are started. Rank 0 only."""
+        """Everything that can be found wrong without other ranks, before they are started; the plan, on rank 0."""
         check_callbacks(trainer)
-        if self.global_rank == 0 and self._plan is None:
-            self._plan = plan_from_trainer(trainer, self.layout, self._overrides, *args, **kwargs)
+        module = args[0] if args and args[0] is not None else trainer.lightning_module
+        engine = check_split(module, self.layout)
+        if engine is not None:
+            self._engine, self._mesh, self._plan = engine, engine.mesh, engine.plan
+        elif self.global_rank == 0:
+            self._plan = plan_from_trainer(trainer, self.layout, self._overrides, module, *args[1:], **kwargs)
 
     # ------------------------------------------------------------------ setup
 
@@ -207,16 +209,9 @@ class HybridParallelStrategy(Host):
             path.write_text(yaml.safe_dump(self.plan.to_dict(), sort_keys=False))
 
     def setup_optimizers(self, trainer: Any) -> None:
-        if self._states is not None:
-            self._states.close()
         super().setup_optimizers(trainer)
-        module, layout = self.lightning_module, self.layout
-        check_optimization(module, self.optimizers, layout)
-        if layout.zero and self.dp_size > 1:
-            self._states = DeepSpeedStates(module, self.optimizers, layout.zero, self.mesh)
-        else:
-            self._states = ReplicatedStates(module, self.optimizers, self.mesh.dp)
-        self.engine.connect(self._states.after_forward, self._states.after_backward)
+        check_optimization(self.lightning_module, self.optimizers, self.layout)
+        self.engine.own_states(self.optimizers)
 
     def model_to_device(self) -> None:
         """The engine moves this rank's shards when it installs them."""
@@ -229,8 +224,8 @@ class HybridParallelStrategy(Host):
     @property
     def states(self) -> OptimizerStates:
         """The owner of the optimizer states; there while fitting."""
-        assert self._states is not None
-        return self._states
+        assert self.engine.states is not None
+        return self.engine.states
 
     @property
     def precision_plugin(self) -> Any:
@@ -261,7 +256,7 @@ class HybridParallelStrategy(Host):
         pieces = split_batch(batch, self.plan.layout.microbatches or 1)
         sizes = [size for _, size in pieces]
         program = self._program("training_step", pieces, args, kwargs)
-        with self._stage_log.step(), self.states.accumulate():
+        with self._stage_log.step():
             outputs = self.engine.train(program, sizes, _loss_of, 1 / trainer.accumulate_grad_batches)
         self._reduced = False
         return self._training_output(outputs, sizes)
@@ -280,11 +275,9 @@ class HybridParallelStrategy(Host):
         self._check_batch(step.removesuffix("_step"), batch)
         pieces = split_batch(batch, (self.plan.layout.microbatches or 1) if self.layout.pp > 1 else 1)
         program = self._program(step, pieces, args, kwargs)
-        if step == "predict_step":
+        logging = nullcontext() if step == "predict_step" else self._stage_log.step()
+        with logging:
             outputs = self.engine.evaluate(program, len(pieces))
-        else:
-            with self._stage_log.step():
-                outputs = self.engine.evaluate(program, len(pieces))
         outputs = [map_tensors(_whole, output) for output in outputs]
         merged = merge_outputs(outputs, [size for _, size in pieces]) if outputs else None
         return from_last_stage(merged, self.mesh)
@@ -402,7 +395,7 @@ class HybridParallelStrategy(Host):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a folder: what Lightning gives, once, and every rank's shards. Collective over the world."""
         filepath = self.broadcast(str(filepath))
-        save_checkpoint(Path(filepath), checkpoint, self._rank_state(), self.mesh)
+        save_checkpoint(Path(filepath), checkpoint, self.engine.state_dict(), self.mesh)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read what Lightning gave to `save_checkpoint`. The shards follow in `load_model_state_dict`."""
@@ -410,12 +403,7 @@ class HybridParallelStrategy(Host):
         return load_checkpoint(self._loading, self.layout, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        state = load_rank_state(self._loading, self.mesh)
-        if self._states is not None and state["states"] is not None:
-            self.engine.load_state_dict(state["module"], parameters=False)
-            self._states.load_state_dict(state["states"])
-        else:
-            self.engine.load_state_dict(state["module"])
+        self.engine.load_state_dict(load_rank_state(self._loading, self.mesh))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """The optimizer states came with the shards."""
@@ -423,11 +411,6 @@ class HybridParallelStrategy(Host):
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_global_zero:
             self.checkpoint_io.remove_checkpoint(filepath)
-
-    def _rank_state(self) -> dict[str, Any]:
-        if self._states is None:
-            return {"module": self.engine.state_dict(self.lightning_module.named_parameters()), "states": None}
-        return {"module": self.engine.state_dict(self._states.full_parameters()), "states": self._states.state_dict()}
 
     # ------------------------------------------------------------------ teardown
 

@@ -1,16 +1,22 @@
 """Whether a split module computes the same on plain local tensors: its operations held against the whole module's.
 
 Both dry runs must do the same operations in the same order. In a region of split activations every result must be the
-whole one's with exactly one dim divided by tp, no operation may mix along that dim, and every number that is not a size
-must be the same. What passes is right by construction; what does not gets activations of global shape instead, whose
-rules are right for any code.
+whole one's with exactly one dim divided by tp, no operation may mix along that dim, the positions that a rank holds must
+be those that the region's layers expect, and every number that is not a size must be the same. Outside, nothing may
+differ. What passes is right by construction; what does not gets activations of global shape instead, whose rules are
+right for any code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
+from lightning_par.plan.segments import SPLITS
 from lightning_par.trace import Op, Trace
+
+Segments = tuple[int, ...]
 
 _SHAPE = {
     "view", "reshape", "transpose", "permute", "swapaxes", "contiguous", "clone", "unsqueeze", "squeeze", "expand", "flatten", "unflatten",
@@ -23,53 +29,123 @@ _POINTWISE = {
     "__imul__", "__itruediv__", "masked_fill", "masked_fill_", "where", "clamp", "square", "abs", "erf", "elu", "mish", "hardswish", "relu_",
     "rsub", "add_", "mul_", "div_", "true_divide",
 }  # fmt: skip
-_MATRIX = {"matmul", "__matmul__", "bmm", "baddbmm", "scaled_dot_product_attention"}
+_MATRIX = {"matmul", "__matmul__", "bmm", "baddbmm", "scaled_dot_product_attention", "einsum"}
 _ALONG = {"softmax", "log_softmax", "cat", "concat", "stack", "mean", "sum"}
 _OVER_LAST = {"layer_norm", "rms_norm"}
 _RANDOM = {"dropout", "scaled_dot_product_attention"}
+_VIEWS = {"view", "reshape", "flatten", "unflatten", "view_as"}
+_CUTS = SPLITS | {"__getitem__", "narrow", "repeat_interleave"}
 _KNOWN = _SHAPE | _POINTWISE | _MATRIX | _ALONG | _OVER_LAST | {"dropout", "linear", "conv1d"}
 
 
-def first_difference(whole: Trace, split: Trace, columns: dict[int, frozenset[str]], local: frozenset[str], tp: int) -> tuple[int, str] | None:
+def first_difference(
+    whole: Trace, split: Trace, columns: Mapping[int, frozenset[str]], local: Mapping[str, Segments], tp: int
+) -> tuple[int, str] | None:
     """Index of the first op, by the whole trace, that plain local tensors get wrong, with the reason; None when all agree.
 
     Args:
         whole: the module as the user wrote it.
         split: the same with its planned layers split; it may have ended early with an error.
         columns: for each op of ``whole``, the column layers whose output goes in.
-        local: column layers planned with plain local activations; only their regions are compared.
+        local: segments of the column layers planned with plain local activations.
         tp: size of the axis.
     """
+    held: dict[int, Segments] = {}  # value -> segments along its divided dim
     for index, op in enumerate(whole.ops):
         if index >= len(split.ops):
             return index, f"{op.name} in {op.module} fails on local sizes: {split.error}"
         other = split.ops[index]
         if op.name != other.name or op.module != other.module:
             return index, f"{op.module} takes another way on local sizes ({other.name} instead of {op.name})"
-        if columns.get(index, frozenset()) & local and whole.is_inside_block(op.phase):
-            reason = _wrong(whole, split, op, other, tp)
+        region = columns.get(index, frozenset()) if whole.is_inside_block(op.phase) else frozenset()
+        if op.layer in local:
+            held[op.outputs[0]] = local[op.layer]
+        elif region & local.keys():
+            reason = _wrong(whole, split, op, other, held, tp)
             if reason is not None:
                 return index, f"{op.name} in {op.module} {reason}"
+        elif not region and not _agrees(whole, split, op, other):
+            return index, f"{op.name} in {op.module or 'the step'} depends on local sizes"
     return None
 
 
-def _wrong(whole: Trace, split: Trace, op: Op, other: Op, tp: int) -> str | None:
+def _agrees(whole: Trace, split: Trace, op: Op, other: Op) -> bool:
+    """Whether an op outside all regions is the same in both."""
+    shapes = all(whole.values[a].shape == split.values[b].shape for a, b in zip(op.outputs, other.outputs, strict=False))
+    return shapes and op.arguments == other.arguments
+
+
+def _wrong(whole: Trace, split: Trace, op: Op, other: Op, held: dict[int, Segments], tp: int) -> str | None:
+    """Why an op of a region is wrong on local tensors; notes what its results hold when it is right."""
+    incoming = {number: held[number] for number in op.inputs if number in held}
     if op.layer is not None:
-        same = all(whole.values[a].shape == split.values[b].shape for a, b in zip(op.outputs, other.outputs, strict=True))
-        return None if same else "does not give the whole shape back"
+        is_plain = all(len(segments) == 1 for segments in incoming.values())
+        return None if is_plain and _agrees(whole, split, op, other) else "does not give the whole result back"
     if op.name not in _KNOWN:
         return "is not known to work on local parts"
     if op.name in _RANDOM and _is_random(op):
         return "draws random numbers, which must differ over tp"
-    for a, b in zip(op.outputs, other.outputs, strict=False):
+    for position, (a, b) in enumerate(zip(op.outputs, other.outputs, strict=False)):
         dim = _split_dim(whole.values[a].shape, split.values[b].shape, tp)
         if dim is None:
             return f"gives {list(split.values[b].shape)} for {list(whole.values[a].shape)}, not one dim divided by {tp}"
         if _mixes(op, dim, len(whole.values[a].shape)):
             return f"works along dim {dim}, which is split"
+        results = {_held_after(whole, split, op, other, number, position, dim, tp, held) for number in incoming}
+        if len(results) != 1 or None in results:
+            return "takes positions apart that one rank does not hold together"
+        held[a] = next(segments for segments in results if segments is not None)
     if not _same_numbers(op, other, tp):
         return f"gets other numbers on local sizes: {other.arguments} for {op.arguments}"
     return None
+
+
+def _held_after(
+    whole: Trace, split: Trace, op: Op, other: Op, number: int, position: int, dim: int, tp: int, held: dict[int, Segments]
+) -> Segments | None:
+    """Segments along the divided dim ``dim`` of result ``position``, from those of one input; None when they do not fit."""
+    before, after = whole.values[number].shape, whole.values[op.outputs[position]].shape
+    came = _split_dim(before, split.values[other.inputs[op.inputs.index(number)]].shape, tp)
+    segments = held[number]
+    if came is None:
+        return None
+    if op.name in _VIEWS:
+        return _viewed(before, came, segments, after, dim, tp)
+    if before[came] == after[dim] or op.name not in _CUTS:
+        return segments
+    if op.name == "repeat_interleave":
+        return tuple(segment * (after[dim] // before[came]) for segment in segments)
+    if op.name in SPLITS:
+        start = sum(whole.values[out].shape[dim] for out in op.outputs[:position])
+    else:
+        start = _slice_start(op)
+    return _taken(segments, start, start + after[dim])
+
+
+def _viewed(before: Segments, came: int, segments: Segments, after: Segments, dim: int, tp: int) -> Segments | None:
+    """Segments of a view. Read flat, who holds what repeats with a period; the view must have the same pattern."""
+    unit, new_unit = prod(before[came + 1 :]), prod(after[dim + 1 :])
+    flat = tuple(segment * unit for segment in segments)
+    period, new_period = sum(flat), after[dim] * new_unit
+    count = len(flat) * new_period // period
+    pattern = flat * -(-new_period // period)
+    if sum(pattern[:count]) != new_period or pattern[:count] * (period // new_period or 1) != pattern:
+        return None
+    if any(segment % (new_unit * tp) for segment in pattern[:count]):
+        return None
+    return tuple(segment // new_unit for segment in pattern[:count])
+
+
+def _taken(segments: Segments, start: int, stop: int) -> Segments | None:
+    """The whole segments between two positions."""
+    ends = [sum(segments[:index]) for index in range(len(segments) + 1)]
+    return segments[ends.index(start) : ends.index(stop)] if start in ends and stop in ends else None
+
+
+def _slice_start(op: Op) -> int:
+    index = op.arguments[1] if isinstance(op.arguments[1], tuple) else (op.arguments[1],)
+    last = index[-1]
+    return (last.start or 0) if isinstance(last, slice) else 0
 
 
 def _split_dim(whole: tuple[int, ...], split: tuple[int, ...], tp: int) -> int | None:

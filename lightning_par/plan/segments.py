@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from lightning_par.trace import Layer, Op, Trace
 
-_SPLITS = {"split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"}
-_TAKES_APART = _SPLITS | {"unbind", "__getitem__", "select", "__iter__"}
+SPLITS = {"split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"}
+_KEEPS_DIMS = {"contiguous", "clone", "to", "float", "half", "bfloat16", "permute", "transpose", "swapaxes"}
 
 
 @dataclass(frozen=True)
@@ -27,72 +27,131 @@ class OutputUse:
 def output_use(trace: Trace, layer: Layer, output: int) -> OutputUse:
     """Follow the output of a layer to where its last dim is split or viewed.
 
-    Three ways to write a fused projection are known: ``split``, ``chunk`` or slices of the last dim; a view as
-    ``(..., parts, heads, size)`` whose ``parts`` are taken apart later; and ``(..., heads, parts * size)``, which needs no
-    segments because heads come first.
+    A fused projection is written in one of four ways::
+
+        y.split / chunk / y[..., a:b]                 parts of the last dim
+        y.view(..., parts, heads, size), taken apart  parts first
+        y.view(..., heads, size).split(sizes, -2)     heads of several kinds
+        y.view(..., heads, parts * size)              heads first: no segments, every rank holds whole heads
     """
-    readers = _readers(trace)
-    parts = _split_parts(trace, readers, output, layer.out_size)
-    if parts is not None:
-        sizes = tuple(trace.values[number].shape[-1] for number in parts)
-        return OutputUse(sizes, tuple(_heads(trace, readers, number) for number in parts))
-    view = _first_view(trace, readers, output)
+    parts = _parts(trace, output, len(trace.values[output].shape) - 1)
+    if parts:
+        return OutputUse(tuple(size for size, _ in parts), tuple(_heads(trace, part) for _, part in parts))
+    view = _first_view(trace, output)
     if view is None:
         return OutputUse((layer.out_size,), (0,))
+    shape = trace.values[view.outputs[0]].shape
     trailing = _trailing(trace, view, layer.out_size)
-    if len(trailing) >= 3 and _is_taken_apart(trace, readers, view.outputs[0], len(trace.values[view.outputs[0]].shape) - len(trailing)):
-        return OutputUse((layer.out_size // trailing[0],) * trailing[0], (trailing[1],) * trailing[0])
-    return OutputUse((layer.out_size,), (trailing[0],))
+    dim = len(shape) - len(trailing)
+    unit = layer.out_size // trailing[0]
+    sizes = [size for size, _ in _parts(trace, view.outputs[0], dim)]
+    if not sizes:
+        return OutputUse((layer.out_size,), (trailing[0],))
+    inner = trailing[1] if len(trailing) > 2 else 0
+    return OutputUse(tuple(size * unit for size in sizes), tuple(size if size > 1 else inner for size in sizes))
 
 
-def _readers(trace: Trace) -> dict[int, list[Op]]:
-    readers: dict[int, list[Op]] = {}
-    for op in trace.ops:
-        for number in set(op.inputs):
-            readers.setdefault(number, []).append(op)
-    return readers
+def _parts(trace: Trace, number: int, dim: int) -> list[tuple[int, int]]:
+    """Size and value of each part that dim ``dim`` of a value is taken apart into, in order; empty when it stays whole."""
+    size = trace.values[number].shape[dim]
+    for same, where in _followed(trace, number, dim):
+        pieces: list[tuple[int, int, int]] = []
+        for op in trace.readers.get(same, []):
+            pieces += _pieces(trace, op, same, where)
+        pieces = sorted(set(pieces))
+        if len(pieces) > 1 and sum(length for _, length, _ in pieces) == size:
+            return [(length, part) for _, length, part in pieces]
+        if pieces and pieces[0][1] == 1 and size > 1:  # one index of several: every index is a part
+            return [(1, pieces[0][2])] * size
+    return []
 
 
-def _split_parts(trace: Trace, readers: dict[int, list[Op]], output: int, size: int) -> list[int] | None:
-    """The values that the last dim is split into, in order; None when it is not split."""
-    for number in _same_last_dim(trace, readers, output):
-        slices: list[tuple[int, int]] = []
-        for op in readers.get(number, []):
-            sizes = [trace.values[out].shape[-1] for out in op.outputs if trace.values[out].shape]
-            if op.name in _SPLITS and len(sizes) > 1 and sum(sizes) == size and _same_leading(trace, number, op.outputs[0]):
-                return list(op.outputs)
-            if op.name == "__getitem__" and len(op.outputs) == 1 and sizes and sizes[0] < size and _same_leading(trace, number, op.outputs[0]):
-                slices.append((_slice_start(op), op.outputs[0]))
-        if slices and sum(trace.values[out].shape[-1] for _, out in slices) == size:
-            return [out for _, out in sorted(slices)]
-    return None
+def _pieces(trace: Trace, op: Op, number: int, dim: int) -> list[tuple[int, int, int]]:
+    """(start, length, value) of what one op takes out of dim ``dim``; empty when it does not cut that dim."""
+    before = trace.values[number].shape
+    shapes = [trace.values[out].shape for out in op.outputs]
+    if op.name in SPLITS and len(shapes) > 1 and shapes[0][:dim] + shapes[0][dim + 1 :] == before[:dim] + before[dim + 1 :]:
+        lengths = [shape[dim] for shape in shapes]
+        starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        return list(zip(starts, lengths, op.outputs, strict=True)) if lengths[0] < before[dim] else []
+    if op.name in ("unbind", "__iter__") and len(op.outputs) == before[dim] and dim == _named(op, 1, "dim", 0) % len(before):
+        return [(index, 1, out) for index, out in enumerate(op.outputs)]
+    if op.name == "select" and dim == _named(op, 1, "dim", 0) % len(before):
+        return [(_named(op, 2, "index", 0) % before[dim], 1, op.outputs[0])]
+    if op.name == "narrow" and dim == _named(op, 1, "dim", 0) % len(before):
+        return [(_named(op, 2, "start", 0), shapes[0][dim], op.outputs[0])]
+    entry = _index_at(op, dim, len(before)) if op.name == "__getitem__" else None
+    if type(entry) is int:
+        return [(entry % before[dim], 1, op.outputs[0])]
+    if isinstance(entry, slice):
+        start, stop, step = entry.indices(before[dim])
+        return [(start, stop - start, op.outputs[0])] if step == 1 and stop - start < before[dim] else []
+    return []
 
 
-def _same_last_dim(trace: Trace, readers: dict[int, list[Op]], output: int) -> list[int]:
-    """The output and every value made from it alone that keeps its last dim whole."""
-    size = trace.values[output].shape[-1]
-    found, queue = [output], deque([output])
+def _index_at(op: Op, dim: int, ndim: int) -> object:
+    """What an indexing op says about dim ``dim``; None where it says nothing, or indexes by tensors."""
+    index = op.arguments[1] if isinstance(op.arguments[1], tuple) else (op.arguments[1],)
+    if "<tensor>" in index:
+        return None
+    taken = sum(entry is not None and entry is not Ellipsis for entry in index)
+    entries: list[object] = []
+    for entry in index:
+        if entry is Ellipsis:
+            entries += [slice(None)] * (ndim - taken)
+        elif entry is not None:  # None adds a dim
+            entries.append(entry)
+    return entries[dim] if dim < len(entries) else None
+
+
+def _named(op: Op, position: int, name: str, default: int) -> int:
+    """An integer argument given by position or by name."""
+    named = dict(item for item in op.arguments if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str))
+    found = named.get(name, op.arguments[position] if len(op.arguments) > position else default)
+    return found if isinstance(found, int) else default
+
+
+def _followed(trace: Trace, number: int, dim: int) -> list[tuple[int, int]]:
+    """The value and every one made from it alone that keeps dim ``dim`` whole, each with the place of that dim."""
+    found, queue = {number: dim}, deque([number])
     while queue:
-        for op in readers.get(queue.popleft(), []):
-            if op.layer is None and len(op.outputs) == 1 and trace.is_inside_block(op.phase):
-                shape = trace.values[op.outputs[0]].shape
-                if shape and shape[-1] == size and op.outputs[0] not in found and len(op.inputs) == 1:
-                    found.append(op.outputs[0])
-                    queue.append(op.outputs[0])
-    return found
+        current = queue.popleft()
+        for op in trace.readers.get(current, []):
+            where = _place_after(trace, op, current, found[current])
+            if where is not None and op.outputs[0] not in found:
+                found[op.outputs[0]] = where
+                queue.append(op.outputs[0])
+    return list(found.items())
 
 
-def _heads(trace: Trace, readers: dict[int, list[Op]], part: int) -> int:
-    view = _first_view(trace, readers, part)
+def _place_after(trace: Trace, op: Op, number: int, dim: int) -> int | None:
+    """Where an op on one value alone leaves dim ``dim``; None where it does something else to it."""
+    if op.layer is not None or len(op.outputs) != 1 or len(op.inputs) != 1 or not trace.is_inside_block(op.phase):
+        return None
+    before, after = trace.values[number].shape, trace.values[op.outputs[0]].shape
+    if op.name == "permute":
+        order = op.arguments[1] if isinstance(op.arguments[1], tuple) else op.arguments[1:]
+        return [d % len(before) for d in order].index(dim)
+    if op.name in ("transpose", "swapaxes"):
+        a, b = op.arguments[1] % len(before), op.arguments[2] % len(before)
+        return b if dim == a else a if dim == b else dim
+    is_last = dim == len(before) - 1
+    if is_last and after and after[-1] == before[-1] and op.name not in ("__getitem__", "select"):
+        return len(after) - 1  # such as flattening [B, T, d] to [B * T, d]
+    return dim if op.name in _KEEPS_DIMS or (before == after and op.name != "attribute") else None
+
+
+def _heads(trace: Trace, part: int) -> int:
+    view = _first_view(trace, part)
     return 0 if view is None else _trailing(trace, view, trace.values[part].shape[-1])[0]
 
 
-def _first_view(trace: Trace, readers: dict[int, list[Op]], output: int) -> Op | None:
+def _first_view(trace: Trace, output: int) -> Op | None:
     """The first op that views the last dim as several dims."""
-    size = trace.values[output].shape[-1]
-    for number in _same_last_dim(trace, readers, output):
-        for op in readers.get(number, []):
-            if op.name in ("view", "reshape", "unflatten") and len(_trailing(trace, op, size)) > 1:
+    shape = trace.values[output].shape
+    for number, dim in _followed(trace, output, len(shape) - 1):
+        for op in trace.readers.get(number, []) if dim == len(trace.values[number].shape) - 1 else ():
+            if op.name in ("view", "reshape", "unflatten") and len(_trailing(trace, op, shape[-1])) > 1:
                 return op
     return None
 
@@ -106,37 +165,3 @@ def _trailing(trace: Trace, view: Op, size: int) -> tuple[int, ...]:
         if product == size and (count == len(shape) or shape[-count - 1] != 1):
             return shape[len(shape) - count :]
     return (size,)
-
-
-def _is_taken_apart(trace: Trace, readers: dict[int, list[Op]], number: int, dim: int) -> bool:
-    """Whether some later op splits, indexes or unbinds dim ``dim`` of a value, followed through permutations."""
-    for op in readers.get(number, []):
-        where = _moved(op, dim, len(trace.values[number].shape))
-        if op.name in _TAKES_APART:
-            before, after = trace.values[number].shape, trace.values[op.outputs[0]].shape
-            if len(after) < len(before) or after[dim] < before[dim]:
-                return True
-        elif where is not None and len(op.outputs) == 1 and _is_taken_apart(trace, readers, op.outputs[0], where):
-            return True
-    return False
-
-
-def _moved(op: Op, dim: int, ndim: int) -> int | None:
-    """Where a permuting op puts dim ``dim``; None for any other op."""
-    if op.name == "permute":
-        order = op.arguments[1] if isinstance(op.arguments[1], tuple) else op.arguments[1:]
-        return [d % ndim for d in order].index(dim)
-    if op.name in ("transpose", "swapaxes"):
-        a, b = op.arguments[1] % ndim, op.arguments[2] % ndim
-        return b if dim == a else a if dim == b else dim
-    return dim if op.name in ("contiguous", "clone", "to", "float", "half", "bfloat16") else None
-
-
-def _same_leading(trace: Trace, before: int, after: int) -> bool:
-    return trace.values[before].shape[:-1] == trace.values[after].shape[:-1]
-
-
-def _slice_start(op: Op) -> int:
-    index = op.arguments[1] if isinstance(op.arguments[1], tuple) else (op.arguments[1],)
-    last = index[-1]
-    return (last.start or 0) if isinstance(last, slice) else 0

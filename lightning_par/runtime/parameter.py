@@ -72,6 +72,11 @@ def set_spec(parameter: nn.Parameter, spec: ParameterSpec) -> None:
     setattr(parameter, _ATTRIBUTE, spec)
 
 
+def has_spec(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a piece that `install` made."""
+    return hasattr(parameter, _ATTRIBUTE)
+
+
 def get_spec(parameter: nn.Parameter) -> ParameterSpec:
     """The record of an installed parameter. Raises AttributeError for a parameter that `install` never saw."""
     spec: ParameterSpec = getattr(parameter, _ATTRIBUTE)

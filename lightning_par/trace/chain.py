@@ -32,6 +32,8 @@ def find_chain(module: nn.Module, chosen: str | None = None) -> tuple[str | None
         classes = sorted({type(child).__name__ for child in children})
         if len(children) < 2:
             seen.append((name, f"has {len(children)} module{'' if len(children) == 1 else 's'}"))
+        elif len({id(child) for child in children}) < len(children):
+            seen.append((name, "holds one module several times"))
         elif len(classes) > 1:
             seen.append((name, f"mixes {', '.join(classes)}"))
         elif (numel := sum(p.numel() for p in container.parameters())) <= best_numel:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 
 def copy_module(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor], by_reference: Iterable[Any] = ()) -> nn.Module:
     """A copy of ``module`` whose parameters and buffers are ``replace(tensor)``; ties stay ties.
 
-    Nothing that the dry run does to the copy (counters, lists, metric states) reaches the user's module. An attribute
-    that cannot be copied is shared.
+    Nothing that the dry run does to the copy (counters, lists, metric states) reaches the user's module. Data sets and
+    loaders, which may be large, are shared, and so is an attribute that cannot be copied.
 
     Args:
         module: what to copy.
@@ -48,6 +49,8 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def _copy_attribute(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, nn.Module):
         return _copy(value, memo)
+    if isinstance(value, (Dataset, DataLoader)):
+        return value
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # open files, locks, non-leaf tensors: whatever cannot be copied is shared

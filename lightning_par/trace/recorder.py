@@ -11,13 +11,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_par.errors import ModelError
 from lightning_par.runtime.nested import tensors_in
 from lightning_par.runtime.torch_private import is_fake, storage_key
+from lightning_par.trace.passage import BlockCall, NoChain, follow_blocks, output_by_key
 from lightning_par.trace.record import Block, Layer, LayerKind, Op, ParameterInfo, Trace, Value
 
-_READS_VALUE = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__index__": 1, "__bool__": False}
-_RESHAPES = {"view", "reshape", "transpose", "contiguous", "to", "long", "int", "__getitem__", "flatten", "unsqueeze", "squeeze", "clone"}
+_READS_VALUE = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__index__": 1, "__bool__": False}  # what the dry run assumes
+_RESHAPES = set("view reshape transpose contiguous to long int __getitem__ flatten unsqueeze squeeze clone".split())
 
 
 class Recorder(TorchFunctionMode):
@@ -32,7 +32,10 @@ class Recorder(TorchFunctionMode):
     def __init__(self, module: nn.Module, chain: str | None, inputs: Any) -> None:
         super().__init__()
         self.module, self.chain = module, chain
-        self.num_blocks = len(list(module.get_submodule(chain).children())) if chain else 0
+        blocks = module.get_submodule(chain)._modules if chain is not None else {}
+        self._block_numbers = {f"{chain}.{key}" if chain else key: index for index, key in enumerate(blocks)}
+        self.num_blocks = len(blocks)
+        self.chain_fault: str | None = None  # why the blocks are no chain
         self.phase = 0
         self.ops: list[Op] = []
         self.values: list[Value] = []
@@ -46,8 +49,8 @@ class Recorder(TorchFunctionMode):
         self._names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
         self._stack: list[str] = []
         self._inside_layer = 0
-        self._entered: dict[int, tuple[list[Any], dict[str, Any]]] = {}
-        self._calls: list[tuple[int, str, Any, Any]] = []  # index, path, (args, kwargs), output of each block
+        self._calls: list[BlockCall] = []
+        self._blocks: tuple[Block, ...] = ()
         self._storages: set[Any] = set()
         self._counted_flops = 0
         for tensor in tensors_in(inputs):
@@ -66,6 +69,7 @@ class Recorder(TorchFunctionMode):
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._count_saved, lambda packed: packed), self:
                 yield
+            self._follow_blocks()
         finally:
             self._count_flops()
             for handle in handles:
@@ -75,9 +79,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
         if name in _READS_VALUE and isinstance(args[0], torch.Tensor) and self._is_unknown(args[0]):
-            self._note(f"{self._where()} reads a value of a tensor ({name}); the dry run assumes {_READS_VALUE[name]}")
-            dtype = args[0].dtype
-            return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            value = _READS_VALUE[name]
+            if name == "item" and not args[0].is_floating_point():
+                value = False if args[0].dtype == torch.bool else 1
+            self._note(f"{self._where()} reads a value of a tensor ({name}); the dry run assumes {value}")
+            return value
         output = func(*args, **kwargs)
         if name == "__iter__":
             output = list(output)
@@ -100,7 +106,7 @@ class Recorder(TorchFunctionMode):
             outputs = [args[0]]
         if not outputs:
             return
-        inputs = [tensor for tensor in tensors_in((args, kwargs))]
+        inputs = tensors_in((args, kwargs))
         read = parameters or tuple(self._names[id(t)] for t in inputs if id(t) in self._names)
         numbers = tuple(self._number(t) for t in inputs if id(t) not in self._names)
         depends = bool(read) or any(self.values[n].depends_on_parameters for n in numbers)
@@ -118,15 +124,18 @@ class Recorder(TorchFunctionMode):
         key = id(tensor)
         if new is None and key in self._numbers:
             return self._numbers[key]
+        if new is None:  # seen for the first time: there before the step, unless a function that torch does not show made it
+            made = tensor.requires_grad
+            new = Value(tuple(tensor.shape), tensor.is_floating_point(), made, self.phase if made else -1)
         self._alive.append(tensor)
-        self.values.append(new or Value(tuple(tensor.shape), tensor.is_floating_point(), False, -1))
+        self.values.append(new)
         self._numbers[key] = len(self.values) - 1
         return self._numbers[key]
 
     # ------------------------------------------------------------------ modules
 
     def _enter(self, name: str) -> Any:
-        block = self._block_index(name)
+        block = self._block_numbers.get(name)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if block is not None:
@@ -138,7 +147,7 @@ class Recorder(TorchFunctionMode):
         return hook
 
     def _leave(self, name: str) -> Any:
-        block = self._block_index(name)
+        block = self._block_numbers.get(name)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             kind = layer_kind(module)
@@ -148,7 +157,7 @@ class Recorder(TorchFunctionMode):
                     self._record_layer(name, kind, module, args, kwargs, output)
             self._stack.pop()
             if block is not None:
-                self._leave_block(block, name, args, kwargs, output)
+                self._leave_block(block, name, output)
 
         return hook
 
@@ -161,30 +170,39 @@ class Recorder(TorchFunctionMode):
             self.layers[name] = Layer(name, kind, *sizes, f"{name}.weight", bias)
         self._record(kind, args, kwargs, output, layer=name, parameters=parameters)
 
-    def _block_index(self, name: str) -> int | None:
-        if self.chain is None:
-            return None
-        prefix = f"{self.chain}." if self.chain else ""
-        rest = name[len(prefix) :]
-        return int(rest) if name.startswith(prefix) and rest.isdigit() else None
-
     def _enter_block(self, index: int, name: str, args: Any, kwargs: Any) -> None:
         if index != len(self._calls):
-            order = [path for _, path, _, _ in self._calls]
-            raise ModelError(f"the blocks of {self.chain} do not run once each in order: {name} ran after {order[-1:] or 'nothing'}")
-        self._count_flops()
-        self.phase = 2 * index + 1
-        self._entered[index] = (
-            [self._number(a) if isinstance(a, torch.Tensor) else None for a in args],
-            {key: self._number(a) for key, a in kwargs.items() if isinstance(a, torch.Tensor)},
-        )
+            after = f"after {self._calls[-1].path}" if self._calls else "first"
+            self.chain_fault = self.chain_fault or f"its blocks do not run once each, in order ({name} ran {after})"
+        if self.chain_fault is None:
+            self._count_flops()
+            self.phase = 2 * index + 1
+            arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+            self._calls.append(BlockCall(name, {k: self._number(a) for k, a in arguments.items() if isinstance(a, torch.Tensor)}))
 
-    def _leave_block(self, index: int, name: str, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave_block(self, index: int, name: str, output: Any) -> None:
+        if self.chain_fault is not None:
+            return
         self._count_flops()
         self.phase = 2 * index + 2
-        outputs = _keyed(output, name)
-        numbers = {key: self._number(t) for key, t in outputs.items() if isinstance(t, torch.Tensor)}
-        self._calls.append((index, name, (tuple(outputs) if outputs.keys() != {None} else ()), numbers))
+        try:
+            outputs = output_by_key(output, name)
+        except NoChain as fault:
+            self.chain_fault = str(fault)
+            return
+        call = self._calls[-1]
+        call.keys = () if None in outputs else tuple(outputs)
+        call.results = {key: self._number(t) for key, t in outputs.items() if isinstance(t, torch.Tensor)}
+
+    def _follow_blocks(self) -> None:
+        """After a whole run: the blocks as a chain, or why they are none."""
+        if len(self._calls) < self.num_blocks:
+            self.chain_fault = self.chain_fault or f"the step runs {len(self._calls)} of its {self.num_blocks} blocks"
+        if self.chain_fault is None:
+            try:
+                self._blocks = follow_blocks(self._calls, self.ops, self.values)
+            except NoChain as fault:
+                self.chain_fault = str(fault)
 
     # ------------------------------------------------------------------ counting
 
@@ -213,9 +231,9 @@ class Recorder(TorchFunctionMode):
         """The trace of the run that has ended."""
         return Trace(
             step=step,
-            chain=self.chain if self._calls else None,
+            chain=self.chain if self._blocks else None,
             chains_seen=chains_seen,
-            blocks=self._blocks() if len(self._calls) == self.num_blocks else (),
+            blocks=self._blocks,
             ops=tuple(self.ops),
             values=tuple(self.values),
             layers=self.layers,
@@ -227,33 +245,11 @@ class Recorder(TorchFunctionMode):
             error=error,
         )
 
-    def _blocks(self) -> tuple[Block, ...]:
-        consumed: dict[int, int] = {}  # value -> last phase that reads it
-        for op in self.ops:
-            for number in op.inputs:
-                consumed[number] = max(consumed.get(number, -1), op.phase)
-        for index, (args, kwargs) in self._entered.items():
-            for number in [n for n in args if n is not None] + list(kwargs.values()):
-                consumed[number] = max(consumed.get(number, -1), 2 * index + 1)
-        return tuple(self._block(index, path, keys, numbers, consumed) for index, path, keys, numbers in self._calls)
-
-    def _block(self, index: int, path: str, keys: Any, numbers: dict[Any, int], consumed: dict[int, int]) -> Block:
-        entered, named = self._entered[index]
-        arriving = [(position, n) for position, n in enumerate(entered) if n is not None] + list(named.items())
-        carried = [(where, n) for where, n in arriving if self.values[n].depends_on_parameters and self.values[n].is_float]
-        leaving = [(key, n) for key, n in numbers.items() if consumed.get(n, -1) > 2 * index + 1 and self.values[n].depends_on_parameters]
-        if not carried or not leaving:
-            raise ModelError(
-                f"{path} does not pass a hidden state on: a chain of blocks takes the output of one block as the input of the next. "
-                f"Name the right container with plan.chain=PATH"
-            )
-        key, out = leaving[0]
-        where, came = carried[0]
-        return Block(path, where, () if key is None else (key,), keys, came, out, tuple(n for _, n in leaving[1:]))
-
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
-    """What kind of splittable layer a module is, or None."""
+    """What kind of splittable layer a module is, or None; one with other parameters than a weight and a bias is none."""
+    if module._parameters.get("weight") is None or module._parameters.keys() - {"weight", "bias"}:
+        return None  # parametrized, quantized, or with an adapter of its own
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Embedding):
@@ -276,17 +272,6 @@ def _parameters(module: nn.Module) -> dict[str, ParameterInfo]:
     }
 
 
-def _keyed(output: Any, path: str) -> dict[Any, Any]:
-    """A block's output by key: None for a bare tensor, indices of a tuple or list, keys of a dict."""
-    if isinstance(output, torch.Tensor):
-        return {None: output}
-    if isinstance(output, (tuple, list)):
-        return dict(enumerate(output))
-    if isinstance(output, dict):
-        return dict(output)
-    raise ModelError(f"{path} returns a {type(output).__name__}: a block of a chain returns a tensor, a tuple or a dict")
-
-
 def _plain(args: Any, kwargs: Any) -> tuple[Any, ...]:
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -295,6 +280,6 @@ def _plain(args: Any, kwargs: Any) -> tuple[Any, ...]:
             return tuple(plain(item) for item in value)
         if value is None or isinstance(value, (bool, int, float, str, slice, type(Ellipsis))):
             return value
-        return str(value)
+        return str(value) if isinstance(value, (torch.dtype, torch.device, torch.memory_format)) else type(value).__name__
 
     return tuple(plain(a) for a in args) + tuple((key, plain(value)) for key, value in sorted(kwargs.items()))

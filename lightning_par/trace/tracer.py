@@ -19,7 +19,7 @@ from lightning_par.trace.copying import copy_module
 from lightning_par.trace.record import Trace
 from lightning_par.trace.recorder import Recorder
 
-STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+Prepare = Callable[[nn.Module], None]
 
 
 def trace_step(
@@ -29,7 +29,7 @@ def trace_step(
     batch_size: int,
     step: str = "training_step",
     chain: str | None = None,
-    prepare: Callable[[nn.Module], None] | None = None,
+    prepare: Prepare | None = None,
     keep_error: bool = False,
 ) -> Trace:
     """Run one step of a copy of ``module`` on fake tensors and record it. No memory for weights, no side effect.
@@ -55,7 +55,7 @@ def trace_step(
     if error is None and recorder.chain_fault is not None:
         assert path is not None
         if chain is not None:
-            raise ModelError(f"plan.chain={chain}: {recorder.chain_fault}; a chain runs its blocks once each, in order: name another")
+            raise ModelError(f"plan.chain={chain} is no chain of blocks: {recorder.chain_fault}. Name another, or leave the line out")
         seen = (*seen, (path, recorder.chain_fault))
         recorder, output, error = _run(module, batch, step, None, prepare, keep_error)
     if error is not None and not keep_error:
@@ -66,7 +66,7 @@ def trace_step(
 
 
 def _run(
-    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Callable[[nn.Module], None] | None, keep_error: bool
+    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Prepare | None, keep_error: bool
 ) -> tuple[Recorder, Any, Exception | None]:
     """On fake tensors, and where that fails on real ones."""
     recorder, output, error = _run_once(module, batch, step, chain, prepare, FakeTensorMode(allow_non_fake_inputs=True))
@@ -76,7 +76,7 @@ def _run(
 
 
 def _run_once(
-    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Callable[[nn.Module], None] | None, fake: FakeTensorMode | None
+    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Prepare | None, fake: FakeTensorMode | None
 ) -> tuple[Recorder, Any, Exception | None]:
     replace = _clone if fake is None else fake.from_tensor
     training = step == "training_step"
@@ -106,7 +106,7 @@ def _check_loss(output: Any, name: str) -> None:
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, torch.Tensor):
         what = "None" if output is None else f"a {type(output).__name__} without a loss tensor"
-        raise ModelError(f"{name}.training_step returned {what}: a parallel run needs the loss of every batch; return the loss tensor")
+        raise ModelError(f"{name}.training_step returned {what}: a parallel run needs the loss of every batch, return that tensor")
 
 
 def _silence(twin: nn.Module) -> None:
