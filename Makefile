@@ -32,7 +32,7 @@ format: $(READY)  ## Rewrite the sources in the house format.
 clean:  ## Remove the environment, caches and training outputs.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist outputs multirun
 
-# DS_BUILD_OPS=0: DeepSpeed would compile CUDA kernels at install; those it needs are compiled at first use.
+# DS_BUILD_OPS=0: DeepSpeed compiles the kernels that it needs at first use, never at install, whatever the environment says.
 $(READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"

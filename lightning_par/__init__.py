@@ -1,6 +1,6 @@
 """Tensor, pipeline and data parallelism for an unchanged LightningModule.
 
-    Trainer(strategy=HybridParallelStrategy("tp2_pp2_zero1"), devices=4)
+    Trainer(strategy=HybridParallelStrategy("tp2_pp2_zero1"), devices=8)
 
 The names below are the public surface. The strategy is imported on first use, so that `import lightning_par`, the command
 line's help and Hydra's completion do not wait for torch.

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lightning_par.errors import CheckpointError
+from lightning_par.errors import CheckpointError, LayoutError
 from lightning_par.layout import Layout
 from lightning_par.runtime.mesh import Mesh
 
@@ -48,19 +48,26 @@ def save_checkpoint(path: Path, shared: dict[str, Any], state: dict[str, Any], m
     mesh.barrier()
 
 
-def load_checkpoint(path: Path, layout: Layout, weights_only: bool | None) -> dict[str, Any]:
-    """What is equal on all ranks of a checkpoint.
+def check_layout(path: Path, layout: Layout) -> None:
+    """Check that a checkpoint can be resumed in a layout.
 
     Raises:
-        CheckpointError: no checkpoint of ours, or one of another layout.
+        CheckpointError: it is none of ours.
+        LayoutError: another layout wrote it.
     """
     if not (path / "layout.json").is_file():
         found = "there is nothing" if not path.exists() else "it is a single file" if path.is_file() else "it has no layout.json"
         raise CheckpointError(f"ckpt_path={path} is not a checkpoint of this strategy ({found}): give the folder that it wrote")
     written = json.loads((path / "layout.json").read_text())
     if written != _degrees(layout):
-        word = str(Layout(**{key: value for key, value in written.items() if key != "word"}))
-        raise CheckpointError(f"ckpt_path={path} was written with parallel={word} and this run has parallel={layout}: resume with parallel={word}")
+        raise LayoutError(
+            f"ckpt_path={path} was written with parallel={Layout(**written)}, and this run has parallel={layout}: resume in the "
+            "layout that wrote it"
+        )
+
+
+def load_checkpoint(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    """What is equal on all ranks of a checkpoint. ``weights_only`` as in `torch.load`."""
     shared: dict[str, Any] = torch.load(path / "lightning.pt", map_location="cpu", weights_only=bool(weights_only))
     return shared
 

@@ -9,6 +9,7 @@ Exit codes as in `lightning_par.config.app`.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -68,27 +69,15 @@ def explain(config: DictConfig) -> None:
     Raises:
         ConfigurationError: the layout, the model, the data or the ``plan:`` section cannot work.
     """
-    from lightning_par.config.devices import needed_devices
-    from lightning_par.config.parallel import read_layout
+    for name in ("lightning_fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # what the Trainer says of this machine is not about the plan
 
-    layout = read_layout(config.parallel)
-    devices = config.trainer.devices
-    per_node = devices if isinstance(devices, int) else needed_devices(layout, config.trainer.get("num_nodes", 1))
-    layout = layout.resolve(per_node * config.trainer.get("num_nodes", 1))
-
-    import torch  # after what can fail without it
-    from hydra.utils import instantiate
-
+    from lightning_par.config.run import build_run
+    from lightning_par.host.preflight import plan_from_trainer
     from lightning_par.plan import render_plan
-    from lightning_par.prepare import prepare_plan
 
-    torch.manual_seed(config.seed)
-    module = instantiate(config.model, _convert_="all")
-    data = instantiate(config.data, _convert_="all")
-    data.prepare_data()
-    data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
-    plan = prepare_plan(module, batch, layout, instantiate(config.plan, _convert_="all"))
+    trainer, module, data = build_run(config, accelerator="cpu", logger=False, callbacks=[])
+    plan = plan_from_trainer(trainer, trainer.strategy.layout, trainer.strategy.overrides, "fit", module, data)
     print(render_plan(plan, color=sys.stdout.isatty()))
 
 

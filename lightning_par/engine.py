@@ -44,10 +44,14 @@ class Engine:
 
     _engines: ClassVar[WeakKeyDictionary[nn.Module, Engine]] = WeakKeyDictionary()
 
-    def __init__(self, module: nn.Module, plan: Plan, mesh: Mesh, device: torch.device, schedule: str = "1f1b", seed: int = 0) -> None:
+    def __init__(
+        self, module: nn.Module, plan: Plan, mesh: Mesh, device: torch.device, schedule: str = "1f1b", seed: int = 0
+    ) -> None:
         self.module, self.plan, self.mesh, self.schedule = module, plan, mesh, schedule
         broadcast_module(module, mesh)
-        stage = install(module, plan, mesh.coordinate.pp, mesh.tp)
+        for stages in sorted({parameter.spec.stages for parameter in plan.parameters if len(parameter.spec.stages) > 1}):
+            mesh.tied(stages)  # every rank makes every group, whether it holds such a weight or not
+        stage = install(module, plan, mesh.coordinate.pp, mesh.tp, device)
         module.to(device)
         self.streams = MicrobatchStreams(seed, mesh.coordinate.dp, mesh.coordinate.pp, device)
         self._hooks = Hooks(before_forward=self.streams.begin, at_entrance=self.streams.enter_stage)
@@ -72,7 +76,9 @@ class Engine:
         self._hooks.after_forward, self._hooks.after_backward = self.states.after_forward, self.states.after_backward
         return self.states
 
-    def train(self, program: Program, sizes: Sequence[int], loss_of: Callable[[Any], torch.Tensor], scale: float = 1.0) -> list[Any]:
+    def train(
+        self, program: Program, sizes: Sequence[int], loss_of: Callable[[Any], torch.Tensor], scale: float = 1.0
+    ) -> list[Any]:
         """Forward and backward of every microbatch; gradients add up in ``p.grad``. Collective over the replica.
 
         Args:

@@ -2,12 +2,13 @@
 
     1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder
     2. convert     planned layers compute on their shards
-    3. cut         blocks of other stages become stand-ins
+    3. cut         blocks of other stages only pass the hidden state on, or end the step
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,20 +21,21 @@ from lightning_par.runtime.parameter import set_spec
 from lightning_par.tensor import SharedInput, convert_embedding, convert_linear
 
 
-def install(module: nn.Module, plan: Plan, stage: int, tp: Axis) -> Stage:
+def install(module: nn.Module, plan: Plan, stage: int, tp: Axis, device: torch.device) -> Stage:
     """Make ``module`` this rank's part of the plan, in place. Not a collective.
 
-    Parameter names, parameter objects and modules stay the user's own.
+    Parameter names, parameter objects and modules stay the user's own. What is left of the module is not moved.
 
     Args:
         module: the whole module, with the same weights on every rank.
         plan: all decisions.
         stage: this rank's stage.
         tp: this rank's tensor-parallel axis.
+        device: where the module is going to run; placeholders are made there.
     """
-    shard_parameters(module, plan.parameters, stage, tp)
+    shard_parameters(module, plan.parameters, stage, tp, device)
     convert_layers(module, plan, stage, tp)
-    return cut_stage(module, plan, stage)
+    return cut_stage(module, plan, stage, device)
 
 
 def install_tensor_parallel(module: nn.Module, plan: Plan, tp: Axis) -> None:
@@ -43,31 +45,36 @@ def install_tensor_parallel(module: nn.Module, plan: Plan, tp: Axis) -> None:
     _convert(module, plan, plan.layers, tp)
 
 
-def shard_parameters(module: nn.Module, parameters: Iterable[ParameterPlan], stage: int, tp: Axis) -> None:
+def shard_parameters(module: nn.Module, parameters: Iterable[ParameterPlan], stage: int, tp: Axis, device: torch.device) -> None:
     """Replace every parameter's data by this rank's shard, and take away what the stage does not hold."""
     for parameter in parameters:
         held = [alias for alias, stages in parameter.aliases if stage in stages]
         _shard_parameter(module, parameter, held, tp)
         for alias, _ in parameter.aliases:
             if alias not in held:
-                _take_away(module, alias, parameter.spec.shape)
+                owner, name = _owner(module, alias)
+                _take_away(owner, owner._parameters, name, device, parameter.spec.shape)  # a tied one may be a shard by now
 
 
 def convert_layers(module: nn.Module, plan: Plan, stage: int, tp: Axis) -> None:
     """Convert the planned layers whose weight this stage holds."""
     held = {alias for parameter in plan.parameters for alias, stages in parameter.aliases if stage in stages}
+    if tp.size > 1:  # in evaluation nn.TransformerEncoderLayer hands its weights, shards by now, to one fused kernel
+        torch.backends.mha.set_fastpath_enabled(False)
     _convert(module, plan, [layer for layer in plan.layers if f"{layer.name}.weight" in held], tp)
 
 
-def cut_stage(module: nn.Module, plan: Plan, stage: int) -> Stage:
-    """Put stand-ins in the place of the blocks of other stages."""
+def cut_stage(module: nn.Module, plan: Plan, stage: int, device: torch.device) -> Stage:
+    """Change the calls of the blocks at the borders of a stage and beyond, whose buffers go the way of their parameters."""
     if plan.chain is None or plan.layout.pp == 1:
         return Stage(None, 0, 0, (), (), ())
-    bounds = plan.stages[stage]
-    chain = plan.chain
-    return Stage(
-        module.get_submodule(chain.path), bounds.first, bounds.last, chain.carry_argument, chain.carry_output, chain.output_keys
-    )
+    bounds, chain = plan.stages[stage], plan.chain
+    container = module.get_submodule(chain.path)
+    for index, block in enumerate(container.children()):
+        for owner in block.modules() if not bounds.first <= index < bounds.last else ():
+            for name in list(owner._buffers):
+                _take_away(owner, owner._buffers, name, device)
+    return Stage(container, bounds.first, bounds.last, chain.carry_argument, chain.carry_output, chain.output_keys)
 
 
 def _convert(module: nn.Module, plan: Plan, layers: Iterable[LayerPlan], tp: Axis) -> None:
@@ -102,12 +109,18 @@ def _shard_parameter(module: nn.Module, plan: ParameterPlan, aliases: Iterable[s
     set_spec(parameter, plan.spec)
 
 
-def _take_away(module: nn.Module, alias: str, shape: tuple[int, ...]) -> None:
-    """Put a tensor of zeros with the parameter's shape and no memory where the parameter was."""
-    owner, name = _owner(module, alias)
-    parameter = owner._parameters.pop(name)
-    assert parameter is not None
-    zeros = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(shape)
+def _take_away(
+    owner: nn.Module, tensors: MutableMapping[str, Any], name: str, device: torch.device, shape: tuple[int, ...] | None = None
+) -> None:
+    """Put zeros of the same shape, which take no memory, where a parameter or buffer was.
+
+    Those of a parameter require a gradient, which never arrives: reentrant checkpointing of a block drops all gradients when
+    its input, computed from them, requires none.
+    """
+    tensor = tensors.pop(name)
+    zeros = None if tensor is None else torch.zeros((), dtype=tensor.dtype, device=device).expand(shape or tensor.shape)
+    if zeros is not None and isinstance(tensor, nn.Parameter) and zeros.is_floating_point():
+        zeros.requires_grad_()
     owner.__dict__[name] = zeros  # past __setattr__, which would make it a buffer or refuse it
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lightning_par.errors import LayoutError
@@ -141,7 +142,11 @@ def parse_layout(word: str) -> Layout:
         sizes[axis] = size
     try:
         return Layout(
-            tp=sizes.get("tp", 1), pp=sizes.get("pp", 1), dp=sizes.get("dp"), zero=sizes.get("zero", 0), microbatches=sizes.get("mb")
+            tp=sizes.get("tp", 1),
+            pp=sizes.get("pp", 1),
+            dp=sizes.get("dp"),
+            zero=sizes.get("zero", 0),
+            microbatches=sizes.get("mb"),
         )
     except LayoutError as error:
         raise LayoutError(f"parallel={word}: {error}") from None
@@ -152,8 +157,13 @@ def looks_like_layout(word: str) -> bool:
     return any((match := _TOKEN.fullmatch(token)) and match[1] in TOKENS for token in word.split("_"))
 
 
-def nearest_layouts(layout: Layout, num_devices: int, count: int = 2) -> list[Layout]:
-    """The layouts nearest to ``layout`` that use exactly ``num_devices`` ranks, by how far each degree moves."""
+def nearest_layouts(layout: Layout, num_devices: int, count: int = 2, fits: Callable[[Layout], bool] | None = None) -> list[Layout]:
+    """The layouts nearest to ``layout`` that use exactly ``num_devices`` ranks, by how far each degree moves.
+
+    Args:
+        count: at most so many.
+        fits: what they must fulfil besides.
+    """
 
     def distance(candidate: Layout) -> tuple[float, int]:
         pairs = ((candidate.tp, layout.tp), (candidate.pp, layout.pp), (candidate.dp or 1, layout.dp or 1))
@@ -161,9 +171,12 @@ def nearest_layouts(layout: Layout, num_devices: int, count: int = 2) -> list[La
 
     degrees = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     legal = [
-        replace(layout, tp=tp, pp=pp, dp=num_devices // (tp * pp)) for tp in degrees for pp in degrees if num_devices % (tp * pp) == 0
+        replace(layout, tp=tp, pp=pp, dp=num_devices // (tp * pp))
+        for tp in degrees
+        for pp in degrees
+        if num_devices % (tp * pp) == 0
     ]
-    return sorted(legal, key=distance)[:count]
+    return sorted(filter(fits, legal), key=distance)[:count]
 
 
 def _unknown(word: str, token: str) -> str:

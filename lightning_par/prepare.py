@@ -12,6 +12,7 @@ from lightning_par.errors import ModelError
 from lightning_par.install import install_tensor_parallel
 from lightning_par.layout import Layout
 from lightning_par.plan import Overrides, Plan, build_plan
+from lightning_par.plan.build import with_partial_gradients
 from lightning_par.plan.compare import first_difference
 from lightning_par.plan.tensor_rules import Flow, infer_flow
 from lightning_par.runtime.axis import LocalAxis
@@ -29,15 +30,18 @@ def prepare_plan(
         batch: one batch, as the step gets it on one replica.
         layout: sizes of the axes, dp resolved.
         overrides: the user's plan section.
-        step: the hook that is run dry: ``training_step``, or another where nothing is trained.
+        step: the hook that is run dry: ``training_step``, or another where nothing is trained. Where no model is cut, it may fail.
 
     Raises:
         ConfigurationError: the module, the batch or the plan section does not fit the layout.
     """
     chosen = Overrides.parse(overrides)
-    trace = trace_step(module, batch, batch_size=batch_size_of(batch), step=step, chain=chosen.chain)
+    size, is_cut = batch_size_of(batch), layout.model_size > 1
+    trace = trace_step(module, batch, batch_size=size, step=step, chain=chosen.chain, keep_error=not is_cut)
     plan = build_plan(trace, layout, type(module).__name__, chosen)
-    return plan if layout.tp == 1 else _choose_activations(module, batch, trace, plan, infer_flow(trace, chosen.kinds(trace.layers)))
+    return (
+        plan if layout.tp == 1 else _choose_activations(module, batch, trace, plan, infer_flow(trace, chosen.kinds(trace.layers)))
+    )
 
 
 def batch_size_of(batch: Any) -> int:
@@ -52,7 +56,7 @@ def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan,
     """
     tp = plan.layout.tp
     while True:
-        local = frozenset(layer.name for layer in plan.layers if layer.kind == "column" and layer.activation == "local")
+        local = {layer.name: layer.segments for layer in plan.layers if layer.kind == "column" and layer.activation == "local"}
         split = trace_step(
             module,
             batch,
@@ -61,13 +65,14 @@ def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan,
             chain=trace.chain,
             prepare=lambda twin, plan=plan: install_tensor_parallel(twin, plan, LocalAxis("tp", tp, 0)),  # type: ignore[misc]
             keep_error=True,
+            is_real=trace.is_real,
         )
         difference = first_difference(trace, split, flow.columns, local, tp)
         if difference is None:
-            return plan
+            return with_partial_gradients(plan, trace, flow)
         index, reason = difference
         region = {name for column in _near(trace, flow, index) for name in flow.region(column)}
-        failing = _alike(trace, region) & local
+        failing = _alike(trace, region) & local.keys()
         if not failing:
             raise ModelError(
                 f"tp{tp}: {plan.module} cannot be split: {reason}. Keep the layers that feed it whole with "
@@ -78,8 +83,12 @@ def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan,
 
 
 def _near(trace: Trace, flow: Flow, index: int) -> frozenset[str]:
-    """The column layers that feed an op, or else the last op before it that any feed."""
-    return next((columns for i in range(index, -1, -1) if (columns := flow.columns.get(i))), frozenset())
+    """The column layers that feed an op; where none do, those that ran or were read last before it."""
+    for i in range(index, -1, -1):
+        layer = trace.ops[i].layer
+        if columns := flow.columns.get(i) or (frozenset([layer]) if layer in flow.reads else frozenset()):
+            return columns
+    return frozenset()
 
 
 def _alike(trace: Trace, layers: set[str]) -> frozenset[str]:

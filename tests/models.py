@@ -58,7 +58,12 @@ def llama() -> pl.LightningModule:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     return TransformersModel(LlamaForCausalLM(config))
 
@@ -78,8 +83,8 @@ def gemma2() -> pl.LightningModule:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2,
     )  # fmt: skip
     return TransformersModel(Gemma2ForCausalLM(config))
 
@@ -148,9 +153,11 @@ MODELS = {"gpt": gpt, "llama": llama, "gpt2": gpt2, "gemma2": gemma2, "encoder":
 
 
 def make_batch(step: int, size: int) -> dict[str, torch.Tensor]:
-    """A global batch of ``size`` samples, the same on every rank."""
+    """A global batch of ``size`` samples, the same on every rank. Token 0 is padding, at the end of every other sample."""
     generator = torch.Generator().manual_seed(1000 + step)
+    tokens = torch.randint(1, VOCABULARY, (size, LENGTH), generator=generator)
+    tokens[::2, -3:] = 0
     return {
-        "tokens": torch.randint(1, VOCABULARY, (size, LENGTH), generator=generator),
+        "tokens": tokens,
         "label": torch.randint(0, 5, (size,), generator=generator),
     }

@@ -72,7 +72,9 @@ class Watch(pl.Callback):
             norms = torch.stack([p.grad.double().norm() for p in pl_module.parameters() if p.grad is not None])
             self.run.norms.append(float(norms.norm()))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.run.losses.append(float(outputs["loss"]))
         if isinstance(trainer.strategy, HybridParallelStrategy):
             assert trainer.strategy.grad_norm is not None
@@ -83,7 +85,9 @@ def fit(make: MakeModel, loader: DataLoader[Any], **trainer: Any) -> tuple[pl.Tr
     """Train a freshly made model, without anything that writes."""
     torch.manual_seed(0)
     module, watch = make(), Watch()
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False)
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         chosen: dict[str, Any] = {"accelerator": "cpu", "max_steps": STEPS, "gradient_clip_val": CLIP, **quiet, **trainer}

@@ -71,11 +71,15 @@ def _collect(processes: list[Any], results: Any, timeout: float) -> list[Any]:
     return [done[rank] for rank in range(len(processes))]
 
 
-def _rank_main(function: Callable[..., Any], rank: int, world_size: int, rendezvous: str, results: Any, args: tuple[Any, ...]) -> None:
+def _rank_main(
+    function: Callable[..., Any], rank: int, world_size: int, rendezvous: str, results: Any, args: tuple[Any, ...]
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+        )
         value = function(rank, world_size, *args)
         results.put((rank, None, pickle.dumps(value)))  # by value: torch would share memory that dies with this process
     except BaseException:  # whatever ended this rank is what the test must show

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import deepspeed  # noqa: F401  imported before the ranks are forked, which then start in a second
+import deepspeed
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import pytest
 from transformers import Gemma2ForCausalLM, GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401

@@ -85,7 +85,7 @@ def test_only_plain_float32_is_taken(root: str) -> None:
     plugins = import_module(f"{root}.plugins.precision")
     check_precision(plugins.Precision())
     check_precision(precision_class(root)(Owner([])))
-    with pytest.raises(ConfigurationError, match="precision=bf16-mixed is not supported yet.*use precision=32-true"):
+    with pytest.raises(ConfigurationError, match=r"precision=bf16-mixed is not supported yet.*use precision=32-true"):
         check_precision(plugins.MixedPrecision("bf16-mixed", "cpu"))
 
     class MyPrecision(plugins.Precision):  # type: ignore[name-defined]

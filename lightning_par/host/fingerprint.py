@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_par.errors import ReplicaError
-from lightning_par.runtime.nested import children, path_to
 from lightning_par.runtime.axis import GroupAxis
+from lightning_par.runtime.nested import children, path_to
 
 Leaf = tuple[str, tuple[int, ...], str, tuple[int, ...]]
 _INTEGER_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from lightning_par.runtime.generator import generators_put_back
 def first_batch(loaders: Any) -> Any:
     """The first batch of a loader, or of every loader in a dict or list, as the step gets it.
 
-    A DataLoader's dataset is read in this process, without workers; its generators are put back.
+    A DataLoader's dataset is read in this process, without workers, in the order of a copy of its sampler.
 
     Raises:
         DataError: the data is an iterator that can be read only once, or is empty.
@@ -25,7 +26,7 @@ def first_batch(loaders: Any) -> Any:
         return {key: first_batch(loader) for key, loader in loaders.items()}
     if isinstance(loaders, (list, tuple)):
         return type(loaders)(first_batch(loader) for loader in loaders)
-    with generators_put_back(_generators_of(loaders)):
+    with generators_put_back():
         batches = _batches(loaders) if isinstance(loaders, DataLoader) else _iterate(loaders, "train_dataloaders")
         for batch in batches:
             return batch
@@ -41,10 +42,10 @@ def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
         while batch := list(itertools.islice(items, loader.batch_size)):
             yield collate(batch)
     elif loader.batch_sampler is not None:
-        for indices in loader.batch_sampler:
+        for indices in _copied(loader.batch_sampler, dataset):
             yield collate([dataset[index] for index in indices])
     else:
-        for index in loader.sampler:
+        for index in _copied(loader.sampler, dataset):
             yield collate(dataset[index])
 
 
@@ -58,6 +59,9 @@ def _iterate(data: Iterable[Any], what: str) -> Iterator[Any]:
     return iterator
 
 
-def _generators_of(loader: Any) -> list[torch.Generator]:
-    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    return [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+def _copied(sampler: Any, dataset: Any) -> Any:
+    """A sampler with generators of its own, over the same data."""
+    try:
+        return copy.deepcopy(sampler, {id(dataset): dataset})
+    except Exception:  # holds what cannot be copied
+        return sampler

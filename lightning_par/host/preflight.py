@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from lightning_par.checkpoint import check_layout
 from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.first_batch import first_batch
-from lightning_par.layout import Layout
+from lightning_par.layout import Layout, nearest_layouts
 from lightning_par.plan import Plan
 from lightning_par.prepare import prepare_plan
+from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.parameter import has_spec
 from lightning_par.trace.copying import copy_module
 
@@ -20,36 +25,42 @@ _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_s
 _LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
 
 
-def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any], *args: Any, **kwargs: Any) -> Plan:
+def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any], what: str, *args: Any, **kwargs: Any) -> Plan:
     """The plan of the run that the Trainer is about to start.
 
     Works on copies: the user's module, its datamodule and all random states stay as they are.
 
     Args:
-        trainer: a Trainer inside fit, validate, test or predict.
+        trainer: the Trainer.
         layout: sizes of the axes, dp resolved.
         overrides: the user's plan section.
+        what: the Trainer's verb: ``fit``, ``validate``, ``test`` or ``predict``.
         *args, **kwargs: what the Trainer's function was called with; the module first, then its data.
 
     Raises:
         ConfigurationError: whatever cannot work.
     """
-    what = str(trainer.state.fn.value)
     given = [*args, *kwargs.values()]
     module = args[0] if args and args[0] is not None else trainer.lightning_module
     datamodule = next((value for value in given if hasattr(value, "prepare_data") and value is not module), trainer.datamodule)
     check_manual(module, layout)
-    twin = copy_module(module, lambda tensor: tensor, by_reference=[trainer])
-    twin.__dict__["_trainer"] = trainer
-    loaders, source = _loaders(what, twin, datamodule, args[1] if len(args) > 1 else None, trainer)
-    _build(twin, what)
-    if what == "fit":
-        _check_optimizers_early(twin, layout)
-    batch = first_batch(loaders)
-    for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
-        owner = source if source is not None and _overrides(source, hook) else twin
-        batch = getattr(owner, hook)(batch, 0)
-    return prepare_plan(twin, batch, layout, overrides, _STEPS[what])
+    with generators_put_back(), _loggers_silent(trainer):
+        twin: Any = copy_module(module, lambda tensor: tensor, by_reference=[trainer])
+        twin.__dict__["_trainer"] = trainer
+        source = twin if datamodule is None else _copied(datamodule, trainer)
+        for owner in dict.fromkeys((source, twin)):
+            owner.prepare_data()
+            owner.setup(what)
+        twin.configure_model()
+        if what == "fit":
+            _configure_optimizers(twin, layout)
+        loaders = args[1] if len(args) > 1 and args[1] is not None and args[1] is not datamodule else None
+        if loaders is None:
+            loaders = getattr(source, _LOADERS[what])()
+        batch = first_batch(loaders if what == "fit" else _first(loaders))
+        for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
+            batch = getattr(source if _overrides(source, hook) else twin, hook)(batch, 0)
+        return prepare_plan(twin, batch, layout, overrides, _STEPS[what])
 
 
 def check_split(module: Any, layout: Layout) -> Engine | None:
@@ -61,15 +72,27 @@ def check_split(module: Any, layout: Layout) -> Engine | None:
     engine = Engine.of(module)
     if engine is not None and replace(engine.mesh.layout, microbatches=layout.microbatches) != layout:
         raise ConfigurationError(
-            f"parallel={layout}: this {type(module).__name__} is already split as parallel={engine.mesh.layout}: use the same layout, or "
-            "build the module anew and load a checkpoint"
+            f"parallel={layout}: this {type(module).__name__} is already split as parallel={engine.mesh.layout}: use the same "
+            "layout, or build the module anew and load a checkpoint"
         )
     if engine is None and any(has_spec(parameter) for parameter in module.parameters()):
         raise ConfigurationError(
-            f"this {type(module).__name__} contains a model that is already split, as part of another LightningModule: use that one, or "
-            "build the model anew and load a checkpoint"
+            f"this {type(module).__name__} contains a model that is already split, as part of another LightningModule: use that "
+            "one, or build the model anew and load a checkpoint"
         )
     return engine
+
+
+def check_checkpoints(given: Iterable[Any], layout: Layout) -> None:
+    """Check a ``ckpt_path`` among a Trainer's arguments, where it names a folder.
+
+    Raises:
+        CheckpointError: it is no checkpoint of this strategy.
+        LayoutError: another layout wrote it.
+    """
+    for value in given:
+        if isinstance(value, (str, Path)) and Path(value).exists():
+            check_layout(Path(value), layout)
 
 
 def check_callbacks(trainer: Any) -> None:
@@ -83,13 +106,13 @@ def check_callbacks(trainer: Any) -> None:
         names = {cls.__name__ for cls in type(callback).__mro__}
         if names & {"StochasticWeightAveraging", "WeightAveraging"}:
             raise ConfigurationError(
-                f"{type(callback).__name__} averages whole weights and would average this rank's shards of them: remove the callback, or "
-                "average checkpoints after the run"
+                f"{type(callback).__name__} averages whole weights and would average this rank's shards of them: remove the "
+                "callback, or average checkpoints after the run"
             )
         if "BaseFinetuning" in names and layout.zero:
             raise ConfigurationError(
-                f"{type(callback).__name__} adds parameters to the optimizer during the run, and zero{layout.zero} has sharded its states at "
-                "the start: use zero0, or freeze and unfreeze by learning rate"
+                f"{type(callback).__name__} adds parameters to the optimizer during the run, and zero{layout.zero} has sharded "
+                "its states at the start: use zero0, or freeze and unfreeze by learning rate"
             )
     if getattr(trainer.strategy, "_layer_sync", None) is not None:
         raise ConfigurationError("sync_batchnorm=True is not supported: use GroupNorm or LayerNorm, or sync_batchnorm=False")
@@ -103,8 +126,8 @@ def check_manual(module: Any, layout: Layout) -> None:
     """
     if not module.automatic_optimization and (layout.pp > 1 or layout.zero):
         raise ConfigurationError(
-            f"parallel={layout}: {type(module).__name__} has automatic_optimization=False, and a pipeline or ZeRO runs the backward and the "
-            "step itself: use pp1 and zero0, or automatic optimization"
+            f"parallel={layout}: {type(module).__name__} has automatic_optimization=False, and a pipeline or ZeRO runs the "
+            f"backward and the step itself: use {_without_pipeline(layout)}, or automatic optimization"
         )
 
 
@@ -117,52 +140,53 @@ def check_optimization(module: Any, optimizers: list[Any], layout: Layout) -> No
     check_manual(module, layout)
     if len(optimizers) > 1 and (layout.pp > 1 or layout.zero):
         raise ConfigurationError(
-            f"parallel={layout}: {type(module).__name__}.configure_optimizers returns {len(optimizers)} optimizers, and a pipeline or ZeRO "
-            "steps one: put the parameters into groups of one optimizer, or use pp1 and zero0"
+            f"parallel={layout}: {type(module).__name__}.configure_optimizers returns {len(optimizers)} optimizers, and a "
+            f"pipeline or ZeRO steps one: put the parameters into groups of one optimizer, or use {_without_pipeline(layout)}"
         )
 
 
-def _check_optimizers_early(twin: Any, layout: Layout) -> None:
-    """Look at configure_optimizers where it needs no running Trainer; what it raises here, it raises again where it counts."""
-    if layout.pp == 1 and not layout.zero:
-        return
-    trainer = twin.__dict__.pop("_trainer")
-    twin.__dict__["_trainer"] = None
+def _without_pipeline(layout: Layout) -> str:
+    near = nearest_layouts(replace(layout, zero=0, microbatches=None), layout.world_size, fits=lambda near: near.pp == 1)
+    return " or ".join(f"parallel={each}" for each in near)
+
+
+def _configure_optimizers(twin: Any, layout: Layout) -> None:
+    """Check what configure_optimizers returns, and let the dry run's ``self.optimizers()`` give it.
+
+    Where it needs a running Trainer nothing is found here; what it raises, it raises again where it counts.
+    """
+    trainer, twin.__dict__["_trainer"] = twin.__dict__["_trainer"], None
     try:
-        optimizers = twin.configure_optimizers()
+        configured = twin.configure_optimizers()
     except Exception:
         return
     finally:
         twin.__dict__["_trainer"] = trainer
-    if isinstance(optimizers, tuple) and len(optimizers) == 2 and isinstance(optimizers[0], list):
-        optimizers = optimizers[0]
-    check_optimization(twin, list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers], layout)
+    if isinstance(configured, tuple) and len(configured) == 2 and isinstance(configured[0], list):
+        configured = configured[0]  # optimizers and schedulers
+    several = configured if isinstance(configured, (list, tuple)) else [configured]
+    optimizers = [entry["optimizer"] if isinstance(entry, Mapping) else entry for entry in several]
+    check_optimization(twin, optimizers, layout)
+    twin.__dict__["optimizers"] = lambda use_pl_optimizer=True: optimizers[0] if len(optimizers) == 1 else optimizers
 
 
-def _loaders(what: str, twin: Any, datamodule: Any, given: Any, trainer: Any) -> tuple[Any, Any]:
-    """The loaders of a run and the datamodule they came from: given, the datamodule's, or the module's own."""
-    if given is not None and given is not datamodule:
-        return (given if what == "fit" else _first(given)), None
-    source = twin
-    if datamodule is not None:
-        try:
-            source = copy.deepcopy(datamodule)
-        except Exception:  # holds what cannot be copied; Lightning, too, sets it up again in every process
-            source = datamodule
-        source.trainer = trainer
-    source.prepare_data()
-    if source is not twin:
-        source.setup(what)
-    loaders = getattr(source, _LOADERS[what])()
-    return (loaders if what == "fit" else _first(loaders)), (source if source is not twin else None)
+def _copied(datamodule: Any, trainer: Any) -> Any:
+    with suppress(Exception):  # holds what cannot be copied; Lightning, too, sets it up again in every process
+        datamodule = copy.deepcopy(datamodule)
+    datamodule.trainer = trainer
+    return datamodule
 
 
-def _build(twin: Any, what: str) -> None:
-    """Hooks that may still add layers."""
-    if _overrides(twin, "setup"):
-        twin.setup(what)
-    if _overrides(twin, "configure_model"):
-        twin.configure_model()
+@contextmanager
+def _loggers_silent(trainer: Any) -> Iterator[None]:
+    """Inside, the Trainer's loggers take everything and write nothing."""
+    loggers = trainer.loggers
+    silent = import_module(f"{type(trainer).__module__.removesuffix('.trainer.trainer')}.loggers.logger").DummyLogger
+    trainer.loggers = [silent() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 def _first(loaders: Any) -> Any:

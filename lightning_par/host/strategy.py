@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import yaml
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
-from lightning_par.checkpoint import load_checkpoint, load_rank_state, save_checkpoint
+from lightning_par.checkpoint import check_layout, load_checkpoint, load_rank_state, save_checkpoint
 from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
@@ -25,10 +25,11 @@ from lightning_par.host.batch import merge_outputs, split_batch
 from lightning_par.host.fingerprint import check_same_batch
 from lightning_par.host.launcher import launcher_class
 from lightning_par.host.precision import check_precision, precision_class
-from lightning_par.host.preflight import check_callbacks, check_optimization, check_split, plan_from_trainer
+from lightning_par.host.preflight import check_callbacks, check_checkpoints, check_optimization, check_split, plan_from_trainer
 from lightning_par.host.stage_log import StageLog
 from lightning_par.host.stage_metric import from_last_stage
 from lightning_par.layout import Layout, parse_layout
+from lightning_par.pipeline.schedules import build_schedule
 from lightning_par.plan import Plan, render_plan
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.nested import map_tensors
@@ -59,6 +60,7 @@ class HybridParallelStrategy(Host):
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
+        ConfigurationError: the schedule is unknown.
     """
 
     is_distributed = True  # without it Lightning adds no sampler and sync_dist is silently off
@@ -80,7 +82,8 @@ class HybridParallelStrategy(Host):
         super().__init__()
         self._typed = str(layout)
         self.layout = parse_layout(layout) if isinstance(layout, str) else layout
-        self._overrides, self._schedule, self._print_plan = dict(plan or {}), schedule, print_plan
+        build_schedule(schedule, 1, 1)  # an unknown name is an error here
+        self.overrides, self._schedule, self._print_plan = dict(plan or {}), schedule, print_plan
         self._timeout = timedelta(seconds=timeout_seconds)
         self._num_nodes = 1
         self._plan: Plan | None = None
@@ -146,7 +149,9 @@ class HybridParallelStrategy(Host):
         assert self.cluster_environment is not None
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         self.cluster_environment.set_world_size(world_size)
-        rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        if self.layout.zero and self.dp_size == 1:
+            rank_zero_warn(f"parallel={self._typed}: zero{self.layout.zero} has nothing to shard with dp 1 and is ignored")
 
     def _configure_launcher(self) -> None:
         self._launcher = launcher_class(self._root)(
@@ -157,11 +162,14 @@ class HybridParallelStrategy(Host):
         """Everything that can be found wrong without other ranks, before they are started; the plan, on rank 0."""
         check_callbacks(trainer)
         module = args[0] if args and args[0] is not None else trainer.lightning_module
+        check_checkpoints([*args, *kwargs.values()], self.layout)
         engine = check_split(module, self.layout)
         if engine is not None:
             self._engine, self._mesh, self._plan = engine, engine.mesh, engine.plan
         elif self.global_rank == 0:
-            self._plan = plan_from_trainer(trainer, self.layout, self._overrides, module, *args[1:], **kwargs)
+            self._plan = plan_from_trainer(
+                trainer, self.layout, self.overrides, trainer.state.fn.value, module, *args[1:], **kwargs
+            )
 
     # ------------------------------------------------------------------ setup
 
@@ -400,7 +408,8 @@ class HybridParallelStrategy(Host):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read what Lightning gave to `save_checkpoint`. The shards follow in `load_model_state_dict`."""
         self._loading = Path(checkpoint_path)
-        return load_checkpoint(self._loading, self.layout, weights_only)
+        check_layout(self._loading, self.layout)
+        return load_checkpoint(self._loading, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self.engine.load_state_dict(load_rank_state(self._loading, self.mesh))
@@ -465,8 +474,8 @@ def _loss_of(output: Any) -> torch.Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, torch.Tensor):
         raise ConfigurationError(
-            f"training_step returned {'None' if loss is None else type(loss).__name__} for a batch: a parallel run needs the loss of "
-            "every batch; return the loss tensor"
+            f"training_step returned {'None' if loss is None else type(loss).__name__} for a batch: a parallel run needs the loss "
+            "of every batch; return the loss tensor"
         )
     return loss
 

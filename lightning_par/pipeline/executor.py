@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from lightning_par.errors import ModelError
 from lightning_par.pipeline.action import Row
-from lightning_par.pipeline.stage import Stage
+from lightning_par.pipeline.stage import Receive, Stage
 from lightning_par.pipeline.transport import Transport
 
 Program = Callable[[int], Any]
+_EVERY_STEP = ": every step of a pipeline runs all blocks; do not return early, and let no bare `except:` stop a step"
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Hooks:
 class _InFlight:
     """Tensors kept between a microbatch's forward and its backward."""
 
+    receive: Receive | None = None
     received: torch.Tensor | None = None
     leaving: torch.Tensor | None = None
 
@@ -81,30 +84,36 @@ class Executor:
 
     def _forward(self, index: int, program: Program, outputs: dict[int, Any]) -> _InFlight:
         kept = _InFlight()
+        needs_grad = torch.is_grad_enabled()  # asked out here: reentrant checkpointing calls the block without gradients
 
         def receive(like: torch.Tensor) -> torch.Tensor:
-            kept.received = self.transport.receive_activation(like).requires_grad_(torch.is_grad_enabled())
+            if kept.received is None:  # else a backward runs the block again
+                kept.received = self.transport.receive_activation(like).requires_grad_(needs_grad)
             self.hooks.at_entrance(index)
             return kept.received
 
+        kept.receive = None if self.transport.is_first else receive
         self.hooks.before_forward(index)
-        output, leaving = self.stage.run(lambda: program(index), None if self.transport.is_first else receive)
+        output, kept.leaving = self.stage.run(lambda: program(index), kept.receive)
         self.hooks.after_forward()
+        if kept.received is None and not self.transport.is_first:
+            raise ModelError(f"the step on microbatch {index} ended before it reached the blocks of this stage{_EVERY_STEP}")
         if self.transport.is_last:
             outputs[index] = output
+        elif kept.leaving is None:
+            raise ModelError(f"the step on microbatch {index} ended before it reached the blocks of the next stage{_EVERY_STEP}")
         else:
-            assert leaving is not None, "the step ended before it reached the next stage's blocks"
-            self.transport.send_activation(leaving)
-            kept.leaving = leaving
+            self.transport.send_activation(kept.leaving)
         return kept
 
     def _backward(self, kept: _InFlight, loss: torch.Tensor | None, weight: float) -> None:
-        if loss is not None:
-            (loss * weight).backward()
-        elif kept.leaving is not None:
-            grad = self.transport.receive_gradient(kept.leaving)
-            if kept.leaving.requires_grad:  # false where everything up to here is frozen
-                torch.autograd.backward(kept.leaving, grad)
+        with self.stage.receiving(kept.receive):
+            if loss is not None:
+                (loss * weight).backward()
+            elif kept.leaving is not None:
+                arrived = self.transport.receive_gradient(kept.leaving)
+                if kept.leaving.requires_grad:  # false where everything up to here is frozen
+                    torch.autograd.backward(kept.leaving, arrived)
         if kept.received is not None:
             grad = kept.received.grad
             self.transport.send_gradient(torch.zeros_like(kept.received) if grad is None else grad)

@@ -3,17 +3,24 @@
 Every stage calls the user's own step once for each microbatch. What comes before the blocks runs on every stage; on a
 stage that is not the first, its parameters are placeholders and its hidden state is replaced, at the call of the
 stage's first block, by the one received. The call of the first block of the next stage ends the step.
+
+[Note: the call of a block] Blocks of other stages stay the user's own objects, with all attributes that models read off
+them; only calling them is different. It is changed on their class, not by a hook: activation checkpointing may wrap the
+forward inside a module's call or the call itself, and runs it again in the backward. A block's call then gives the same
+hidden state as it did in the forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 Receive = Callable[[torch.Tensor], torch.Tensor]
+Where = int | str
 
 
 class StageExit(BaseException):
@@ -25,10 +32,10 @@ class StageExit(BaseException):
 
 
 class Stage:
-    """The blocks ``first`` up to ``last`` of a chain, cut out of a module in place.
+    """The blocks ``first`` up to ``last`` of a chain, cut out of a module in place; see [Note: the call of a block].
 
     Args:
-        chain: the container of the blocks.
+        chain: the container of the blocks; None for a module that is one stage.
         first, last: the stage's blocks, ``last`` excluded.
         carry_argument: where each block takes its hidden state.
         carry_output, output_keys: where each block's output has it.
@@ -39,25 +46,18 @@ class Stage:
         chain: nn.Module | None,
         first: int,
         last: int,
-        carry_argument: tuple[int | str, ...],
-        carry_output: tuple[tuple[int | str, ...], ...],
-        output_keys: tuple[tuple[int | str, ...], ...],
+        carry_argument: tuple[Where, ...],
+        carry_output: tuple[tuple[Where, ...], ...],
+        output_keys: tuple[tuple[Where, ...], ...],
     ) -> None:
         self._receive: Receive | None = None
-        if chain is None:
-            return
-        names = list(chain._modules)
-        for index, name in enumerate(names):
-            block = chain._modules[name]
-            assert block is not None
+        for index, block in enumerate(chain.children() if chain is not None else ()):
             if index < first:
-                chain._modules[name] = PassBlock(block, carry_argument[index], carry_output[index], output_keys[index])
+                _change_call(block, _passing(carry_argument[index], carry_output[index], output_keys[index]))
             elif index >= last:
-                chain._modules[name] = ExitBlock(block, carry_argument[index])
-        if first > 0:
-            entrance = chain._modules[names[first]]
-            assert entrance is not None
-            entrance.register_forward_pre_hook(self._deliver(carry_argument[first]), with_kwargs=True, prepend=True)
+                _change_call(block, _leaving(carry_argument[index]))
+            elif index == first > 0:
+                _change_call(block, self._entering(type(block), carry_argument[index]))
 
     def run(self, program: Callable[[], Any], receive: Receive | None) -> tuple[Any, torch.Tensor | None]:
         """Run the step once.
@@ -69,65 +69,62 @@ class Stage:
         Returns:
             What the step returned and None on the last stage; None and the hidden state to send on the others.
         """
+        with self.receiving(receive):
+            try:
+                return program(), None
+            except StageExit as leaving:
+                return None, leaving.hidden
+
+    @contextmanager
+    def receiving(self, receive: Receive | None) -> Iterator[None]:
+        """Inside, the stage's first block starts from what ``receive`` gives; also where a backward runs it again."""
         self._receive = receive
         try:
-            return program(), None
-        except StageExit as leaving:
-            return None, leaving.hidden
+            yield
         finally:
             self._receive = None
 
-    def _deliver(self, where: int | str) -> Callable[..., Any]:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _entering(self, cls: type[nn.Module], where: Where) -> Callable[..., Any]:
+        def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             assert self._receive is not None, "a block of a later stage was called outside a step"
             hidden = self._receive(_pick(where, args, kwargs))
             if isinstance(where, int):
-                return (*args[:where], hidden, *args[where + 1 :]), kwargs
-            return args, {**kwargs, where: hidden}
+                args = (*args[:where], hidden, *args[where + 1 :])
+            else:
+                kwargs = {**kwargs, where: hidden}
+            return cls.__call__(block, *args, **kwargs)
 
-        return hook
-
-
-class _Stand(nn.Module):
-    """Stands for a block of another stage: no parameters, the plain attributes that models read off their blocks."""
-
-    def __init__(self, block: nn.Module, carry_argument: int | str) -> None:
-        super().__init__()
-        self.carry_argument = carry_argument
-        self.training = block.training
-        self.__dict__["attributes"] = {
-            name: value for name, value in block.__dict__.items() if not name.startswith("_") and not isinstance(value, torch.Tensor)
-        }
-
-    def __getattr__(self, name: str) -> Any:
-        attributes = self.__dict__.get("attributes", {})
-        return attributes[name] if name in attributes else super().__getattr__(name)
+        return call
 
 
-class PassBlock(_Stand):
-    """A block of an earlier stage: gives its input back in the form of the block's output."""
+def _passing(where: Where, carry_output: tuple[Where, ...], keys: tuple[Where, ...]) -> Callable[..., Any]:
+    """The call of a block of an earlier stage: gives its input back in the form of the block's output."""
 
-    def __init__(
-        self, block: nn.Module, carry_argument: int | str, carry_output: tuple[int | str, ...], output_keys: tuple[int | str, ...]
-    ) -> None:
-        super().__init__(block, carry_argument)
-        self.carry_output, self.output_keys = carry_output, output_keys
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = _pick(self.carry_argument, args, kwargs)
-        if not self.carry_output:
+    def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden = _pick(where, args, kwargs)
+        if not carry_output:
             return hidden
-        entries = {key: hidden if key == self.carry_output[0] else None for key in self.output_keys}
+        entries = {key: hidden if key == carry_output[0] else None for key in keys}
         return entries if any(isinstance(key, str) for key in entries) else tuple(entries.values())
 
-
-class ExitBlock(_Stand):
-    """A block of a later stage: calling it ends the step on this one."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise StageExit(_pick(self.carry_argument, args, kwargs))
+    return call
 
 
-def _pick(where: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def _leaving(where: Where) -> Callable[..., Any]:
+    """The call of a block of a later stage: ends the step on this one."""
+
+    def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise StageExit(_pick(where, args, kwargs))
+
+    return call
+
+
+def _change_call(block: nn.Module, call: Callable[..., Any]) -> None:
+    """Give one module its own ``__call__``, which Python looks up on the class."""
+    cls = type(block)
+    block.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def _pick(where: Where, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     hidden: torch.Tensor = args[where] if isinstance(where, int) else kwargs[where]
     return hidden

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 from lightning_par.errors import PlanError
 from lightning_par.layout import Layout
@@ -16,7 +17,7 @@ from lightning_par.plan.segments import OutputUse, output_use
 from lightning_par.plan.tensor_rules import Flow, infer_flow
 from lightning_par.plan.vocabulary import infer_vocabulary
 from lightning_par.runtime.parameter import ParameterSpec, Split
-from lightning_par.trace import Layer, Trace
+from lightning_par.trace import Trace
 
 BACKWARD_TO_FORWARD = 2  # the gradients of a matrix product are two products of its size
 
@@ -25,7 +26,7 @@ def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides |
     """Decide everything for a layout whose dp is known.
 
     Every column layer is planned with plain local activations; `lightning_par.prepare` turns those whose code needs
-    global shapes.
+    global shapes, and marks partial gradients at the end.
 
     Args:
         trace: a dry run of the module.
@@ -42,15 +43,12 @@ def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides |
     forced = overrides.kinds(trace.layers)
     check_chain(trace, layout, module)
     if layout.pp > 1:
-        check_crossings(trace)
-    layers, flow = _plan_layers(trace, layout.tp, forced)
+        check_crossings(trace, layout)
+    layers = _plan_layers(trace, layout, forced)
     counts = _cut(trace, layout, overrides)
     bounds = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
-    parameters = _plan_parameters(trace, {layer.name: layer for layer in layers}, bounds, flow)
-    stages = tuple(
-        _stage(trace, parameters, layout.tp, index, first, last)
-        for index, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False))
-    )
+    parameters = _plan_parameters(trace, {layer.name: layer for layer in layers}, bounds)
+    stages = tuple(_stage(trace, parameters, layout.tp, index, first, last) for index, (first, last) in enumerate(pairwise(bounds)))
     return Plan(
         layout=replace(layout, microbatches=resolve_microbatches(layout, trace.batch_size)),
         module=module,
@@ -58,19 +56,35 @@ def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides |
         stages=stages,
         layers=layers,
         parameters=parameters,
-        notes=trace.notes + _kept_whole(layers, layout.tp),
+        notes=trace.notes + _kept_whole(layers),
     )
+
+
+def with_partial_gradients(plan: Plan, trace: Trace, flow: Flow) -> Plan:
+    """The plan with its partial parameters marked, once the activations of every layer are decided.
+
+    A whole parameter that meets split activations as plain tensors gets from each tp rank the gradient of that rank's part.
+    Where activations have their global shape, they sum it themselves.
+    """
+    local = {layer.name for layer in plan.layers if layer.kind == "column" and layer.activation == "local"}
+    ops = [op for index, op in enumerate(trace.ops) if op.layer is None and flow.columns.get(index, frozenset()) & local]
+    partial = {trace.canonical(name) for op in ops for name in op.parameters}
+    marked = (
+        replace(parameter, spec=replace(parameter.spec, partial=parameter.spec.name in partial and parameter.spec.split is None))
+        for parameter in plan.parameters
+    )
+    return replace(plan, parameters=tuple(marked))
 
 
 # ---------------------------------------------------------------------- layers
 
 
-def _plan_layers(trace: Trace, tp: int, forced: Mapping[str, Kind]) -> tuple[tuple[LayerPlan, ...], Flow]:
-    if tp == 1:
-        return (), Flow()
+def _plan_layers(trace: Trace, layout: Layout, forced: Mapping[str, Kind]) -> tuple[LayerPlan, ...]:
+    if layout.tp == 1:
+        return ()
     flow = infer_flow(trace, forced)
     kinds: dict[str, tuple[Kind, str]] = {name: (kind, flow.why.get(name, "")) for name, kind in flow.kinds.items()}
-    kinds.update(infer_vocabulary(trace, {**forced}))
+    kinds.update(infer_vocabulary(trace, forced))
     kinds.update({name: ("replicate", why) for name, why in _read_from_outside(trace).items() if name in kinds})
     outputs = {op.layer: op.outputs[0] for op in trace.ops if op.layer is not None}
     readers: dict[int, str] = {}
@@ -79,16 +93,16 @@ def _plan_layers(trace: Trace, tp: int, forced: Mapping[str, Kind]) -> tuple[tup
         layer, use = trace.layers[name], None
         if kind == "column":
             use = output_use(trace, layer, outputs[name])
-            check_divides(layer, use, tp, "outputs")
+            check_divides(layer, use, layout, "outputs")
         elif kind == "row":
-            check_divides(layer, OutputUse((layer.in_size,), ()), tp, "inputs")
+            check_divides(layer, OutputUse((layer.in_size,), ()), layout, "inputs")
         elif kind == "vocabulary":
-            check_divides(layer, OutputUse((layer.in_size,), ()), tp, "rows, the vocabulary,")
+            check_divides(layer, OutputUse((layer.in_size,), ()), layout, "tokens")
         shared = readers.setdefault(flow.reads[name], name) if name in flow.reads and kind == "column" else ""
         segments = use.segments if use else ()
         in_chain = name in flow.kinds
         plans.append(LayerPlan(name, kind, segments, "local" if in_chain else "global", shared, why))
-    return tuple(plans), flow
+    return tuple(plans)
 
 
 def _read_from_outside(trace: Trace) -> dict[str, str]:
@@ -97,13 +111,13 @@ def _read_from_outside(trace: Trace) -> dict[str, str]:
     outside: dict[str, str] = {}
     for op in trace.ops:
         for alias in op.parameters if op.layer is None else ():
-            canonical = trace.canonical(alias)
-            if canonical in owners:
-                outside[owners[canonical]] = f"its weight is read by {op.name} in {op.module or 'the step'}"
+            owner = owners.get(trace.canonical(alias))
+            if owner is not None:
+                outside[owner] = f"its weight is read by {op.name} in {op.module or 'the step'}"
     return outside
 
 
-def _kept_whole(layers: tuple[LayerPlan, ...], tp: int) -> tuple[str, ...]:
+def _kept_whole(layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
     """A note for layers inside the blocks that tensor parallelism leaves whole against what one would expect."""
     reasons = Counter((layer.name.rsplit(".", 1)[-1], layer.why) for layer in layers if layer.kind == "replicate" and layer.why)
     quiet = ("outside the blocks", "not the vocabulary", "as the plan section says")
@@ -119,8 +133,8 @@ def _cut(trace: Trace, layout: Layout, overrides: Overrides) -> list[int]:
         counts = list(overrides.stages)
         if len(counts) != layout.pp or sum(counts) != trace.num_blocks or min(counts) < 1:
             raise PlanError(
-                f"plan.stages={counts}: needs {layout.pp} numbers of at least 1 (one for each stage) that add up to the "
-                f"{trace.num_blocks} blocks of {trace.chain}"
+                f"plan.stages={counts}: parallel={layout} needs {layout.pp} numbers of at least 1 (one for each stage) that add "
+                f"up to the {trace.num_blocks} blocks of {trace.chain}: correct them, or leave the line out"
             )
         return counts
     if layout.pp == 1:
@@ -157,18 +171,17 @@ def _stage(trace: Trace, parameters: tuple[ParameterPlan, ...], tp: int, index: 
 # ---------------------------------------------------------------------- parameters
 
 
-def _plan_parameters(trace: Trace, layers: Mapping[str, LayerPlan], bounds: list[int], flow: Flow) -> tuple[ParameterPlan, ...]:
+def _plan_parameters(trace: Trace, layers: Mapping[str, LayerPlan], bounds: list[int]) -> tuple[ParameterPlan, ...]:
     num_stages = len(bounds) - 1
     splits = _splits(trace, layers)
     used = _stages_of_aliases(trace, bounds)
-    partial = _partial(trace, flow)
     plans = []
     for name, info in trace.parameters.items():
         every = sorted(set().union(*(used.get(alias, set()) for alias in info.aliases)))
         stages = tuple(every) or _stages_of_unused(trace, name, bounds) or tuple(range(num_stages))
         aliases = tuple((alias, tuple(sorted(used.get(alias, set(stages))))) for alias in info.aliases)
         split = next((splits[alias] for alias in info.aliases if alias in splits), None)
-        spec = ParameterSpec(name, info.shape, split, stages, partial=name in partial and split is None)
+        spec = ParameterSpec(name, info.shape, split, stages)
         plans.append(ParameterPlan(spec, aliases, info.itemsize, info.requires_grad))
     return tuple(plans)
 
@@ -210,13 +223,3 @@ def _stages_of_unused(trace: Trace, name: str, bounds: list[int]) -> tuple[int, 
 
 def _stage_of_block(block: int, bounds: list[int]) -> int:
     return max(stage for stage, first in enumerate(bounds[:-1]) if first <= block)
-
-
-def _partial(trace: Trace, flow: Flow) -> set[str]:
-    """Whole parameters that meet split activations as plain tensors: each tp rank sees part of their gradient."""
-    return {
-        trace.canonical(name)
-        for index, op in enumerate(trace.ops)
-        if op.layer is None and flow.columns.get(index)
-        for name in op.parameters
-    }

@@ -2,79 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lightning_par.errors import DataError, ModelError
-from lightning_par.layout import Layout
+from lightning_par.layout import Layout, nearest_layouts
 from lightning_par.plan.segments import OutputUse
 from lightning_par.trace import Layer, Trace
 
 
 def check_chain(trace: Trace, layout: Layout, module: str) -> None:
-    """A pipeline or tensor layout needs a chain of blocks, with at least one block for each stage.
+    """A pipeline needs a chain of blocks, with at least one block for each stage.
 
     Raises:
         ModelError: none found (names what was looked at and the line that would say it), or too few blocks.
     """
-    if layout.model_size == 1 or (layout.pp == 1 and trace.layers and not trace.chains_seen and trace.blocks):
+    if layout.pp == 1:
         return
-    if layout.pp > 1 and not trace.blocks:
-        looked = "; ".join(f"{name or module}: {reason}" for name, reason in trace.chains_seen) or "no ModuleList or Sequential at all"
+    if not trace.blocks:
+        looked = (
+            "; ".join(f"{name or module}: {reason}" for name, reason in trace.chains_seen) or "no ModuleList or Sequential at all"
+        )
         raise ModelError(
             f"parallel={layout} needs a chain of blocks, and {module} has none that the step runs in order (looked at {looked}): "
-            f"name the container of the blocks with plan.chain=PATH"
+            f"name the container of the blocks with plan.chain=PATH, or {_use(layout, lambda near: near.pp == 1)}"
         )
-    if layout.pp > max(1, trace.num_blocks):
+    if layout.pp > trace.num_blocks:
         raise ModelError(
-            f"parallel={layout} asks for {layout.pp} stages, and {trace.chain} has {trace.num_blocks} blocks: every stage needs one, "
-            f"use pp{trace.num_blocks} or less"
+            f"parallel={layout} asks for {layout.pp} stages, and {trace.chain} has {trace.num_blocks} blocks: every stage needs "
+            f"one, {_use(layout, lambda near: near.pp <= trace.num_blocks)}"
         )
 
 
-def check_crossings(trace: Trace) -> None:
+def check_crossings(trace: Trace, layout: Layout) -> None:
     """Between stages only the hidden state travels; all else that a later stage reads must be computable there.
 
     Raises:
         ModelError: a block reads something that depends on parameters of another stage, or returns several tensors that
             later code reads, or the hidden state changes its shape on the way.
     """
-    for op in trace.ops:
-        arrives = trace.blocks[op.phase // 2].carry_in if op.phase % 2 else None
-        for number in op.inputs:
-            value = trace.values[number]
-            foreign = value.phase >= 0 and trace.block_of(value.phase) != trace.block_of(op.phase)
-            if foreign and value.depends_on_parameters and number != arrives:
-                raise ModelError(
-                    f"{op.module or 'the step'} ({op.name}) reads a tensor of shape {list(value.shape)} that was computed with parameters "
-                    f"{_phase_name(trace, value.phase)}: between pipeline stages only the hidden state of the blocks travels. Use pp1, or "
-                    f"compute it inside the block that reads it"
-                )
+    instead = _use(layout, lambda near: near.pp == 1)
     for block in trace.blocks:
         if block.extra_outputs:
             raise ModelError(
-                f"{block.path} returns {1 + len(block.extra_outputs)} tensors that later code reads: between pipeline stages only the hidden "
-                f"state travels. Use pp1, or return one tensor"
+                f"parallel={layout}: {block.path} returns {1 + len(block.extra_outputs)} tensors that later code reads, and "
+                f"between pipeline stages only the hidden state travels: return one tensor, or {instead}"
             )
         came, left = trace.values[block.carry_in].shape, trace.values[block.carry_out].shape
         if came != left:
             raise ModelError(
-                f"{block.path} turns a hidden state of shape {list(came)} into {list(left)}: a pipeline needs blocks that keep the shape. Use pp1"
+                f"parallel={layout}: {block.path} turns a hidden state of shape {list(came)} into {list(left)}, and a pipeline "
+                f"needs blocks that keep the shape: {instead}"
             )
+    for op in trace.ops:
+        arrives = trace.blocks[op.phase // 2].carry_in if op.phase % 2 else None
+        for number in op.inputs:
+            value = trace.values[number]
+            is_foreign = value.phase >= 0 and trace.block_of(value.phase) != trace.block_of(op.phase)
+            if is_foreign and value.depends_on_parameters and number != arrives:
+                raise ModelError(
+                    f"parallel={layout}: {op.module or 'the step'} ({op.name}) reads a tensor of shape {list(value.shape)} that "
+                    f"was computed with parameters {_phase_name(trace, value.phase)}, and between pipeline stages only the "
+                    f"hidden state of the blocks travels: compute it inside the block that reads it, or {instead}"
+                )
 
 
-def check_divides(layer: Layer, use: OutputUse, tp: int, what: str) -> None:
+def check_divides(layer: Layer, use: OutputUse, layout: Layout, what: str) -> None:
     """Every head and every fused part of a split layer has an equal share for each tp rank.
+
+    Args:
+        what: the parts of the dim that is cut, in the plural, for the message.
 
     Raises:
         ModelError: with the tp sizes that work.
     """
     heads = [count for count in use.heads if count]
-    for sizes, unit in ((heads, "heads"), (list(use.segments), what)):
-        bad = next((size for size in sizes if size % tp), None)
-        if bad is not None:
-            working = [t for t in range(1, bad + 1) if all(size % t == 0 for size in (*heads, *use.segments))]
-            raise ModelError(
-                f"tp{tp}: {layer.name} has {bad} {unit}, which {tp} tensor-parallel ranks cannot share equally: "
-                f"use tp {', '.join(map(str, working[:8]))}, or keep it whole with plan.split.\"{layer.name}\"=replicate"
-            )
+    sizes = [(count, "heads") for count in heads] + [(size, what) for size in use.segments]
+    bad = next(((size, unit) for size, unit in sizes if size % layout.tp), None)
+    if bad is not None:
+        working = [tp for tp in range(1, bad[0] + 1) if all(size % tp == 0 for size, _ in sizes)]
+        raise ModelError(
+            f"parallel={layout}: {layer.name} has {bad[0]} {bad[1]}, which {layout.tp} tensor-parallel ranks cannot share equally; "
+            f"tp {', '.join(map(str, working[:8]))} would work: {_use(layout, lambda near: near.tp in working)}, "
+            f'or keep it whole with plan.split."{layer.name}"=replicate'
+        )
 
 
 def resolve_microbatches(layout: Layout, batch_size: int) -> int:
@@ -87,11 +97,17 @@ def resolve_microbatches(layout: Layout, batch_size: int) -> int:
     if layout.microbatches is None:
         return 1 if layout.pp == 1 else max(count for count in divisors if count <= 2 * layout.pp)
     if layout.microbatches not in divisors:
+        near = sorted(divisors, key=lambda count: abs(count - (layout.microbatches or 1)))[:2]
         raise DataError(
             f"parallel={layout}: a batch of {batch_size} samples does not split into {layout.microbatches} equal microbatches: "
-            f"use mb {', '.join(map(str, divisors))}, or another batch size"
+            f"use {' or '.join(f'mb{count}' for count in sorted(near))}, or another batch size"
         )
     return layout.microbatches
+
+
+def _use(layout: Layout, fits: Callable[[Layout], bool]) -> str:
+    """What to type instead: the nearest layouts on the same devices that fit."""
+    return "use " + " or ".join(f"parallel={near}" for near in nearest_layouts(layout, layout.world_size, fits=fits))
 
 
 def _phase_name(trace: Trace, phase: int) -> str:

@@ -13,28 +13,28 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from lightning_par.plan.segments import SPLITS
+from lightning_par.plan.segments import SPLITS, index_at
 from lightning_par.trace import Op, Trace
 
 Segments = tuple[int, ...]
 
-_SHAPE = {
-    "view", "reshape", "transpose", "permute", "swapaxes", "contiguous", "clone", "unsqueeze", "squeeze", "expand", "flatten", "unflatten",
-    "split", "chunk", "unbind", "__getitem__", "__iter__", "to", "float", "half", "bfloat16", "type_as", "repeat_interleave", "attribute",
-    "view_as", "expand_as", "narrow", "select", "movedim", "T", "mT", "detach",
-}  # fmt: skip
-_POINTWISE = {
-    "add", "sub", "mul", "div", "neg", "pow", "exp", "sqrt", "rsqrt", "tanh", "sigmoid", "gelu", "silu", "relu", "leaky_relu", "softplus",
-    "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__", "__neg__", "__iadd__",
-    "__imul__", "__itruediv__", "masked_fill", "masked_fill_", "where", "clamp", "square", "abs", "erf", "elu", "mish", "hardswish", "relu_",
-    "rsub", "add_", "mul_", "div_", "true_divide",
-}  # fmt: skip
+_SHAPE = set(
+    """view reshape transpose permute swapaxes contiguous clone unsqueeze squeeze expand flatten unflatten split chunk unbind
+    __getitem__ __iter__ to float half bfloat16 type_as repeat_interleave attribute view_as expand_as narrow select movedim
+    detach""".split()
+)
+_POINTWISE = set(
+    """add sub mul div neg pow exp sqrt rsqrt tanh sigmoid gelu silu relu leaky_relu softplus __add__ __radd__ __sub__ __rsub__
+    __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __neg__ __iadd__ __imul__ __itruediv__ masked_fill masked_fill_ where
+    clamp square abs erf elu mish hardswish relu_ rsub add_ mul_ div_ true_divide""".split()
+)
 _MATRIX = {"matmul", "__matmul__", "bmm", "baddbmm", "scaled_dot_product_attention", "einsum"}
-_ALONG = {"softmax", "log_softmax", "cat", "concat", "stack", "mean", "sum"}
+_JOINS = {"cat", "concat", "stack"}
+_ALONG = {"softmax", "log_softmax", "mean", "sum"} | _JOINS
 _OVER_LAST = {"layer_norm", "rms_norm"}
 _RANDOM = {"dropout", "scaled_dot_product_attention"}
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "view_as"}
-_CUTS = SPLITS | {"__getitem__", "narrow", "repeat_interleave"}
+_CUTS = SPLITS | {"__getitem__", "repeat_interleave"}
 _KNOWN = _SHAPE | _POINTWISE | _MATRIX | _ALONG | _OVER_LAST | {"dropout", "linear", "conv1d"}
 
 
@@ -58,7 +58,7 @@ def first_difference(
         if op.name != other.name or op.module != other.module:
             return index, f"{op.module} takes another way on local sizes ({other.name} instead of {op.name})"
         region = columns.get(index, frozenset()) if whole.is_inside_block(op.phase) else frozenset()
-        if op.layer in local:
+        if op.layer is not None and op.layer in local:
             held[op.outputs[0]] = local[op.layer]
         elif region & local.keys():
             reason = _wrong(whole, split, op, other, held, tp)
@@ -81,7 +81,7 @@ def _wrong(whole: Trace, split: Trace, op: Op, other: Op, held: dict[int, Segmen
     if op.layer is not None:
         is_plain = all(len(segments) == 1 for segments in incoming.values())
         return None if is_plain and _agrees(whole, split, op, other) else "does not give the whole result back"
-    if op.name not in _KNOWN:
+    if op.name not in _KNOWN or len(op.inputs) != len(other.inputs):
         return "is not known to work on local parts"
     if op.name in _RANDOM and _is_random(op):
         return "draws random numbers, which must differ over tp"
@@ -89,8 +89,8 @@ def _wrong(whole: Trace, split: Trace, op: Op, other: Op, held: dict[int, Segmen
         dim = _split_dim(whole.values[a].shape, split.values[b].shape, tp)
         if dim is None:
             return f"gives {list(split.values[b].shape)} for {list(whole.values[a].shape)}, not one dim divided by {tp}"
-        if _mixes(op, dim, len(whole.values[a].shape)):
-            return f"works along dim {dim}, which is split"
+        if _mixes(whole, split, op, other, dim, tp):
+            return "works along the dim that is split"
         results = {_held_after(whole, split, op, other, number, position, dim, tp, held) for number in incoming}
         if len(results) != 1 or None in results:
             return "takes positions apart that one rank does not hold together"
@@ -111,14 +111,17 @@ def _held_after(
         return None
     if op.name in _VIEWS:
         return _viewed(before, came, segments, after, dim, tp)
-    if before[came] == after[dim] or op.name not in _CUTS:
+    if op.name not in _CUTS and len(segments) == 1:
+        return (after[dim],)  # grouped queries read fewer keys than there are heads
+    if op.name not in _CUTS or before[came] == after[dim]:
         return segments
     if op.name == "repeat_interleave":
         return tuple(segment * (after[dim] // before[came]) for segment in segments)
     if op.name in SPLITS:
         start = sum(whole.values[out].shape[dim] for out in op.outputs[:position])
     else:
-        start = _slice_start(op)
+        entry = index_at(op, came, len(before))
+        start = entry.indices(before[came])[0] if isinstance(entry, slice) else -1
     return _taken(segments, start, start + after[dim])
 
 
@@ -142,12 +145,6 @@ def _taken(segments: Segments, start: int, stop: int) -> Segments | None:
     return segments[ends.index(start) : ends.index(stop)] if start in ends and stop in ends else None
 
 
-def _slice_start(op: Op) -> int:
-    index = op.arguments[1] if isinstance(op.arguments[1], tuple) else (op.arguments[1],)
-    last = index[-1]
-    return (last.start or 0) if isinstance(last, slice) else 0
-
-
 def _split_dim(whole: tuple[int, ...], split: tuple[int, ...], tp: int) -> int | None:
     """The one dim that is divided by tp, or None."""
     if len(whole) != len(split):
@@ -156,14 +153,18 @@ def _split_dim(whole: tuple[int, ...], split: tuple[int, ...], tp: int) -> int |
     return different[0] if len(different) == 1 and whole[different[0]] == tp * split[different[0]] else None
 
 
-def _mixes(op: Op, dim: int, ndim: int) -> bool:
-    """Whether the op computes across positions of ``dim`` of its result."""
+def _mixes(whole: Trace, split: Trace, op: Op, other: Op, dim: int | None, tp: int) -> bool:
+    """Whether the op computes across positions of the divided dim, which is ``dim`` of its result."""
+    ndim = len(whole.values[op.outputs[0]].shape)
+    if op.name not in _JOINS:  # a reduction counts the dims of what it reads
+        shape = whole.values[op.inputs[0]].shape
+        dim, ndim = _split_dim(shape, split.values[other.inputs[0]].shape, tp), len(shape)
     if op.name in _ALONG:
         named = dict(item for item in op.arguments if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str))
         along = named.get("dim", op.arguments[1] if len(op.arguments) > 1 else 0)
         dims = along if isinstance(along, tuple) else (along,)
         return any(isinstance(d, int) and d % ndim == dim for d in dims)
-    if op.name in _OVER_LAST:
+    if op.name in _OVER_LAST and dim is not None:
         normalized = op.arguments[1]
         return dim >= ndim - (len(normalized) if isinstance(normalized, tuple) else 1)
     return False

@@ -1,10 +1,10 @@
 """The ``plan:`` section of a config: lines that win over what the trace says.
 
-    plan:
-      chain: model.layers                       # the container of the blocks
-      stages: [5, 7]                            # blocks on each stage
-      split:
-        "model.layers.*.mlp.gate_proj": column  # column, row, vocabulary or replicate; * matches any text
+plan:
+  chain: model.layers                       # the container of the blocks
+  stages: [5, 7]                            # blocks on each stage
+  split:
+    "model.layers.*.mlp.gate_proj": column  # column, row, vocabulary or replicate; * matches any text
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ class Overrides:
         section = dict(section or {})
         unknown = set(section) - {"chain", "stages", "split"}
         if unknown:
-            raise PlanError(f"plan.{min(unknown)}: unknown line; a plan section has chain, stages and split")
+            raise PlanError(f"plan.{min(unknown)}: unknown line; a plan section has chain, stages and split: correct or remove it")
         split = dict(section.get("split") or {})
         for pattern, kind in split.items():
             if kind not in get_args(Kind):
                 raise PlanError(f'plan.split."{pattern}"={kind}: a layer is split as one of {", ".join(get_args(Kind))}')
         stages = section.get("stages")
-        return cls(section.get("chain"), None if stages is None else tuple(int(count) for count in stages), split)
+        if stages is not None and not (isinstance(stages, (list, tuple)) and all(isinstance(count, int) for count in stages)):
+            raise PlanError(f"plan.stages={stages}: write a list with the number of blocks on each stage, such as [5, 7]")
+        return cls(section.get("chain"), None if stages is None else tuple(stages), split)
 
     def kinds(self, layers: Iterable[str]) -> dict[str, Kind]:
         """The chosen kind of each layer that a pattern names.
@@ -62,7 +64,8 @@ class Overrides:
             matched = [name for name in names if fnmatchcase(name, pattern)]
             if not matched:
                 raise PlanError(
-                    f'plan.split."{pattern}"={kind} matches no layer; the module has {_examples(names)}: correct the pattern (* matches any text)'
+                    f'plan.split."{pattern}"={kind} matches no layer; the module has {_examples(names)}: '
+                    "correct the pattern (* matches any text)"
                 )
             chosen.update(dict.fromkeys(matched, kind))
         return chosen

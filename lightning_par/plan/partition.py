@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 
 def partition_blocks(costs: Sequence[float], num_stages: int, first: float = 0, last: float = 0) -> list[int]:
@@ -35,4 +35,4 @@ def partition_blocks(costs: Sequence[float], num_stages: int, first: float = 0, 
     for stage in range(num_stages, 0, -1):
         cuts.append(best[stage][cuts[-1]][1])
     cuts.reverse()
-    return [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [b - a for a, b in pairwise(cuts)]

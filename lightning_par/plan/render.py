@@ -18,8 +18,8 @@ def render_plan(plan: Plan, width: int = 132, color: bool = False) -> str:
     console = Console(file=StringIO(), width=width, force_terminal=color, highlight=False)
     layout = plan.layout
     console.print(
-        f"{plan.module} as [bold]{layout}[/bold] on {layout.world_size} ranks: tp {layout.tp} x pp {layout.pp} x dp {layout.dp or 1}, "
-        f"zero {layout.zero}, {layout.microbatches} microbatches"
+        f"{plan.module} as [bold]{layout}[/bold] on {layout.world_size} ranks: tp {layout.tp} x pp {layout.pp} x dp "
+        f"{layout.dp or 1}, zero {layout.zero}, {layout.microbatches} microbatches"
     )
     console.print(_stages(plan))
     console.print(_weights(plan))
@@ -36,7 +36,12 @@ def _stages(plan: Plan) -> Table:
         table.add_column(heading, justify="right")
     for index, stage in enumerate(plan.stages):
         blocks = "all" if plan.chain is None else f"{plan.chain.path}.{_span(stage.first, stage.last)}"
-        numbers = (f"{stage.num_parameters:,}", format_bytes(stage.parameter_bytes), f"{stage.flops / 1e9:.3g}", format_bytes(stage.saved_bytes))
+        numbers = (
+            f"{stage.num_parameters:,}",
+            format_bytes(stage.parameter_bytes),
+            f"{stage.flops / 1e9:.3g}",
+            format_bytes(stage.saved_bytes),
+        )
         table.add_row(str(index), blocks, _ranks(plan, (index,)), *numbers)
     return table
 

@@ -80,7 +80,7 @@ def _pieces(trace: Trace, op: Op, number: int, dim: int) -> list[tuple[int, int,
         return [(_named(op, 2, "index", 0) % before[dim], 1, op.outputs[0])]
     if op.name == "narrow" and dim == _named(op, 1, "dim", 0) % len(before):
         return [(_named(op, 2, "start", 0), shapes[0][dim], op.outputs[0])]
-    entry = _index_at(op, dim, len(before)) if op.name == "__getitem__" else None
+    entry = index_at(op, dim, len(before)) if op.name == "__getitem__" else None
     if type(entry) is int:
         return [(entry % before[dim], 1, op.outputs[0])]
     if isinstance(entry, slice):
@@ -89,7 +89,7 @@ def _pieces(trace: Trace, op: Op, number: int, dim: int) -> list[tuple[int, int,
     return []
 
 
-def _index_at(op: Op, dim: int, ndim: int) -> object:
+def index_at(op: Op, dim: int, ndim: int) -> object:
     """What an indexing op says about dim ``dim``; None where it says nothing, or indexes by tensors."""
     index = op.arguments[1] if isinstance(op.arguments[1], tuple) else (op.arguments[1],)
     if "<tensor>" in index:
@@ -111,6 +111,14 @@ def _named(op: Op, position: int, name: str, default: int) -> int:
     return found if isinstance(found, int) else default
 
 
+def _order(op: Op) -> tuple[int, ...]:
+    """The dims of a ``permute``: one by one, as a tuple or by name."""
+    for item in op.arguments:
+        if isinstance(item, tuple):
+            return item[1] if item[0] == "dims" else item
+    return op.arguments[1:]
+
+
 def _followed(trace: Trace, number: int, dim: int) -> list[tuple[int, int]]:
     """The value and every one made from it alone that keeps dim ``dim`` whole, each with the place of that dim."""
     found, queue = {number: dim}, deque([number])
@@ -130,10 +138,10 @@ def _place_after(trace: Trace, op: Op, number: int, dim: int) -> int | None:
         return None
     before, after = trace.values[number].shape, trace.values[op.outputs[0]].shape
     if op.name == "permute":
-        order = op.arguments[1] if isinstance(op.arguments[1], tuple) else op.arguments[1:]
-        return [d % len(before) for d in order].index(dim)
+        return [d % len(before) for d in _order(op)].index(dim)
     if op.name in ("transpose", "swapaxes"):
-        a, b = op.arguments[1] % len(before), op.arguments[2] % len(before)
+        a = _named(op, 1, "dim0", _named(op, 1, "axis0", 0)) % len(before)
+        b = _named(op, 2, "dim1", _named(op, 2, "axis1", 0)) % len(before)
         return b if dim == a else a if dim == b else dim
     is_last = dim == len(before) - 1
     if is_last and after and after[-1] == before[-1] and op.name not in ("__getitem__", "select"):

@@ -27,7 +27,7 @@ class Flow:
         kinds: column, row or replicate, for each Linear inside a block.
         why: the reason where a layer stays whole.
         columns: for each op, the column layers whose split output goes in.
-        feeds: for each row layer, the column layers that it reads.
+        feeds: for each row layer, the column layers that it reads; likewise for a parameter read next to split activations.
         reads: for each column layer, the number of the value that it reads.
     """
 
@@ -75,25 +75,34 @@ def _sweep(trace: Trace, forced: Mapping[str, Kind], whole: Mapping[str, str]) -
         stream = any(trace.values[n].depends_on_parameters and n not in split for n in op.inputs)
         flow.columns[index] = columns
         if not inside:
-            refused.update({name: f"its output leaves the block ({_place(op)})" for name in columns if name not in forced})
+            refused.update({name: f"its output leaves the block ({_place(trace, op)})" for name in columns if name not in forced})
         elif op.layer is not None and trace.layers[op.layer].kind != "embedding":
             kind = _kind(op.layer, columns, forced, whole)
             flow.kinds[op.layer] = kind
             if kind == "row":
-                flow.feeds[op.layer] = columns
+                flow.feeds[op.layer] = flow.feeds.get(op.layer, _NONE) | columns
                 used |= columns
             elif kind == "column":
                 flow.reads[op.layer] = op.inputs[0]
                 split[op.outputs[0]] = frozenset([op.layer])
             if kind != "row":
-                refused.update({name: f"its output goes into {op.layer}, which is not split by row" for name in columns})
+                refused.update(
+                    {
+                        name: f"its output goes into {_inside(trace, op.phase, op.layer)}, which is not split by row"
+                        for name in columns
+                    }
+                )
         elif columns and stream:
-            refused.update({name: f"its output meets the hidden state before a row layer ({_place(op)})" for name in columns})
+            refused.update(
+                {name: f"its output meets the hidden state before a row layer ({_place(trace, op)})" for name in columns}
+            )
         elif columns:
             split.update(dict.fromkeys(op.outputs, columns))
+            for name in map(trace.canonical, op.parameters):  # one gradient is not both partial and summed: its readers are alike
+                flow.feeds[name] = flow.feeds.get(name, _NONE) | columns
     carried = {block.carry_out for block in trace.blocks}
     for number in carried & split.keys():
-        refused.update({name: "its output is the output of the block" for name in split[number]})
+        refused.update(dict.fromkeys(split[number], "its output is the output of the block"))
     for name, kind in flow.kinds.items():
         if kind == "column" and name not in used and name not in forced:
             refused.setdefault(name, "no row layer reads its output")
@@ -108,5 +117,11 @@ def _kind(layer: str, columns: frozenset[str], forced: Mapping[str, Kind], whole
     return "replicate" if layer in whole else "column"
 
 
-def _place(op: Op) -> str:
-    return f"{op.name} in {op.module or 'the step'}"
+def _place(trace: Trace, op: Op) -> str:
+    return f"{op.name} in {_inside(trace, op.phase, op.module) or 'the step'}"
+
+
+def _inside(trace: Trace, phase: int, path: str) -> str:
+    """A module's path seen from its block, so that equal blocks have equal reasons."""
+    block = trace.blocks[phase // 2].path if phase % 2 and trace.blocks else ""
+    return "the block" if path == block != "" else path.removeprefix(f"{block}.")

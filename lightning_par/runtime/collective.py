@@ -46,7 +46,7 @@ class _Copy(torch.autograd.Function):
         return tensor.detach()  # not a view: a view would keep its base alive
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         grad = grad.contiguous().clone()  # autograd may share this buffer with another branch
         ctx.axis.all_reduce(grad)
         return grad, None
@@ -60,7 +60,7 @@ class _Reduce(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
 
 
@@ -71,7 +71,7 @@ class _Gather(torch.autograd.Function):
         return split.unshard(axis.all_gather(tensor))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.split.shard(grad, ctx.axis.size, ctx.axis.coordinate), None, None
 
 
@@ -82,5 +82,5 @@ class _Scatter(torch.autograd.Function):
         return split.shard(tensor, axis.size, axis.coordinate)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.split.unshard(ctx.axis.all_gather(grad)), None, None

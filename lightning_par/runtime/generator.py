@@ -1,9 +1,9 @@
-"""Leaving the generators of random numbers as they were."""
+"""Leaving the global generators of random numbers as they were."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy
@@ -11,19 +11,13 @@ import torch
 
 
 @contextmanager
-def generators_put_back(others: Iterable[torch.Generator] = ()) -> Iterator[None]:
-    """What runs inside draws from the generators of torch (on the CPU), numpy and Python, which afterwards are as before.
-
-    Args:
-        others: more generators to put back.
-    """
-    generators = [torch.default_generator, *others]
-    states = [generator.get_state() for generator in generators]
+def generators_put_back() -> Iterator[None]:
+    """What runs inside draws from the generators of torch (on the CPU), numpy and Python, which afterwards are as before."""
+    torch_state = torch.get_rng_state()
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
         yield
     finally:
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        torch.set_rng_state(torch_state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import cast
 
 import torch.distributed as dist
 
@@ -67,8 +68,8 @@ class Mesh:
         return self.coordinate.pp == self.layout.pp - 1
 
     def _axis(self, name: str, every: Iterable[list[int]]) -> GroupAxis:
-        """Build all groups of one axis; keep the one that this rank is on (or a group of itself alone)."""
-        mine = GroupAxis(name, dist.GroupMember.NON_GROUP_MEMBER, [self.rank], 0)
+        """Build all groups of one axis; keep the one that this rank is on (where it is on none, an axis of itself alone)."""
+        mine = GroupAxis(name, cast(dist.ProcessGroup, dist.GroupMember.NON_GROUP_MEMBER), [self.rank], 0)
         for ranks in every:
             # new_group does not inherit the timeout of init_process_group; without it a lost rank is noticed after 30 minutes
             group = dist.new_group(ranks, timeout=self.timeout)

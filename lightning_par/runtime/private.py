@@ -1,9 +1,9 @@
-"""The one file that names private parts of other libraries, each with its reason and the version it was read in.
+"""Every private name of DeepSpeed that this package relies on, with the reason. Read in DeepSpeed 0.19.8.
 
-DeepSpeed, read in 0.19.8. ZeRO there is bound to ``engine.forward`` and ``engine.backward``; a pipeline runs several
-microbatches through parts of the module and reduces once. So the engine is built, its gradient hooks are removed, and what
-they would have called is called here, once per optimizer step. Nothing in this file imports DeepSpeed before
-`start_zero_engine` runs: a run without ZeRO never loads it.
+ZeRO there is bound to ``engine.forward`` and ``engine.backward``; a pipeline runs several microbatches through parts of the
+module and reduces once. So the engine is built, its gradient hooks are removed, and what they would have called is called
+here, once per optimizer step. Nothing in this file imports DeepSpeed before `start_zero_engine` runs: a run without ZeRO
+never loads it.
 """
 
 from __future__ import annotations

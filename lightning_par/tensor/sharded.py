@@ -60,13 +60,16 @@ class ShardedTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if not args and "input" in kwargs and "condition" not in kwargs:  # all by name; the first everywhere but in where
+            args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
         rule = RULES.get(func)
         if rule is not None:
             try:
-                return rule(func, args, kwargs or {})
+                return rule(func, args, kwargs)
             except NoRule:
                 pass
-        return _on_gathered(func, args, kwargs or {})
+        return _on_gathered(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]

@@ -136,6 +136,7 @@ class Trace:
         saved_bytes: activation bytes that autograd saved, by phase.
         notes: what the trace had to assume, for the user.
         error: what ended the run early, when the caller asked for the trace up to there.
+        is_real: whether the step was run on real tensors, because it fails on fake ones.
     """
 
     step: str
@@ -151,6 +152,7 @@ class Trace:
     batch_size: int
     notes: tuple[str, ...] = ()
     error: Exception | None = None
+    is_real: bool = False
 
     @property
     def num_blocks(self) -> int:

@@ -51,7 +51,7 @@ class Recorder(TorchFunctionMode):
         self._inside_layer = 0
         self._calls: list[BlockCall] = []
         self._blocks: tuple[Block, ...] = ()
-        self._storages: set[Any] = set()
+        self._storages = {storage_key(p) for p in module.parameters()}  # counted, or no activations
         self._counted_flops = 0
         for tensor in tensors_in(inputs):
             self._number(tensor, Value(tuple(tensor.shape), tensor.is_floating_point(), False, -1, is_batch=True))
@@ -213,7 +213,7 @@ class Recorder(TorchFunctionMode):
 
     def _count_saved(self, tensor: torch.Tensor) -> torch.Tensor:
         key = storage_key(tensor)
-        if id(tensor) not in self._names and key not in self._storages and not isinstance(tensor, nn.Parameter):
+        if key not in self._storages:
             self._storages.add(key)
             self.saved_bytes[self.phase] += tensor.untyped_storage().nbytes()
         return tensor

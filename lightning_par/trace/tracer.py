@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ def trace_step(
     chain: str | None = None,
     prepare: Prepare | None = None,
     keep_error: bool = False,
+    is_real: bool = False,
 ) -> Trace:
     """Run one step of a copy of ``module`` on fake tensors and record it. No memory for weights, no side effect.
 
@@ -45,56 +48,72 @@ def trace_step(
         chain: container of the blocks, when the user's plan names it.
         prepare: called with the copy before it runs, to install parallel layers on it.
         keep_error: when the step raises, give the trace up to there with the error in it.
+        is_real: do not try fake tensors, an earlier run has failed on them.
 
     Raises:
         ModelError: the step returned None, or the chosen chain is none.
         PlanError: ``chain`` names nothing.
     """
     path, seen = find_chain(module, chain)
-    recorder, output, error = _run(module, batch, step, path, prepare, keep_error)
+    recorder, output, error, is_real = _run(module, batch, step, path, prepare, keep_error, is_real)
     if error is None and recorder.chain_fault is not None:
         assert path is not None
         if chain is not None:
-            raise ModelError(f"plan.chain={chain} is no chain of blocks: {recorder.chain_fault}. Name another, or leave the line out")
+            raise ModelError(
+                f"plan.chain={chain} is no chain of blocks: {recorder.chain_fault}. Name another, or leave the line out"
+            )
         seen = (*seen, (path, recorder.chain_fault))
-        recorder, output, error = _run(module, batch, step, None, prepare, keep_error)
+        recorder, output, error, is_real = _run(module, batch, step, None, prepare, keep_error, is_real)
     if error is not None and not keep_error:
         raise error
     if step == "training_step" and error is None and getattr(module, "automatic_optimization", True):
         _check_loss(output, type(module).__name__)
-    return recorder.finish(step, seen, batch_size, error)
+    return replace(recorder.finish(step, seen, batch_size, error), is_real=is_real)
 
 
 def _run(
-    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Prepare | None, keep_error: bool
-) -> tuple[Recorder, Any, Exception | None]:
-    """On fake tensors, and where that fails on real ones."""
-    recorder, output, error = _run_once(module, batch, step, chain, prepare, FakeTensorMode(allow_non_fake_inputs=True))
-    if error is None or (keep_error and not is_data_dependent(error)):
-        return recorder, output, error
-    return _run_once(module, batch, step, chain, prepare, None)
+    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Prepare | None, keep_error: bool, is_real: bool
+) -> tuple[Recorder, Any, Exception | None, bool]:
+    """On fake tensors, and where that fails on real ones, which the last item of the result says."""
+    if not is_real:
+        recorder, output, error = _run_once(module, batch, step, chain, prepare, FakeTensorMode(allow_non_fake_inputs=True))
+        if error is None or (keep_error and not is_data_dependent(error)):
+            return recorder, output, error, False
+    return *_run_once(module, batch, step, chain, prepare, None), True
 
 
 def _run_once(
     module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Prepare | None, fake: FakeTensorMode | None
 ) -> tuple[Recorder, Any, Exception | None]:
-    replace = _clone if fake is None else fake.from_tensor
+    copied = _clone if fake is None else fake.from_tensor
     training = step == "training_step"
     with generators_put_back(), fake or contextlib.nullcontext():
-        twin = copy_module(module, replace, by_reference=[getattr(module, "_trainer", None)])
+        twin = copy_module(module, copied, by_reference=[getattr(module, "_trainer", None)])
         _silence(twin)
         if prepare is not None:
             prepare(twin)
-        inputs = map_tensors(lambda tensor: replace(tensor.detach()), batch)
+        inputs = map_tensors(lambda tensor: copied(tensor.detach()), batch)
         recorder = Recorder(twin, chain, inputs)
         twin.train(training)
         output, failure = None, None
-        with torch.set_grad_enabled(training), FlopCounterMode(display=False) as flops, recorder.running(flops):
+        with torch.set_grad_enabled(training), _in_the_open(), FlopCounterMode(display=False) as flops, recorder.running(flops):
             try:
                 output = getattr(twin, step)(inputs, 0)
             except Exception as error:
                 failure = error
     return recorder, output, failure
+
+
+@contextlib.contextmanager
+def _in_the_open() -> Iterator[None]:
+    """Compiled modules run as written, or their operations would not be seen; torch says nothing of fakes that fail here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        logger.disabled = was_disabled
 
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
@@ -113,7 +132,8 @@ def _silence(twin: nn.Module) -> None:
     """Cut the copy's ways out: metrics, logs and a backward of a dry run mean nothing."""
     from torchmetrics import Metric
 
-    twin.__dict__.update(dict.fromkeys(("log", "log_dict", "print", "manual_backward"), _ignore))
+    ways_out = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer")
+    twin.__dict__.update(dict.fromkeys(ways_out, _ignore))
     for child in list(twin.modules()):
         if isinstance(child, Metric):
             child.__dict__.update(forward=_zero, update=_ignore, compute=_zero, reset=_ignore)

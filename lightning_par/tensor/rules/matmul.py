@@ -25,6 +25,7 @@ from lightning_par.tensor.sharded import ShardedTensor
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Labels = Sequence[Any]
+_FACTORS = {"mat1": "batch1", "mat2": "batch2"}  # addmm has other names for them than baddbmm
 
 
 def product(
@@ -77,10 +78,13 @@ def rmatmul(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
 @rule_for(*spellings("addmm baddbmm"))
 def add_product(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """``beta * x + alpha * (a @ b)``."""
-    start, a, b = args[:3]
-    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-    if len(args) > 3 or kwargs.keys() - {"beta", "alpha"}:
+    named = dict(zip(("input", "batch1", "batch2"), args, strict=False)) | {
+        _FACTORS.get(name, name): kwargs[name] for name in kwargs
+    }
+    if len(args) > 3 or named.keys() - {"input", "batch1", "batch2", "beta", "alpha"}:
         raise NoRule
+    start, a, b = named["input"], named["batch1"], named["batch2"]
+    beta, alpha = named.get("beta", 1), named.get("alpha", 1)
     left, right, result = _matmul_labels(a.dim(), b.dim())
     value = product(torch.matmul, (a, b), (left, right), result) if _any_sharded(a, b) else torch.matmul(a, b)
     value = value if alpha == 1 else value * alpha
@@ -90,7 +94,7 @@ def add_product(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any
 @rule_for(functional.linear)
 def linear(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """``x @ weight.T + bias``; the bias is added once, after partial results are summed."""
-    x, weight = args[0], argument(args, kwargs, 1, "weight", None)
+    x, weight = argument(args, kwargs, 0, "input", None), argument(args, kwargs, 1, "weight", None)
     bias = argument(args, kwargs, 2, "bias", None)
     labels = [*(f"batch{i}" for i in range(x.dim() - 1)), "k"]
     if not _any_sharded(x, weight):

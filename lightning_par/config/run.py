@@ -1,0 +1,43 @@
+"""From a composed config to the objects of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_par.config.devices import choose_devices
+from lightning_par.config.parallel import read_layout
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any]:
+    """The Trainer, the module and the data that a config describes.
+
+    Args:
+        config: composed from ``conf/train.yaml`` or a recipe.
+        **trainer_options: win over the config's ``trainer``, ``callbacks`` and ``logger``.
+
+    Raises:
+        ConfigurationError: the layout cannot be read or does not fit the devices.
+    """
+    layout = read_layout(config.parallel)
+
+    import pytorch_lightning as pl  # imported here, so that --help, completion and config errors do not wait for it
+    from hydra.utils import instantiate
+
+    from lightning_par import HybridParallelStrategy
+
+    pl.seed_everything(config.seed, workers=True)
+    strategy = HybridParallelStrategy(layout, plan=instantiate(config.plan, _convert_="all"), schedule=config.schedule)
+    options: dict[str, Any] = {
+        "strategy": strategy,
+        **choose_devices({**config.trainer, **trainer_options}, layout),
+        **trainer_options,
+    }
+    if "callbacks" not in options:
+        options["callbacks"] = list(instantiate(config.callbacks, _convert_="all").values())
+    if "logger" not in options:
+        options["logger"] = instantiate(config.logger, _convert_="all")
+    trainer = instantiate(config.trainer, _convert_="all", _partial_=True)(**options)
+    return trainer, instantiate(config.model, _convert_="all"), instantiate(config.data, _convert_="all")

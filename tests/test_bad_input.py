@@ -1,0 +1,340 @@
+"""What cannot work, as a user types it: refused before any process or process group exists, with what to do instead."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_par.errors import ConfigurationError, DataError, LayoutError, ModelError, PlanError
+from lightning_par.host.strategy import HybridParallelStrategy
+from lightning_par.layout import parse_layout
+from tests.models import llama, make_batch
+from tests.planning import Chain, tokens
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise AssertionError(f"a process was started: {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    yield
+    assert not torch.distributed.is_initialized()
+
+
+class Block(nn.Module):
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def loader(batch: Any = None) -> DataLoader[Any]:
+    return DataLoader([batch or tokens()], batch_size=None)
+
+
+def fit(
+    word: str,
+    module: pl.LightningModule | None = None,
+    data: Any = None,
+    plan: Mapping[str, Any] | None = None,
+    devices: int = 4,
+    **options: Any,
+) -> None:
+    strategy = HybridParallelStrategy(word, plan=plan)
+    options = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        **options,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_steps=1, **options)
+        trainer.fit(module or Chain(Block, depth=4), loader() if data is None else data)
+
+
+# ---------------------------------------------------------------------- the layout word
+
+
+def test_unknown_token() -> None:
+    with pytest.raises(LayoutError, match=r"parallel=tp2_xx2: unknown token 'xx2'; .*Did you mean tp2_pp2"):
+        HybridParallelStrategy("tp2_xx2")
+
+
+def test_repeated_token() -> None:
+    with pytest.raises(LayoutError, match=r"parallel=tp2_tp4: 'tp' is given twice \(tp2 and tp4\): keep one of them"):
+        parse_layout("tp2_tp4")
+
+
+@pytest.mark.parametrize(
+    ("word", "match"), [("tp0", "tp0: .* at least 1"), ("zero4", "zero4: the ZeRO stage must be 0, 1, 2 or 3")]
+)
+def test_out_of_range(word: str, match: str) -> None:
+    with pytest.raises(LayoutError, match=match):
+        parse_layout(word)
+
+
+def test_degrees_that_do_not_divide_the_devices() -> None:
+    match = r"parallel=tp4_pp2 needs a multiple of 8 processes \(tp 4 x pp 2\), the trainer has 6 processes: use parallel=\w+ or parallel=\w+ or devices=8"
+    with pytest.raises(LayoutError, match=match):
+        fit("tp4_pp2", devices=6)
+    with pytest.raises(
+        LayoutError, match=r"parallel=tp2_dp4 needs 8 processes .*, the trainer has 4 processes: use parallel=tp2_dp2"
+    ):
+        fit("tp2_dp4")
+
+
+# ---------------------------------------------------------------------- the model
+
+
+def test_more_stages_than_blocks() -> None:
+    match = (
+        r"parallel=pp4 asks for 4 stages, and blocks has 2 blocks: every stage needs one, use parallel=pp2_dp2 or parallel=tp2_pp2"
+    )
+    with pytest.raises(ModelError, match=match):
+        fit("pp4", Chain(Block, depth=2))
+
+
+def test_heads_that_do_not_divide() -> None:
+    match = (
+        r"parallel=tp4: blocks.0.q has 2 heads, which 4 tensor-parallel ranks cannot share equally; tp 1, 2 would work: use "
+        r'parallel=tp2_\w+ or parallel=\w+, or keep it whole with plan.split."blocks.0.q"=replicate'
+    )
+    with pytest.raises(ModelError, match=match):
+        fit("tp4", Chain(lambda: Block(heads=2)))
+
+
+def test_key_heads_that_do_not_divide() -> None:
+    with pytest.raises(ModelError, match=r"layers.0.self_attn.k_proj has 2 heads, which 4 .* tp 1, 2 would work"):
+        fit("tp4", llama(), loader(make_batch(0, 4)))
+
+
+def test_vocabulary_that_does_not_divide() -> None:
+    class Odd(Chain):
+        def __init__(self) -> None:
+            super().__init__(Block, depth=2)
+            self.embedding = nn.Embedding(27, 16)
+
+    with pytest.raises(ModelError, match=r"embedding has 27 tokens, which 2 .* share equally; tp 1, 3, 9, 27 would work"):
+        fit("tp2_dp2", Odd())
+
+
+class Plain(Chain):
+    """No chain: one container mixes classes, the other is too short."""
+
+    def __init__(self) -> None:
+        super().__init__(Block, depth=1)
+        self.mixed = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.mixed(super().forward(tokens)[..., :16])
+
+
+def test_no_chain() -> None:
+    match = (
+        r"parallel=pp2_dp2 needs a chain of blocks, and Plain has none that the step runs in order \(looked at blocks: has 1 module; "
+        r"mixed: mixes Linear, ReLU\): name the container of the blocks with plan.chain=PATH, or use parallel="
+    )
+    with pytest.raises(ModelError, match=match):
+        fit("pp2", Plain())
+
+
+class Backwards(Chain):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in reversed(self.blocks):
+            x = block(x)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+def test_blocks_that_do_not_run_in_order() -> None:
+    with pytest.raises(ModelError, match=r"looked at blocks: its blocks do not run once each, in order \(blocks.1 ran first\)"):
+        fit("pp2", Backwards(Block))
+    with pytest.raises(ModelError, match=r"plan.chain=blocks is no chain of blocks: its blocks do not run once each"):
+        fit("pp2", Backwards(Block), plan={"chain": "blocks"})
+
+
+class Side(Chain):
+    """Each block also reads the embeddings."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        first = x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, first)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+class SideBlock(Block):
+    def forward(self, x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) + first
+
+
+def test_side_input_that_crosses_stages() -> None:
+    match = (
+        r"parallel=pp2_dp2: blocks.1 \(\w+\) reads a tensor of shape \[4, 6, 16\] that was computed with parameters before the blocks, "
+        r"and between pipeline stages only the hidden state of the blocks travels: compute it inside .* use parallel="
+    )
+    with pytest.raises(ModelError, match=match):
+        fit("pp2", Side(SideBlock))
+
+
+class TwoOutputs(Block):
+    def forward(self, pair: Any, side: torch.Tensor) -> Any:  # type: ignore[override]
+        return super().forward(pair), side + self.q(pair)
+
+
+class Pairs(Chain):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = side = self.embedding(tokens)
+        for block in self.blocks:
+            x, side = block(x, side)
+        logits: torch.Tensor = self.head(x + side)
+        return logits
+
+
+def test_blocks_returning_several_tensors() -> None:
+    with pytest.raises(
+        ModelError, match=r"parallel=pp2_dp2: blocks.0 returns 2 tensors that later code reads, .*: return one tensor, or use"
+    ):
+        fit("pp2", Pairs(TwoOutputs))
+
+
+class Doubling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, self.layer(x[..., None])[..., 0]], 1)
+
+
+def test_blocks_that_change_the_shape() -> None:
+    with pytest.raises(
+        ModelError, match=r"blocks.0 turns a hidden state of shape \[4, 6, 16\] into \[4, 12, 16\], and a pipeline needs"
+    ):
+        fit("pp2", Chain(Doubling))
+
+
+class NoLoss(Chain):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        super().training_step(batch, batch_idx)
+
+
+def test_no_loss() -> None:
+    with pytest.raises(ModelError, match=r"NoLoss.training_step returned None: .* return that tensor"):
+        fit("tp2_pp2", NoLoss(Block))
+
+
+class Manual(Chain):
+    def __init__(self) -> None:
+        super().__init__(Block)
+        self.automatic_optimization = False
+
+
+class Adversarial(Chain):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.blocks, self.head)], []
+
+
+def test_optimization_that_a_pipeline_cannot_run() -> None:
+    match = r"parallel=pp2_dp2: Manual has automatic_optimization=False, .*: use parallel=\w+ or parallel=\w+, or automatic optimization"
+    with pytest.raises(ConfigurationError, match=match):
+        fit("pp2", Manual())
+    match = r"parallel=pp2_dp2: Adversarial.configure_optimizers returns 2 optimizers, .* groups of one optimizer, or use parallel="
+    with pytest.raises(ConfigurationError, match=match):
+        fit("pp2", Adversarial(Block))
+
+
+# ---------------------------------------------------------------------- the plan section
+
+
+@pytest.mark.parametrize(
+    ("plan", "match"),
+    [
+        ({"chains": "blocks"}, r"plan.chains: unknown line; a plan section has chain, stages and split"),
+        ({"chain": "layers"}, r"plan.chain=layers: no ModuleList or Sequential of that name; the module has: blocks"),
+        (
+            {"stages": [1, 2]},
+            r"plan.stages=\[1, 2\]: parallel=tp2_pp2 needs 2 numbers .* add up to the 4 blocks of blocks: correct them",
+        ),
+        ({"stages": 2}, r"plan.stages=2: write a list with the number of blocks on each stage"),
+        (
+            {"split": {"blocks.*.w": "row"}},
+            r'plan.split."blocks.\*.w"=row matches no layer; the module has embedding, .* and \d+ more',
+        ),
+        (
+            {"split": {"blocks.*.q": "rows"}},
+            r'plan.split."blocks.\*.q"=rows: a layer is split as one of column, row, vocabulary, replicate',
+        ),
+    ],
+    ids=["unknown line", "chain", "stages that do not add up", "stages that are no list", "no match", "unknown kind"],
+)
+def test_plan_sections(plan: dict[str, Any], match: str) -> None:
+    with pytest.raises(PlanError, match=match):
+        fit("tp2_pp2", plan=plan)
+
+
+# ---------------------------------------------------------------------- the data
+
+
+def test_batch_that_does_not_split_into_the_microbatches() -> None:
+    with pytest.raises(
+        DataError, match=r"a batch of 6 samples does not split into 4 equal microbatches: use mb2 or mb3, or another batch"
+    ):
+        fit("pp2_mb4", data=loader(tokens(6)))
+
+
+def test_data_that_can_be_read_only_once() -> None:
+    with pytest.raises(DataError, match=r"train_dataloaders is a generator, which can be read only once: .* Give a DataLoader"):
+        fit("tp2_pp2", data=(batch for batch in [tokens()]))
+
+
+def test_no_data() -> None:
+    with pytest.raises(DataError, match=r"the DataLoader gives no batch: a run needs at least one"):
+        fit("tp2_pp2", data=DataLoader([], batch_size=2))
+
+
+# ---------------------------------------------------------------------- the Trainer
+
+
+def test_precision() -> None:
+    with pytest.raises(ConfigurationError, match=r"precision=bf16-mixed"):
+        fit("tp2_pp2", precision="bf16-mixed")
+
+
+def averaging() -> Any:
+    return pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-2)
+
+
+@pytest.mark.parametrize(("make", "word"), [(averaging, "dp4"), (lambda: pl.callbacks.BackboneFinetuning(), "zero1")])
+def test_callbacks_that_go_wrong_on_shards(make: Callable[[], Any], word: str) -> None:
+    callback = make()
+    with pytest.raises(ConfigurationError, match=rf"{type(callback).__name__} .*: (remove the callback|use zero0), or"):
+        fit(word, callbacks=[callback])
+
+
+def test_batch_norm_over_ranks() -> None:
+    class Normed(Chain):
+        def __init__(self) -> None:
+            super().__init__(Block)
+            self.norm = nn.BatchNorm1d(16)
+
+    with pytest.raises(ConfigurationError, match="sync_batchnorm=True is not supported: use GroupNorm or LayerNorm"):
+        fit("dp4", Normed(), sync_batchnorm=True)
