@@ -69,8 +69,11 @@ def explain(config: DictConfig) -> None:
     Raises:
         ConfigurationError: the layout, the model, the data or the ``plan:`` section cannot work.
     """
-    for name in ("lightning_fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # what the Trainer says of this machine is not about the plan
+    import lightning_fabric
+    import pytorch_lightning
+
+    for package in (lightning_fabric, pytorch_lightning):  # after their import, which sets the level
+        logging.getLogger(package.__name__).setLevel(logging.WARNING)  # what a Trainer says of this machine is not about the plan
 
     from lightning_par.config.run import build_run
     from lightning_par.host.preflight import plan_from_trainer

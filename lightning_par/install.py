@@ -1,18 +1,20 @@
 """Installing a plan on a module: the one place where a user's module is changed, in an order that is the documentation.
 
-    1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder
-    2. convert     planned layers compute on their shards
-    3. cut         blocks of other stages only pass the hidden state on, or end the step
+1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder
+2. convert     planned layers compute on their shards
+3. cut         blocks of other stages only pass the hidden state on, or end the step
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_par.errors import ModelError
 from lightning_par.pipeline.stage import Stage
 from lightning_par.plan import LayerPlan, Plan
 from lightning_par.plan.plan import ParameterPlan
@@ -84,15 +86,25 @@ def _convert(module: nn.Module, plan: Plan, layers: Iterable[LayerPlan], tp: Axi
     for layer in plan.layers:
         readers[layer.shared] = readers.get(layer.shared, 0) + 1
     inputs: dict[str, SharedInput] = {}
+    refused: dict[str, ModelError] = {}
     for layer in layers:
-        child = module.get_submodule(layer.name)
-        if layer.kind == "vocabulary":
-            assert isinstance(child, nn.Embedding)
-            convert_embedding(child, tp, child.num_embeddings)
-        elif layer.kind in ("column", "row"):
-            shared = inputs.setdefault(layer.shared, SharedInput(readers[layer.shared])) if layer.shared else None
-            kind = "column" if layer.kind == "column" else "row"
-            convert_linear(child, kind, tp, segments=layer.segments or None, output=layer.activation, shared=shared)  # type: ignore[arg-type]
+        shared = inputs.setdefault(layer.shared, SharedInput(readers[layer.shared])) if layer.shared else None
+        try:
+            _convert_layer(module.get_submodule(layer.name), layer, tp, shared)
+        except ModelError as error:
+            refused.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name), error)
+    if refused:
+        lines = ", ".join(f'plan.split."{pattern}"=replicate' for pattern in refused)
+        raise ModelError(f"{next(iter(refused.values()))}: {lines}")
+
+
+def _convert_layer(child: nn.Module, layer: LayerPlan, tp: Axis, shared: SharedInput | None) -> None:
+    if layer.kind == "vocabulary":
+        assert isinstance(child, nn.Embedding)
+        convert_embedding(child, tp, child.num_embeddings)
+    elif layer.kind in ("column", "row"):
+        kind = "column" if layer.kind == "column" else "row"
+        convert_linear(child, kind, tp, segments=layer.segments or None, output=layer.activation, shared=shared)  # type: ignore[arg-type]
 
 
 def _shard_parameter(module: nn.Module, plan: ParameterPlan, aliases: Iterable[str], tp: Axis) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -254,12 +255,20 @@ def test_data_that_cannot_be_read() -> None:
     with pytest.raises(DataError, match="gives no batch"):
         first_batch(DataLoader(TensorDataset(torch.empty(0, 2)), 4))
 
-    class Once(IterableDataset[int]):
+    class Stream(IterableDataset[int]):
+        """Gives every number once, however often it is iterated."""
+
+        def __init__(self, source: Any) -> None:
+            self.source, self.given = source, 0
+
         def __iter__(self) -> Iterator[int]:
             return self
 
         def __next__(self) -> int:
-            return 1
+            self.given += 1
+            return self.given
 
-    with pytest.raises(DataError, match="the loader's IterableDataset is a Once, which can be read only once"):
-        first_batch(DataLoader(Once(), 4))
+    stream = Stream(None)
+    assert first_batch(DataLoader(stream, 4)).tolist() == [1, 2, 3, 4] and next(stream) == 1
+    with pytest.raises(DataError, match="the loader's IterableDataset is a Stream, which can be read only once"):
+        first_batch(DataLoader(Stream(threading.Lock()), 4))

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_par.errors import DataError
@@ -50,13 +49,15 @@ def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _iterate(data: Iterable[Any], what: str) -> Iterator[Any]:
-    iterator = iter(data)
-    if iterator is data:
+    if not isinstance(data, Iterator):
+        return iter(data)
+    try:
+        return iter(copy.deepcopy(data))
+    except Exception as error:
         raise DataError(
             f"{what} is a {type(data).__name__}, which can be read only once: the plan is made from the first batch, and every "
             "epoch reads from the start. Give a DataLoader, or an object whose __iter__ starts afresh"
-        )
-    return iterator
+        ) from error
 
 
 def _copied(sampler: Any, dataset: Any) -> Any:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import (  # the only way to run a step withou
     FakeTensorMode,
 )
 
-__all__ = ["FakeTensorMode", "is_data_dependent", "is_fake", "storage_key"]
+__all__ = ["FakeTensorMode", "call_as_written", "is_data_dependent", "is_fake", "storage_key"]
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -28,3 +28,11 @@ def is_data_dependent(error: BaseException) -> bool:
 def storage_key(tensor: torch.Tensor) -> int:
     """A number that two tensors share while both are alive exactly if they are views of one storage."""
     return tensor.untyped_storage()._cdata  # data_ptr() is 0 for every fake tensor
+
+
+def call_as_written(module: torch.nn.Module) -> None:
+    """Undo ``torch.compile`` on a copy of a module, whose compiled call is bound to the module that it was copied from."""
+    if module.__dict__.get("_compiled_call_impl") is not None:  # made by module.compile()
+        module.__dict__["_compiled_call_impl"] = None
+    if type(module).__name__ == "OptimizedModule":  # the wrapper that torch.compile(module) returns
+        module.__dict__["forward"] = module._modules["_orig_mod"]

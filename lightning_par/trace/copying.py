@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_par.runtime.torch_private import call_as_written
+
 
 def copy_module(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor], by_reference: Iterable[Any] = ()) -> nn.Module:
     """A copy of ``module`` whose parameters and buffers are ``replace(tensor)``; ties stay ties.
@@ -43,6 +45,7 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         else:
             state[name] = _copy_attribute(value, memo)
     twin.__dict__.update(state)  # past __setattr__, which would register things a second time
+    call_as_written(twin)
     return twin
 
 

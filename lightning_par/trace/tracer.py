@@ -87,7 +87,7 @@ def _run_once(
 ) -> tuple[Recorder, Any, Exception | None]:
     copied = _clone if fake is None else fake.from_tensor
     training = step == "training_step"
-    with generators_put_back(), fake or contextlib.nullcontext():
+    with generators_put_back(), _in_the_open(), fake or contextlib.nullcontext():
         twin = copy_module(module, copied, by_reference=[getattr(module, "_trainer", None)])
         _silence(twin)
         if prepare is not None:
@@ -96,7 +96,7 @@ def _run_once(
         recorder = Recorder(twin, chain, inputs)
         twin.train(training)
         output, failure = None, None
-        with torch.set_grad_enabled(training), _in_the_open(), FlopCounterMode(display=False) as flops, recorder.running(flops):
+        with torch.set_grad_enabled(training), FlopCounterMode(display=False) as flops, recorder.running(flops):
             try:
                 output = getattr(twin, step)(inputs, 0)
             except Exception as error:
@@ -132,7 +132,7 @@ def _silence(twin: nn.Module) -> None:
     """Cut the copy's ways out: metrics, logs and a backward of a dry run mean nothing."""
     from torchmetrics import Metric
 
-    ways_out = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer")
+    ways_out = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
     twin.__dict__.update(dict.fromkeys(ways_out, _ignore))
     for child in list(twin.modules()):
         if isinstance(child, Metric):
