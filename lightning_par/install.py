@@ -94,8 +94,8 @@ def _convert(module: nn.Module, plan: Plan, layers: Iterable[LayerPlan], tp: Axi
         except ModelError as error:
             refused.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name), error)
     if refused:
-        lines = ", ".join(f'plan.split."{pattern}"=replicate' for pattern in refused)
-        raise ModelError(f"{next(iter(refused.values()))}: {lines}")
+        lines = ", ".join(f"{pattern}: replicate" for pattern in refused)
+        raise ModelError(f"{next(iter(refused.values()))}: plan.split={{{lines}}}")
 
 
 def _convert_layer(child: nn.Module, layer: LayerPlan, tp: Axis, shared: SharedInput | None) -> None:

@@ -76,7 +76,7 @@ def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan,
         if not failing:
             raise ModelError(
                 f"tp{tp}: {plan.module} cannot be split: {reason}. Keep the layers that feed it whole with "
-                f'plan.split."{trace.ops[index].module}.*"=replicate'
+                f"plan.split={{{trace.ops[index].module}.*: replicate}}"
             ) from split.error
         layers = tuple(replace(layer, activation="global") if layer.name in failing else layer for layer in plan.layers)
         plan = replace(plan, layers=layers)

@@ -116,7 +116,7 @@ def test_more_stages_than_blocks() -> None:
 def test_heads_that_do_not_divide() -> None:
     match = (
         r"parallel=tp4: blocks.0.q has 2 heads, which 4 tensor-parallel ranks cannot share equally; tp 1, 2 would work: use "
-        r'parallel=tp2_\w+ or parallel=\w+, or keep it whole with plan.split."blocks.0.q"=replicate'
+        r"parallel=tp2_\w+ or parallel=\w+, or keep it whole with plan.split=\{blocks.0.q: replicate\}"
     )
     with pytest.raises(ModelError, match=match):
         fit("tp4", Chain(lambda: Block(heads=2)))
@@ -280,11 +280,11 @@ def test_optimization_that_a_pipeline_cannot_run() -> None:
         ({"stages": 2}, r"plan.stages=2: write a list with the number of blocks on each stage"),
         (
             {"split": {"blocks.*.w": "row"}},
-            r'plan.split."blocks.\*.w"=row matches no layer; the module has embedding, .* and \d+ more',
+            r"plan.split=\{blocks.\*.w: row\} matches no layer; the module has embedding, .* and \d+ more",
         ),
         (
             {"split": {"blocks.*.q": "rows"}},
-            r'plan.split."blocks.\*.q"=rows: a layer is split as one of column, row, vocabulary, replicate',
+            r"plan.split=\{blocks.\*.q: rows\}: a layer is split as one of column, row, vocabulary, replicate",
         ),
     ],
     ids=["unknown line", "chain", "stages that do not add up", "stages that are no list", "no match", "unknown kind"],

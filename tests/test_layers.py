@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1] / "lightning_par"
 LAYERS = (
     ("errors",),
     ("layout",),
-    ("runtime",),
+    ("private", "runtime"),
     ("trace",),
     ("plan",),
     ("tensor", "pipeline", "zero"),
@@ -85,7 +85,7 @@ def test_there_is_no_cycle() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("module", [module for module in TREES if not module.endswith("private")])
+@pytest.mark.parametrize("module", [module for module in TREES if top(module) != "private"])
 def test_private_names_of_other_libraries_are_imported_in_one_place(module: str) -> None:
     for imported, name in imports(TREES[module]):
         parts = f"{imported}.{name}".split(".")

@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional as F
 
 from lightning_par.errors import ModelError
+from lightning_par.private.torch import FakeTensorMode
 from lightning_par.runtime.axis import Axis, LocalAxis
 from lightning_par.runtime.parameter import Split
-from lightning_par.runtime.torch_private import FakeTensorMode
 from lightning_par.tensor import ShardedTensor
 from lightning_par.tensor.registry import RULES, NoRule
 from lightning_par.tensor.rules.pointwise import in_place, pointwise

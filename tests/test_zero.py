@@ -23,9 +23,9 @@ from torch import nn
 
 from lightning_par.errors import CheckpointError, ConfigurationError
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
+from lightning_par.private.deepspeed import DEEPSPEED_VERSION, check_deepspeed
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.parameter import ParameterSpec, Split, set_spec
-from lightning_par.runtime.private import DEEPSPEED_VERSION, check_deepspeed
 from lightning_par.tensor.linear import convert_linear
 from lightning_par.zero import engine
 from lightning_par.zero.engine import DeepSpeedStates

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from lightning_par.host import private
 from lightning_par.host.command import hydra_job, rank_command
 from lightning_par.host.processes import RankProcesses, join_parent, report_failure
 from lightning_par.layout import Layout
+from lightning_par.private import lightning
 
 # What starting ranks sets in this process, and ending a Hydra job must undo.
 _ENVIRONMENT = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
@@ -29,7 +29,7 @@ def launcher_class(root: str) -> type[Any]:
     Args:
         root: "lightning.pytorch" or "pytorch_lightning"; the Trainer must come from the same.
     """
-    return type("HybridParallelLauncher", (_RankLauncher, private.script_launcher_class(root)), {"root": root})
+    return type("HybridParallelLauncher", (_RankLauncher, lightning.script_launcher_class(root)), {"root": root})
 
 
 class _RankLauncher:
@@ -84,7 +84,7 @@ class _RankLauncher:
                 self._preflight(trainer, *args, **kwargs)
             if not self.cluster_environment.creates_processes_externally:
                 self._call_children_scripts()
-            private.share_threads(self.root, self.num_processes)
+            lightning.share_threads(self.root, self.num_processes)
             return function(*args, **kwargs)
 
     def _call_children_scripts(self) -> None:

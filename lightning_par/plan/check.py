@@ -83,7 +83,7 @@ def check_divides(layer: Layer, use: OutputUse, layout: Layout, what: str) -> No
         raise ModelError(
             f"parallel={layout}: {layer.name} has {bad[0]} {bad[1]}, which {layout.tp} tensor-parallel ranks cannot share equally; "
             f"tp {', '.join(map(str, working[:8]))} would work: {_use(layout, lambda near: near.tp in working)}, "
-            f'or keep it whole with plan.split."{layer.name}"=replicate'
+            f"or keep it whole with plan.split={{{layer.name}: replicate}}"
         )
 
 

@@ -46,7 +46,7 @@ class Overrides:
         split = dict(section.get("split") or {})
         for pattern, kind in split.items():
             if kind not in get_args(Kind):
-                raise PlanError(f'plan.split."{pattern}"={kind}: a layer is split as one of {", ".join(get_args(Kind))}')
+                raise PlanError(f"plan.split={{{pattern}: {kind}}}: a layer is split as one of {', '.join(get_args(Kind))}")
         stages = section.get("stages")
         if stages is not None and not (isinstance(stages, (list, tuple)) and all(isinstance(count, int) for count in stages)):
             raise PlanError(f"plan.stages={stages}: write a list with the number of blocks on each stage, such as [5, 7]")
@@ -64,7 +64,7 @@ class Overrides:
             matched = [name for name in names if fnmatchcase(name, pattern)]
             if not matched:
                 raise PlanError(
-                    f'plan.split."{pattern}"={kind} matches no layer; the module has {_examples(names)}: '
+                    f"plan.split={{{pattern}: {kind}}} matches no layer; the module has {_examples(names)}: "
                     "correct the pattern (* matches any text)"
                 )
             chosen.update(dict.fromkeys(matched, kind))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_par.runtime.torch_private import call_as_written
+from lightning_par.private.torch import call_as_written
 
 
 def copy_module(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor], by_reference: Iterable[Any] = ()) -> nn.Module:

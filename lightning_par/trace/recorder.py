@@ -11,8 +11,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_par.private.torch import is_fake, storage_key
 from lightning_par.runtime.nested import tensors_in
-from lightning_par.runtime.torch_private import is_fake, storage_key
 from lightning_par.trace.passage import BlockCall, NoChain, follow_blocks, output_by_key
 from lightning_par.trace.record import Block, Layer, LayerKind, Op, ParameterInfo, Trace, Value
 

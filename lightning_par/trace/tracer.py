@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_par.errors import ModelError
+from lightning_par.private.torch import FakeTensorMode, is_data_dependent
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.nested import map_tensors
-from lightning_par.runtime.torch_private import FakeTensorMode, is_data_dependent
 from lightning_par.trace.chain import find_chain
 from lightning_par.trace.copying import copy_module
 from lightning_par.trace.record import Trace

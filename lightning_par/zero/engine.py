@@ -1,6 +1,6 @@
 """ZeRO stages 1, 2 and 3 by DeepSpeed: one engine per rank around the parameters that the rank holds.
 
-Source: ZeRO, arXiv 1910.02054; DeepSpeed's insides are in `lightning_par.runtime.private`. DeepSpeed steps a copy of the
+Source: ZeRO, arXiv 1910.02054; DeepSpeed's insides are in `lightning_par.private.deepspeed`. DeepSpeed steps a copy of the
 user's optimizer, because it takes apart the one it gets: flat partitions in place of parameters, empty groups dropped. The
 hyperparameters of the user's groups are copied over before each step.
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_par.errors import CheckpointError, ConfigurationError
+from lightning_par.private.deepspeed import ZeroEngine, mark_stepped, start_zero_engine
 from lightning_par.runtime.mesh import Mesh
-from lightning_par.runtime.private import ZeroEngine, mark_stepped, start_zero_engine
 from lightning_par.zero.bucket import set_gradient
 from lightning_par.zero.mpu import MeshUnit
 from lightning_par.zero.states import OptimizerStates
