@@ -48,10 +48,10 @@ class Environment:
 
 def build(num_processes: int, preflight: Any = None) -> Any:
     """A launcher over the stand-ins."""
-    stand_in = ModuleType("private")
+    stand_in = ModuleType("lightning")
     stand_in.script_launcher_class = lambda root: ScriptLauncher  # type: ignore[attr-defined]
     stand_in.share_threads = lambda root, num_processes: None  # type: ignore[attr-defined]
-    launcher.private = stand_in  # type: ignore[assignment]
+    launcher.lightning = stand_in  # type: ignore[assignment]
     layout = Layout(tp=num_processes, dp=1)
     return launcher.launcher_class("stand_in")(Environment(), num_processes, 1, layout=layout, preflight=preflight)
 
