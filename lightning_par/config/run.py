@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from lightning_par.config.devices import choose_devices
@@ -28,6 +29,8 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
 
     from lightning_par import HybridParallelStrategy
 
+    # Lightning 2.6 on torch 2.13 warns of its own code, on every rank
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     pl.seed_everything(config.seed, workers=True)
     strategy = HybridParallelStrategy(layout, plan=instantiate(config.plan, _convert_="all"), schedule=config.schedule)
     options: dict[str, Any] = {
