@@ -17,7 +17,14 @@ ENVIRONMENT["PYTHONPATH"] = str(ROOT)
 def start(folder: Path, *cases: str) -> subprocess.Popen[str]:
     """Three ranks that do what ``cases`` say, in a session of their own so that a signal can go to all of them."""
     command = [sys.executable, str(ROOT / "tests" / "launched.py"), str(folder), *cases]
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_heed_interrupts
+    )
+
+
+def _heed_interrupts() -> None:
+    """A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str], within: float = 20) -> tuple[int, str]:
