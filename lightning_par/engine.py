@@ -38,6 +38,7 @@ class Engine:
         plan: all decisions.
         mesh: this rank's axes.
         module: the user's module, installed in place.
+        device: where it is.
         streams: random numbers.
         states: the owner of the optimizer states; None until something is trained.
     """
@@ -47,7 +48,7 @@ class Engine:
     def __init__(
         self, module: nn.Module, plan: Plan, mesh: Mesh, device: torch.device, schedule: str = "1f1b", seed: int = 0
     ) -> None:
-        self.module, self.plan, self.mesh, self.schedule = module, plan, mesh, schedule
+        self.module, self.plan, self.mesh, self.device, self.schedule = module, plan, mesh, device, schedule
         broadcast_module(module, mesh)
         for stages in sorted({parameter.spec.stages for parameter in plan.parameters if len(parameter.spec.stages) > 1}):
             mesh.tied(stages)  # every rank makes every group, whether it holds such a weight or not

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from datetime import timedelta
-from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,30 +16,22 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_par.checkpoint import check_layout, load_checkpoint, load_rank_state, save_checkpoint
 from lightning_par.engine import Engine
-from lightning_par.errors import ConfigurationError
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
-from lightning_par.host.batch import merge_outputs, split_batch
-from lightning_par.host.fingerprint import check_same_batch
 from lightning_par.host.launcher import launcher_class
+from lightning_par.host.namespace import bind, root_in_use
 from lightning_par.host.precision import check_precision, precision_class
 from lightning_par.host.preflight import check_callbacks, check_checkpoints, check_optimization, check_split, plan_from_trainer
-from lightning_par.host.stage_log import StageLog
-from lightning_par.host.stage_metric import from_last_stage
+from lightning_par.host.steps import StepRunner
 from lightning_par.layout import Layout, parse_layout
 from lightning_par.pipeline.schedules import build_schedule
 from lightning_par.plan import Plan, render_plan
 from lightning_par.runtime.mesh import Mesh
-from lightning_par.runtime.nested import map_tensors
-from lightning_par.tensor import ShardedTensor
 from lightning_par.zero.states import OptimizerStates
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import ParallelStrategy as Host
 else:
     Host = object
-
-NUM_CHECKED_BATCHES = 3  # batches of each step that are compared between the ranks of a replica
-_ROOTS = ("pytorch_lightning", "lightning.pytorch")
 
 
 class HybridParallelStrategy(Host):
@@ -64,11 +53,11 @@ class HybridParallelStrategy(Host):
     """
 
     is_distributed = True  # without it Lightning adds no sampler and sync_dist is silently off
-    strategy_name = "hybrid_parallel"
+    root = ""  # the Lightning namespace, set by `bind`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> HybridParallelStrategy:
         """Make a strategy of the Lightning namespace that the caller uses: their classes are disjoint."""
-        return object.__new__(cls if issubclass(cls, _Bound) else _bind(_caller_root()))
+        return object.__new__(cls if cls.root else bind(cls, root_in_use(sys._getframe(1))))
 
     def __init__(
         self,
@@ -89,8 +78,7 @@ class HybridParallelStrategy(Host):
         self._plan: Plan | None = None
         self._mesh: Mesh | None = None
         self._engine: Engine | None = None
-        self._log: StageLog | None = None
-        self._num_seen: dict[str, int] = {}
+        self._steps: StepRunner | None = None
         self._reduced = False
         self.grad_norm: torch.Tensor | None = None
 
@@ -154,7 +142,7 @@ class HybridParallelStrategy(Host):
             rank_zero_warn(f"parallel={self._typed}: zero{self.layout.zero} has nothing to shard with dp 1 and is ignored")
 
     def _configure_launcher(self) -> None:
-        self._launcher = launcher_class(self._root)(
+        self._launcher = launcher_class(self.root)(
             self.cluster_environment, self.num_processes, self._num_nodes, layout=self.layout, preflight=self._preflight
         )
 
@@ -192,8 +180,7 @@ class HybridParallelStrategy(Host):
         if self._engine is None or self._engine.module is not module:
             self._install(module)
             self._show_plan(trainer.log_dir if trainer.loggers else None)  # every rank asks: the answer is broadcast
-        self._log = StageLog(module, self.mesh)
-        self._num_seen.clear()
+        self._steps = StepRunner(self.engine)
         if trainer.state.fn == "fit":
             module.__dict__["optimizer_zero_grad"] = _do_nothing  # gradients are there before Lightning would clear them
             self.setup_optimizers(trainer)
@@ -245,86 +232,37 @@ class HybridParallelStrategy(Host):
         if plugin is not None:
             check_precision(plugin)
         self._precision_plugin = None  # Lightning would take anything here for the user's plugin and drop precision=
-        self._own_precision = precision_class(self._root)(self)
+        self._own_precision = precision_class(self.root)(self)
 
     # ------------------------------------------------------------------ steps
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch through all stages; the mean loss, equal on every rank, without a graph."""
-        module = self.lightning_module
-        self._check_batch("training", batch)
+        module, steps = self.lightning_module, self._running
         if not module.automatic_optimization:
-            with self._stage_log.step():
-                return self._program("training_step", split_batch(batch, 1), args, kwargs)(0)
+            return steps.run_whole(batch, args, kwargs)
         trainer = module.trainer
         batch_idx = args[0] if args else 0
         if batch_idx % trainer.accumulate_grad_batches == 0:
             type(module).optimizer_zero_grad(module, trainer.current_epoch, batch_idx, self.optimizers[0])
             self.states.zero_grad()
-        pieces = split_batch(batch, self.plan.layout.microbatches or 1)
-        sizes = [size for _, size in pieces]
-        program = self._program("training_step", pieces, args, kwargs)
-        with self._stage_log.step():
-            outputs = self.engine.train(program, sizes, _loss_of, 1 / trainer.accumulate_grad_batches)
         self._reduced = False
-        return self._training_output(outputs, sizes)
+        return steps.train(batch, args, kwargs, 1 / trainer.accumulate_grad_batches)
 
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("validation_step", *args, **kwargs)
+    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._running.evaluate("validation_step", batch, args, kwargs)
 
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("test_step", *args, **kwargs)
+    def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._running.evaluate("test_step", batch, args, kwargs)
 
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+    def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's ``predict_step`` through all stages; the whole batch's output on every rank of the replica."""
-        return self._evaluate("predict_step", *args, **kwargs)
-
-    def _evaluate(self, step: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        self._check_batch(step.removesuffix("_step"), batch)
-        pieces = split_batch(batch, (self.plan.layout.microbatches or 1) if self.layout.pp > 1 else 1)
-        program = self._program(step, pieces, args, kwargs)
-        logging = nullcontext() if step == "predict_step" else self._stage_log.step()
-        with logging:
-            outputs = self.engine.evaluate(program, len(pieces))
-        outputs = [map_tensors(_whole, output) for output in outputs]
-        merged = merge_outputs(outputs, [size for _, size in pieces]) if outputs else None
-        return from_last_stage(merged, self.mesh)
-
-    def _program(self, step: str, pieces: list[tuple[Any, int]], args: Any, kwargs: Any) -> Callable[[int], Any]:
-        run = getattr(self.lightning_module, step)
-
-        def program(index: int) -> Any:
-            microbatch, self._stage_log.size = pieces[index]
-            return run(microbatch, *args, **kwargs)
-
-        return program
-
-    def _training_output(self, outputs: list[Any], sizes: list[int]) -> Any:
-        """The mean loss over the batch and all replicas, on every rank; other entries of a returned dict beside it."""
-        mesh = self.mesh
-        summary = torch.zeros(2, dtype=torch.float64, device=self.root_device)
-        extras: Any = None
-        if outputs:
-            losses = [float(size) * _loss_of(output).detach().double() for output, size in zip(outputs, sizes, strict=True)]
-            summary[0] = sum(losses) / (sum(sizes) * mesh.tp.size * mesh.dp.size)
-            if isinstance(outputs[0], dict):
-                others = [{key: value for key, value in output.items() if key != "loss"} for output in outputs]
-                extras = merge_outputs([map_tensors(_whole, other) for other in others], sizes) or None
-            summary[1] = float(extras is not None)
-        mesh.world.all_reduce(summary)
-        loss = summary[0].float()
-        return {"loss": loss, **from_last_stage(extras, mesh)} if float(summary[1]) else loss
-
-    def _check_batch(self, what: str, batch: Any) -> None:
-        """Compare the first batches of each kind between the ranks of a replica."""
-        seen = self._num_seen[what] = self._num_seen.get(what, 0) + 1
-        if seen <= NUM_CHECKED_BATCHES:
-            check_same_batch(batch, self.mesh.replica, f"{what} batch {seen - 1} of replica {self.dp_rank}")
+        return self._running.evaluate("predict_step", batch, args, kwargs)
 
     @property
-    def _stage_log(self) -> StageLog:
-        assert self._log is not None
-        return self._log
+    def _running(self) -> StepRunner:
+        assert self._steps is not None, "steps run inside trainer.fit, validate, test or predict"
+        return self._steps
 
     # ------------------------------------------------------------------ optimization
 
@@ -427,62 +365,12 @@ class HybridParallelStrategy(Host):
         module = self.lightning_module
         if module is not None:
             module.__dict__.pop("optimizer_zero_grad", None)
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
         for part in (self.precision_plugin, self.cluster_environment, self.accelerator, self.checkpoint_io):
             if part is not None:  # the base class would also move the module away from its device
                 part.teardown()
-
-
-class _Bound:
-    """Marks the classes made by `_bind`."""
-
-    _root: str
-
-
-@lru_cache
-def _bind(root: str) -> type[HybridParallelStrategy]:
-    """The strategy on the base class of one Lightning namespace."""
-    base = import_module(f"{root}.strategies").ParallelStrategy
-    return type("HybridParallelStrategy", (HybridParallelStrategy, _Bound, base), {"_root": root, "__module__": __name__})
-
-
-def _caller_root() -> str:
-    """The Lightning namespace in use: the imported one; where both are, the one that the calling script names."""
-    loaded = [root for root in _ROOTS if root in sys.modules]
-    if len(loaded) < 2:
-        return loaded[0] if loaded else next(root for root in _ROOTS if _is_installed(root))
-    frame = sys._getframe(2)
-    while frame is not None:
-        for value in list(frame.f_globals.values()):
-            name = getattr(value, "__name__", "") if isinstance(value, type(sys)) else getattr(value, "__module__", "")
-            root = next((root for root in (*_ROOTS, "lightning") if name == root or str(name).startswith(f"{root}.")), None)
-            if root is not None:
-                return "lightning.pytorch" if root == "lightning" else root
-        frame = frame.f_back  # type: ignore[assignment]
-    return loaded[0]
-
-
-def _is_installed(root: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(root.partition(".")[0]) is not None
-
-
-def _loss_of(output: Any) -> torch.Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, torch.Tensor):
-        raise ConfigurationError(
-            f"training_step returned {'None' if loss is None else type(loss).__name__} for a batch: a parallel run needs the loss "
-            "of every batch; return the loss tensor"
-        )
-    return loss
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Logits that the user's step returns are cut over the vocabulary."""
-    return tensor.full_tensor() if isinstance(tensor, ShardedTensor) else tensor
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

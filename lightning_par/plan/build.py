@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from lightning_par.errors import PlanError
 from lightning_par.layout import Layout
-from lightning_par.plan.check import check_chain, check_crossings, check_divides, resolve_microbatches
+from lightning_par.plan.check import check_batch_statistics, check_chain, check_crossings, check_divides, resolve_microbatches
 from lightning_par.plan.override import Overrides
 from lightning_par.plan.partition import partition_blocks
 from lightning_par.plan.plan import ChainPlan, Kind, LayerPlan, ParameterPlan, Plan, StagePlan
@@ -44,13 +44,15 @@ def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides |
     check_chain(trace, layout, module)
     if layout.pp > 1:
         check_crossings(trace, layout)
+    resolved = replace(layout, microbatches=resolve_microbatches(layout, trace.batch_size))
+    check_batch_statistics(trace, resolved)
     layers = _plan_layers(trace, layout, forced)
     counts = _cut(trace, layout, overrides)
     bounds = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
     parameters = _plan_parameters(trace, {layer.name: layer for layer in layers}, bounds)
     stages = tuple(_stage(trace, parameters, layout.tp, index, first, last) for index, (first, last) in enumerate(pairwise(bounds)))
     return Plan(
-        layout=replace(layout, microbatches=resolve_microbatches(layout, trace.batch_size)),
+        layout=resolved,
         module=module,
         chain=_chain(trace),
         stages=stages,

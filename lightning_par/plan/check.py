@@ -87,6 +87,24 @@ def check_divides(layer: Layer, use: OutputUse, layout: Layout, what: str) -> No
         )
 
 
+def check_batch_statistics(trace: Trace, layout: Layout) -> None:
+    """A norm over the samples of a batch gives other results on a part of them.
+
+    Args:
+        trace: a dry run of a training step, or of another.
+        layout: with its number of microbatches resolved.
+
+    Raises:
+        ModelError: a BatchNorm in training mode meets microbatches.
+    """
+    found = next((op for op in trace.ops if op.name == "batch_norm" and ("training", True) in op.arguments), None)
+    if found is not None and (layout.microbatches or 1) > 1:
+        raise ModelError(
+            f"parallel={layout}: {found.module} normalises over the samples of a batch, and {layout.microbatches} microbatches would "
+            "each have statistics of their own: use GroupNorm or LayerNorm, or one microbatch (mb1)"
+        )
+
+
 def resolve_microbatches(layout: Layout, batch_size: int) -> int:
     """Microbatches of a batch: as the layout says, else twice the stages or the next smaller number that divides the batch.
 
