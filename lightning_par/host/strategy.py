@@ -57,7 +57,8 @@ class HybridParallelStrategy(Host):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> HybridParallelStrategy:
         """Make a strategy of the Lightning namespace that the caller uses: their classes are disjoint."""
-        return object.__new__(cls if cls.root else bind(cls, root_in_use(sys._getframe(1))))
+        mixin: Any = cls
+        return object.__new__(mixin if cls.root else bind(mixin, root_in_use(sys._getframe(1))))
 
     def __init__(
         self,

@@ -100,8 +100,8 @@ def check_batch_statistics(trace: Trace, layout: Layout) -> None:
     found = next((op for op in trace.ops if op.name == "batch_norm" and ("training", True) in op.arguments), None)
     if found is not None and (layout.microbatches or 1) > 1:
         raise ModelError(
-            f"parallel={layout}: {found.module} normalises over the samples of a batch, and {layout.microbatches} microbatches would "
-            "each have statistics of their own: use GroupNorm or LayerNorm, or one microbatch (mb1)"
+            f"parallel={layout}: {found.module} normalises over the samples of a batch, and {layout.microbatches} microbatches "
+            "would each have statistics of their own: use GroupNorm or LayerNorm, or one microbatch (mb1)"
         )
 
 
