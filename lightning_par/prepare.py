@@ -13,6 +13,7 @@ from lightning_par.install import install_tensor_parallel
 from lightning_par.layout import Layout
 from lightning_par.plan import Overrides, Plan, build_plan
 from lightning_par.plan.build import with_partial_gradients
+from lightning_par.plan.caution import cautions
 from lightning_par.plan.compare import first_difference
 from lightning_par.plan.tensor_rules import Flow, infer_flow
 from lightning_par.runtime.axis import LocalAxis
@@ -39,6 +40,8 @@ def prepare_plan(
     size, is_cut = batch_size_of(batch), layout.model_size > 1
     trace = trace_step(module, batch, batch_size=size, step=step, chain=chosen.chain, keep_error=not is_cut)
     plan = build_plan(trace, layout, type(module).__name__, chosen)
+    if step == "training_step":
+        plan = replace(plan, notes=plan.notes + cautions(trace, plan.layout, batch))
     return (
         plan if layout.tp == 1 else _choose_activations(module, batch, trace, plan, infer_flow(trace, chosen.kinds(trace.layers)))
     )

@@ -153,3 +153,15 @@ def test_each_job_of_a_sweep_has_its_own_ranks(tmp_path: Path) -> None:
             assert written[f"{job}/rank-{rank}"] == f"{size} | a, b={{1}} | {job} | {name}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"], "no rank made a folder of its own"
     assert sorted(path.parent.name for path in tmp_path.glob("sweep/*/.hydra")) == ["0", "1", "2"]
+
+
+def test_sigterm_ends_the_first_rank_without_a_broadcast() -> None:
+    from lightning_par.host.launcher import launcher_class
+
+    launcher = object.__new__(launcher_class("pytorch_lightning"))
+    launcher.procs = [object()]
+    with pytest.raises(SystemExit) as end:
+        launcher.kill(signal.SIGTERM)
+    assert end.value.code == 128 + signal.SIGTERM
+    launcher.procs = []  # ranks that others started: Lightning's own handling stays
+    launcher.kill(signal.SIGTERM)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -86,6 +87,16 @@ class _RankLauncher:
                 self._call_children_scripts()
             lightning.share_threads(self.root, self.num_processes)
             return function(*args, **kwargs)
+
+    def kill(self, signum: signal.Signals) -> None:
+        """End the ranks that were started here; called by Lightning's handlers of signals.
+
+        On SIGTERM this process ends at once: the handler would go on to a broadcast that meets whatever collective it
+        interrupted.
+        """
+        if signum == signal.SIGTERM and self.procs:
+            raise SystemExit(128 + signum)
+        super().kill(signum)  # type: ignore[misc]
 
     def _call_children_scripts(self) -> None:
         """Start the ranks. The base class's method of this name does it in the stock way, and is not to run."""

@@ -39,6 +39,12 @@ def root_in_use(caller: FrameType | None) -> str:
     return loaded[0]
 
 
+def worker_seeding(root: str) -> Any:
+    """What seeds the workers of a loader, given a rank."""
+    fabric = "lightning.fabric" if root.startswith("lightning.") else "lightning_fabric"
+    return import_module(f"{fabric}.utilities.seed").pl_worker_init_function
+
+
 def _root_of(value: object) -> str | None:
     """The namespace that a global of a script comes from."""
     name = str(value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", ""))

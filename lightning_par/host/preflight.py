@@ -14,7 +14,7 @@ from lightning_par.checkpoint import check_layout
 from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.first_batch import first_batch
-from lightning_par.layout import Layout, nearest_layouts
+from lightning_par.layout import Coordinate, Layout, nearest_layouts
 from lightning_par.plan import Plan
 from lightning_par.prepare import prepare_plan
 from lightning_par.runtime.generator import generators_put_back
@@ -143,6 +143,19 @@ def check_optimization(module: Any, optimizers: list[Any], layout: Layout) -> No
             f"parallel={layout}: {type(module).__name__}.configure_optimizers returns {len(optimizers)} optimizers, and a "
             f"pipeline or ZeRO steps one: put the parameters into groups of one optimizer, or use {_without_pipeline(layout)}"
         )
+
+
+def check_trainable(module: Any, coordinate: Coordinate, error: ValueError) -> None:
+    """Tell what torch says of an optimizer without parameters in the words of the layout.
+
+    Raises:
+        ConfigurationError: ``error`` is that, on a stage where everything is frozen.
+    """
+    if "empty parameter list" in str(error) and not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigurationError(
+            f"stage {coordinate.pp} holds no trainable parameter, and every stage has an optimizer: move the cuts with "
+            "plan.stages=[...], or use pp1"
+        ) from error
 
 
 def _without_pipeline(layout: Layout) -> str:

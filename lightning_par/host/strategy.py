@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,21 @@ from lightning_par.checkpoint import check_layout, load_checkpoint, load_rank_st
 from lightning_par.engine import Engine
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
 from lightning_par.host.launcher import launcher_class
-from lightning_par.host.namespace import bind, root_in_use
+from lightning_par.host.namespace import bind, root_in_use, worker_seeding
 from lightning_par.host.precision import check_precision, precision_class
-from lightning_par.host.preflight import check_callbacks, check_checkpoints, check_optimization, check_split, plan_from_trainer
+from lightning_par.host.preflight import (
+    check_callbacks,
+    check_checkpoints,
+    check_optimization,
+    check_split,
+    check_trainable,
+    plan_from_trainer,
+)
 from lightning_par.host.steps import StepRunner
 from lightning_par.layout import Layout, parse_layout
 from lightning_par.pipeline.schedules import build_schedule
 from lightning_par.plan import Plan, render_plan
+from lightning_par.runtime.generator import share_generators
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.zero.states import OptimizerStates
 
@@ -52,7 +61,6 @@ class HybridParallelStrategy(Host):
         ConfigurationError: the schedule is unknown.
     """
 
-    is_distributed = True  # without it Lightning adds no sampler and sync_dist is silently off
     root = ""  # the Lightning namespace, set by `bind`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> HybridParallelStrategy:
@@ -127,6 +135,11 @@ class HybridParallelStrategy(Host):
         return self.layout.dp or 1
 
     @property
+    def is_distributed(self) -> bool:
+        """Whether Lightning puts its sampler in the place of the user's: with one replica the data keep their order."""
+        return self.dp_size > 1
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """All ranks of a replica read the same samples."""
         return {"num_replicas": self.dp_size, "rank": self.dp_rank}
@@ -182,6 +195,7 @@ class HybridParallelStrategy(Host):
             self._install(module)
             self._show_plan(trainer.log_dir if trainer.loggers else None)  # every rank asks: the answer is broadcast
         self._steps = StepRunner(self.engine)
+        share_generators(self.mesh.replica)
         if trainer.state.fn == "fit":
             module.__dict__["optimizer_zero_grad"] = _do_nothing  # gradients are there before Lightning would clear them
             self.setup_optimizers(trainer)
@@ -205,9 +219,19 @@ class HybridParallelStrategy(Host):
             path.write_text(yaml.safe_dump(self.plan.to_dict(), sort_keys=False))
 
     def setup_optimizers(self, trainer: Any) -> None:
-        super().setup_optimizers(trainer)
+        try:
+            super().setup_optimizers(trainer)
+        except ValueError as error:
+            check_trainable(self.lightning_module, self.mesh.coordinate, error)
+            raise
         check_optimization(self.lightning_module, self.optimizers, self.layout)
         self.engine.own_states(self.optimizers)
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Seed a loader's workers by replica, not by rank: the ranks of a replica augment alike."""
+        if os.environ.get("PL_SEED_WORKERS") == "1" and getattr(dataloader, "worker_init_fn", self) is None:
+            dataloader.worker_init_fn = partial(worker_seeding(self.root), rank=self.dp_rank)
+        return dataloader
 
     def model_to_device(self) -> None:
         """The engine moves this rank's shards when it installs them."""

@@ -74,11 +74,12 @@ def _follow(index: int, call: BlockCall, values: Sequence[Value], last_read: dic
     """Args:
     place: where the next block takes its hidden state; None for the last block.
     """
-    arriving = {where: n for where, n in call.arguments.items() if values[n].depends_on_parameters and values[n].is_float}
+    floats = {where: n for where, n in call.arguments.items() if values[n].is_float}
+    arriving = {where: n for where, n in floats.items() if values[n].depends_on_parameters}
     if index > 0:
         arriving = {where: n for where, n in arriving.items() if values[n].phase >= 2 * index - 1}
-    elif place in arriving:
-        arriving = {place: arriving[place]}
+    elif place in floats:  # also straight from the batch, with no embedding before the blocks
+        arriving = {place: floats[place]}
     results = {key: n for key, n in call.results.items() if values[n].depends_on_parameters and values[n].is_float}
     leaving = {key: n for key, n in results.items() if last_read.get(n, -1) > 2 * index + 1} or (results if place is None else {})
     if not arriving or not leaving:

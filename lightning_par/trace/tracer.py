@@ -65,6 +65,7 @@ def trace_step(
         seen = (*seen, (path, recorder.chain_fault))
         recorder, output, error, is_real = _run(module, batch, step, None, prepare, keep_error, is_real)
     if error is not None and not keep_error:
+        _explain_dry_run(error, step)
         raise error
     if step == "training_step" and error is None and getattr(module, "automatic_optimization", True):
         _check_loss(output, type(module).__name__)
@@ -119,6 +120,15 @@ def _in_the_open() -> Iterator[None]:
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
     twin = tensor.detach().clone()
     return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+
+def _explain_dry_run(error: Exception, step: str) -> None:
+    """Tell a traceback from the user's own code where it comes from (Python 3.11 and later)."""
+    if hasattr(error, "add_note"):
+        error.add_note(
+            f"lightning_par: raised in the dry run of {step} from which the plan is made. It runs on a copy of the module before "
+            "the Trainer does, so that what only a running Trainer has (its loaders, its schedulers) is not there yet"
+        )
 
 
 def _check_loss(output: Any, name: str) -> None:
