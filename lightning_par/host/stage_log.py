@@ -16,6 +16,7 @@ What differs from one process:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,6 +102,8 @@ class StageLog:
     def __init__(self, module: Any, mesh: Mesh) -> None:
         self._module, self._mesh = module, mesh
         self._metrics = StageMetrics(module, mesh)
+        # values are equal on all ranks already, and with one replica Lightning is told of no distribution at all
+        warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True\)`")
         self._entries: _Entries = {}
         self._calls: dict[str, int] = {}
         self._size = 1
