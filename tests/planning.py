@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from lightning_par import HybridParallelStrategy
 from lightning_par.layout import parse_layout
 from lightning_par.plan import LayerPlan, Plan
 from lightning_par.prepare import prepare_plan
@@ -35,6 +36,23 @@ class Chain(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Block(nn.Module):
+    """The least that tensor parallelism splits: a column layer, a row layer, a residual."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 32), nn.Linear(32, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+def quiet_trainer(word: str, devices: int = 4, plan: Mapping[str, Any] | None = None, **options: Any) -> pl.Trainer:
+    """A Trainer of the strategy that writes and prints nothing; other options win."""
+    silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
+    return pl.Trainer(accelerator="cpu", devices=devices, strategy=HybridParallelStrategy(word, plan=plan), **{**silent, **options})
 
 
 def tokens(size: int = 4, length: int = 6) -> dict[str, torch.Tensor]:

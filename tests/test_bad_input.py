@@ -18,7 +18,7 @@ from lightning_par.errors import ConfigurationError, DataError, LayoutError, Mod
 from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.layout import parse_layout
 from tests.models import llama, make_batch
-from tests.planning import Chain, tokens
+from tests.planning import Chain, quiet_trainer, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -54,17 +54,9 @@ def fit(
     devices: int = 4,
     **options: Any,
 ) -> None:
-    strategy = HybridParallelStrategy(word, plan=plan)
-    options = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        **options,
-    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = pl.Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_steps=1, **options)
+        trainer = quiet_trainer(word, devices, plan, max_steps=1, **options)
         trainer.fit(module or Chain(Block, depth=4), loader() if data is None else data)
 
 

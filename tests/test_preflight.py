@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_par.host.launcher import _RankLauncher
 from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.plan import Plan
-from tests.planning import Chain, tokens
-
-WIDTH = 16
+from tests.planning import Block, Chain, quiet_trainer, tokens
 
 
 class Started(Exception):
@@ -31,15 +28,6 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"tokens": tokens(8)["tokens"][index]}
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(self.up(x).relu())
 
 
 class Model(Chain):
@@ -56,20 +44,13 @@ def _stop_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_of_run(word: str, module: pl.LightningModule, *data: Any, do: str = "fit", **options: Any) -> Plan:
-    strategy = HybridParallelStrategy(word)
-    options = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        **options,
-    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = pl.Trainer(accelerator="cpu", devices=4, strategy=strategy, **options)
+        trainer = quiet_trainer(word, **options)
         with pytest.raises(Started):
             getattr(trainer, do)(module, *data)
-    return strategy.plan
+    assert isinstance(trainer.strategy, HybridParallelStrategy)
+    return trainer.strategy.plan
 
 
 def loader() -> DataLoader[Any]:

@@ -24,18 +24,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from lightning_par.trace import Trace, trace_step
 from lightning_par.trace.chain import find_chain
 from tests.models import gpt2, make_batch
-from tests.planning import Chain, tokens
+from tests.planning import Block, Chain, tokens
 
 WIDTH = 16
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(self.up(x).relu())
 
 
 def trace(module: nn.Module, batch: Any = None, **options: Any) -> Trace:
