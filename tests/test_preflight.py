@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,11 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_par.errors import ConfigurationError
 from lightning_par.host.launcher import _RankLauncher
+from lightning_par.host.preflight import check_inference_mode
 from lightning_par.host.strategy import HybridParallelStrategy
+from lightning_par.layout import parse_layout
 from lightning_par.plan import Plan
 from tests.planning import Block, Chain, quiet_trainer, tokens
 
@@ -183,3 +188,14 @@ class Unusual(Model):
 def test_a_dry_run_may_fail_where_no_model_is_cut() -> None:
     plan = plan_of_run("zero2", Unusual(), loader())
     assert {parameter.spec.stages for parameter in plan.parameters} == {(0,)} and plan.layers == ()
+
+
+@pytest.mark.parametrize(
+    ("word", "device", "is_refused"), [("zero3", "cuda", True), ("zero2", "cuda", False), ("zero3", "cpu", False)]
+)
+def test_inference_mode_is_refused_where_it_would_spoil_gathered_parameters(word: str, device: str, is_refused: bool) -> None:
+    strategy = SimpleNamespace(layout=parse_layout(word), root_device=torch.device(device))
+    trainer = SimpleNamespace(strategy=strategy, validate_loop=SimpleNamespace(inference_mode=True))
+    expected = pytest.raises(ConfigurationError, match=r"Trainer\(inference_mode=False\)") if is_refused else nullcontext()
+    with expected:
+        check_inference_mode(trainer)

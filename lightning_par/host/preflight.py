@@ -95,6 +95,22 @@ def check_checkpoints(given: Iterable[Any], layout: Layout) -> None:
             check_layout(Path(value), layout)
 
 
+def check_inference_mode(trainer: Any) -> None:
+    """ZeRO-3 gathers parameters during an evaluation, and tensors made in inference mode cannot be trained on afterwards.
+
+    Over gloo Lightning never uses inference mode.
+
+    Raises:
+        ConfigurationError: it would here.
+    """
+    strategy = trainer.strategy
+    if strategy.layout.zero == 3 and strategy.root_device.type == "cuda" and trainer.validate_loop.inference_mode:
+        raise ConfigurationError(
+            f"parallel={strategy.layout}: with zero3, parameters gathered in inference mode could not be trained on: pass "
+            "Trainer(inference_mode=False)"
+        )
+
+
 def check_callbacks(trainer: Any) -> None:
     """Refuse callbacks that would go wrong silently on a split module.
 

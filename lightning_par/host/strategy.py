@@ -24,6 +24,7 @@ from lightning_par.host.precision import check_precision, precision_class
 from lightning_par.host.preflight import (
     check_callbacks,
     check_checkpoints,
+    check_inference_mode,
     check_optimization,
     check_split,
     check_trainable,
@@ -163,6 +164,7 @@ class HybridParallelStrategy(Host):
     def _preflight(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Everything that can be found wrong without other ranks, before they are started; the plan, on rank 0."""
         check_callbacks(trainer)
+        check_inference_mode(trainer)
         module = args[0] if args and args[0] is not None else trainer.lightning_module
         check_checkpoints([*args, *kwargs.values()], self.layout)
         engine = check_split(module, self.layout)
