@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_par.errors import ModelError
+from lightning_par.errors import ModelError, PlanError
 from lightning_par.install import install_tensor_parallel
 from lightning_par.layout import Layout
 from lightning_par.plan import Overrides, Plan, build_plan
@@ -42,9 +42,9 @@ def prepare_plan(
     plan = build_plan(trace, layout, type(module).__name__, chosen)
     if step == "training_step":
         plan = replace(plan, notes=plan.notes + cautions(trace, plan.layout, batch))
-    return (
-        plan if layout.tp == 1 else _choose_activations(module, batch, trace, plan, infer_flow(trace, chosen.kinds(trace.layers)))
-    )
+    if layout.tp == 1:
+        return plan
+    return _choose_activations(module, batch, trace, plan, infer_flow(trace, chosen.kinds(trace.layers)), chosen)
 
 
 def batch_size_of(batch: Any) -> int:
@@ -52,12 +52,12 @@ def batch_size_of(batch: Any) -> int:
     return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim), 1)
 
 
-def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan, flow: Flow) -> Plan:
+def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan, flow: Flow, chosen: Overrides) -> Plan:
     """Give global shapes to the regions whose code goes wrong on plain local tensors, until the split module runs right.
 
     A region is judged in every block at once, because equal blocks fail alike.
     """
-    tp = plan.layout.tp
+    tp, kept = plan.layout.tp, {name for name, word in chosen.activations(trace.layers).items() if word == "local"}
     while True:
         local = {layer.name: layer.segments for layer in plan.layers if layer.kind == "column" and layer.activation == "local"}
         split = trace_step(
@@ -76,6 +76,8 @@ def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan,
         index, reason = difference
         region = {name for column in _near(trace, flow, index) for name in flow.region(column)}
         failing = _alike(trace, region) & local.keys()
+        if failing & kept:
+            raise PlanError(f"plan.activation={{{min(failing & kept)}: local}}: {reason}: remove the line")
         if not failing:
             raise ModelError(
                 f"tp{tp}: {plan.module} cannot be split: {reason}. Keep the layers that feed it whole with "

@@ -263,7 +263,7 @@ def test_optimization_that_a_pipeline_cannot_run() -> None:
 @pytest.mark.parametrize(
     ("plan", "match"),
     [
-        ({"chains": "blocks"}, r"plan.chains: unknown line; a plan section has chain, stages and split"),
+        ({"chains": "blocks"}, r"plan.chains: unknown line; a plan section has chain, stages, split, segments, activation"),
         ({"chain": "layers"}, r"plan.chain=layers: no ModuleList or Sequential of that name; the module has: blocks"),
         (
             {"stages": [1, 2]},
@@ -278,8 +278,32 @@ def test_optimization_that_a_pipeline_cannot_run() -> None:
             {"split": {"blocks.*.q": "rows"}},
             r"plan.split=\{blocks.\*.q: rows\}: a layer is split as one of column, row, vocabulary, replicate",
         ),
+        (
+            {"activation": {"head": "whole"}},
+            r"plan.activation=\{head: whole\}: a column layer's activations are one of local, global",
+        ),
+        (
+            {"activation": {"embedding": "local"}},
+            r"embedding is split as vocabulary: remove the line, or add plan.split=\{embedding: column\}",
+        ),
+        ({"segments": {"head": 2}}, r"plan.segments=\{head: 2\}: write a list with the sizes of the fused parts"),
+        (
+            {"segments": {"head": [8, 8]}},
+            r"plan.segments=\{head: \[8, 8\]\}: the sizes add up to 16, and the layer has 24 outputs: correct them",
+        ),
     ],
-    ids=["unknown line", "chain", "stages that do not add up", "stages that are no list", "no match", "unknown kind"],
+    ids=[
+        "unknown line",
+        "chain",
+        "stages that do not add up",
+        "stages that are no list",
+        "no match",
+        "unknown kind",
+        "unknown activation",
+        "activation of no column layer",
+        "segments that are no list",
+        "segments that do not add up",
+    ],
 )
 def test_plan_sections(plan: dict[str, Any], match: str) -> None:
     with pytest.raises(PlanError, match=match):

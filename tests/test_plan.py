@@ -15,10 +15,11 @@ import transformers
 import yaml
 from torch import nn
 
+from lightning_par.errors import PlanError
 from lightning_par.plan import Plan, render_plan
 from lightning_par.plan.partition import partition_blocks
 from tests.models import EncoderBlock, gpt2, llama, make_batch
-from tests.planning import Chain, kinds, layer_of, plan_of
+from tests.planning import Block, Chain, kinds, layer_of, plan_of
 
 WIDTH, HEADS = 16, 4
 SIZE = WIDTH // HEADS
@@ -426,6 +427,21 @@ def test_overrides_win() -> None:
     assert [(stage.first, stage.last) for stage in plan.stages] == [(0, 1), (1, 3)]
     assert [kinds(plan)[name] for name in ("one", "two", "three", "head")] == ["replicate", "replicate", "replicate", "replicate"]
 
+
+def test_segments_and_activations_can_be_chosen() -> None:
+    choice = {"segments": {"blocks.*.up": [16, 16]}, "activation": {"blocks.*.up": "global"}}
+    up = layer_of(plan_of(Chain(Block), "tp2", overrides=choice), "up")
+    assert (up.segments, up.activation) == ((16, 16), "global")
+    assert layer_of(plan_of(Chain(Block), "tp2"), "up").activation == "local"
+
+
+def test_a_chosen_local_activation_must_be_right() -> None:
+    fused = Chain(lambda: Fused(lambda qkv: qkv.split(WIDTH, -1), 3 * WIDTH), depth=1)
+    with pytest.raises(PlanError, match=r"plan.activation=\{blocks.0.qkv: local\}: .*: remove the line"):
+        plan_of(fused, "tp2", overrides={"activation": {"blocks.*.qkv": "local"}})
+
+
+def test_the_chain_can_be_chosen() -> None:
     class Two(Chain):
         def __init__(self) -> None:
             super().__init__(ThreeLayers)

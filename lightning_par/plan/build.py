@@ -17,7 +17,7 @@ from lightning_par.plan.segments import OutputUse, output_use
 from lightning_par.plan.tensor_rules import Flow, infer_flow
 from lightning_par.plan.vocabulary import infer_vocabulary
 from lightning_par.runtime.parameter import ParameterSpec, Split
-from lightning_par.trace import Trace
+from lightning_par.trace import Layer, Trace
 
 BACKWARD_TO_FORWARD = 2  # the gradients of a matrix product are two products of its size
 
@@ -46,7 +46,7 @@ def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides |
         check_crossings(trace, layout)
     resolved = replace(layout, microbatches=resolve_microbatches(layout, trace.batch_size))
     check_batch_statistics(trace, resolved)
-    layers = _plan_layers(trace, layout, forced)
+    layers = _plan_layers(trace, layout, forced, overrides)
     counts = _cut(trace, layout, overrides)
     bounds = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
     parameters = _plan_parameters(trace, {layer.name: layer for layer in layers}, bounds)
@@ -81,7 +81,8 @@ def with_partial_gradients(plan: Plan, trace: Trace, flow: Flow) -> Plan:
 # ---------------------------------------------------------------------- layers
 
 
-def _plan_layers(trace: Trace, layout: Layout, forced: Mapping[str, Kind]) -> tuple[LayerPlan, ...]:
+def _plan_layers(trace: Trace, layout: Layout, forced: Mapping[str, Kind], overrides: Overrides) -> tuple[LayerPlan, ...]:
+    segments_of, activations = overrides.segments_of(trace.layers), overrides.activations(trace.layers)
     if layout.tp == 1:
         return ()
     flow = infer_flow(trace, forced)
@@ -94,7 +95,7 @@ def _plan_layers(trace: Trace, layout: Layout, forced: Mapping[str, Kind]) -> tu
     for name, (kind, why) in kinds.items():
         layer, use = trace.layers[name], None
         if kind == "column":
-            use = output_use(trace, layer, outputs[name])
+            use = _chosen_use(layer, segments_of[name]) if name in segments_of else output_use(trace, layer, outputs[name])
             check_divides(layer, use, layout, "outputs")
         elif kind == "row":
             check_divides(layer, OutputUse((layer.in_size,), ()), layout, "inputs")
@@ -102,9 +103,24 @@ def _plan_layers(trace: Trace, layout: Layout, forced: Mapping[str, Kind]) -> tu
             check_divides(layer, OutputUse((layer.in_size,), ()), layout, "tokens")
         shared = readers.setdefault(flow.reads[name], name) if name in flow.reads and kind == "column" else ""
         segments = use.segments if use else ()
-        in_chain = name in flow.kinds
-        plans.append(LayerPlan(name, kind, segments, "local" if in_chain else "global", shared, why))
+        activation = activations.get(name, "local" if name in flow.kinds else "global")
+        plans.append(LayerPlan(name, kind, segments, activation, shared, why))
+    whole = next((plan for plan in plans if plan.kind != "column" and plan.name in {**segments_of, **activations}), None)
+    if whole is not None:
+        raise PlanError(
+            f"plan.segments and plan.activation are lines of column layers, and {whole.name} is split as {whole.kind}: remove the "
+            f"line, or add plan.split={{{whole.name}: column}}"
+        )
     return tuple(plans)
+
+
+def _chosen_use(layer: Layer, segments: tuple[int, ...]) -> OutputUse:
+    if sum(segments) != layer.out_size:
+        raise PlanError(
+            f"plan.segments={{{layer.name}: {list(segments)}}}: the sizes add up to {sum(segments)}, and the layer has "
+            f"{layer.out_size} outputs: correct them"
+        )
+    return OutputUse(segments, ())
 
 
 def _read_from_outside(trace: Trace) -> dict[str, str]:

@@ -5,6 +5,10 @@ plan:
   stages: [5, 7]                            # blocks on each stage
   split:
     "model.layers.*.mlp.gate_proj": column  # column, row, vocabulary or replicate; * matches any text
+  segments:
+    "model.layers.*.attn.qkv": [64, 16, 16] # sizes of the fused parts of a column layer's output
+  activation:
+    "model.layers.*.mlp.gate_proj": global  # local or global, see `lightning_par.plan.plan.LayerPlan`
 """
 
 from __future__ import annotations
@@ -12,10 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from lightning_par.errors import PlanError
-from lightning_par.plan.plan import Kind
+from lightning_par.plan.plan import Activation, Kind
+
+T = TypeVar("T")
+_LINES = ("chain", "stages", "split", "segments", "activation")
 
 
 @dataclass(frozen=True)
@@ -25,32 +32,41 @@ class Overrides:
     Attributes:
         chain: path of the container of the blocks.
         stages: number of blocks on each stage.
-        split: kind of split by pattern of layer names.
+        split: kind of split, by pattern of layer names.
+        segments: sizes of fused parts, by pattern.
+        activation: what a column layer gives the user's code, by pattern.
     """
 
     chain: str | None = None
     stages: tuple[int, ...] | None = None
     split: Mapping[str, Kind] = field(default_factory=dict)
+    segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    activation: Mapping[str, Activation] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, section: Mapping[str, Any] | None) -> Overrides:
         """Read a ``plan:`` section.
 
         Raises:
-            PlanError: an unknown key or kind.
+            PlanError: an unknown line, or a value that the line cannot have.
         """
         section = dict(section or {})
-        unknown = set(section) - {"chain", "stages", "split"}
+        unknown = set(section) - set(_LINES)
         if unknown:
-            raise PlanError(f"plan.{min(unknown)}: unknown line; a plan section has chain, stages and split: correct or remove it")
-        split = dict(section.get("split") or {})
-        for pattern, kind in split.items():
-            if kind not in get_args(Kind):
-                raise PlanError(f"plan.split={{{pattern}: {kind}}}: a layer is split as one of {', '.join(get_args(Kind))}")
-        stages = section.get("stages")
-        if stages is not None and not (isinstance(stages, (list, tuple)) and all(isinstance(count, int) for count in stages)):
+            raise PlanError(f"plan.{min(unknown)}: unknown line; a plan section has {', '.join(_LINES)}: correct or remove it")
+        split, activation = (dict(section.get(line) or {}) for line in ("split", "activation"))
+        _check_words("split", split, get_args(Kind), "a layer is split as")
+        _check_words("activation", activation, get_args(Activation), "a column layer's activations are")
+        stages, segments = section.get("stages"), dict(section.get("segments") or {})
+        if stages is not None and not _are_sizes(stages):
             raise PlanError(f"plan.stages={stages}: write a list with the number of blocks on each stage, such as [5, 7]")
-        return cls(section.get("chain"), None if stages is None else tuple(stages), split)
+        for pattern, sizes in segments.items():
+            if not _are_sizes(sizes):
+                raise PlanError(
+                    f"plan.segments={{{pattern}: {sizes}}}: write a list with the sizes of the fused parts, such as [64, 16, 16]"
+                )
+        whole = {pattern: tuple(sizes) for pattern, sizes in segments.items()}
+        return cls(section.get("chain"), None if stages is None else tuple(stages), split, whole, activation)
 
     def kinds(self, layers: Iterable[str]) -> dict[str, Kind]:
         """The chosen kind of each layer that a pattern names.
@@ -58,17 +74,40 @@ class Overrides:
         Raises:
             PlanError: a pattern matches no layer.
         """
-        names = list(layers)
-        chosen: dict[str, Kind] = {}
-        for pattern, kind in self.split.items():
-            matched = [name for name in names if fnmatchcase(name, pattern)]
-            if not matched:
-                raise PlanError(
-                    f"plan.split={{{pattern}: {kind}}} matches no layer; the module has {_examples(names)}: "
-                    "correct the pattern (* matches any text)"
-                )
-            chosen.update(dict.fromkeys(matched, kind))
-        return chosen
+        return _matched("split", self.split, list(layers))
+
+    def segments_of(self, layers: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """The chosen sizes of fused parts, of each layer that a pattern names; raises as `kinds`."""
+        return _matched("segments", self.segments, list(layers))
+
+    def activations(self, layers: Iterable[str]) -> dict[str, Activation]:
+        """The chosen activations, of each layer that a pattern names; raises as `kinds`."""
+        return _matched("activation", self.activation, list(layers))
+
+
+def _check_words(line: str, chosen: Mapping[str, Any], words: tuple[str, ...], what: str) -> None:
+    for pattern, word in chosen.items():
+        if word not in words:
+            raise PlanError(f"plan.{line}={{{pattern}: {word}}}: {what} one of {', '.join(words)}")
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(size, int) and size > 0 for size in value)
+
+
+def _matched(line: str, chosen: Mapping[str, T], names: list[str]) -> dict[str, T]:
+    """What was chosen for each layer; a later pattern wins."""
+    found: dict[str, T] = {}
+    for pattern, value in chosen.items():
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            written = list(value) if isinstance(value, tuple) else value
+            raise PlanError(
+                f"plan.{line}={{{pattern}: {written}}} matches no layer; the module has {_examples(names)}: "
+                "correct the pattern (* matches any text)"
+            )
+        found.update(dict.fromkeys(matched, value))
+    return found
 
 
 def _examples(names: list[str]) -> str:
