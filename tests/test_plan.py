@@ -436,7 +436,7 @@ def test_segments_and_activations_can_be_chosen() -> None:
 
 
 def test_a_chosen_local_activation_must_be_right() -> None:
-    fused = Chain(lambda: Fused(lambda qkv: qkv.split(WIDTH, -1), 3 * WIDTH), depth=1)
+    fused = Chain(lambda: Fused(FUSED["split"][0], 3 * WIDTH))
     with pytest.raises(PlanError, match=r"plan.activation=\{blocks.0.qkv: local\}: .*: remove the line"):
         plan_of(fused, "tp2", overrides={"activation": {"blocks.*.qkv": "local"}})
 
