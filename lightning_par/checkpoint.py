@@ -6,7 +6,7 @@
       rank_00000.pt     one rank's parameters, buffers and optimizer states
 
 A save is written beside its place and renamed when every rank has finished, so that a killed save leaves nothing that
-could be taken for a checkpoint.
+could be taken for a checkpoint. One that is replaced is put aside first and removed last.
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ def save_checkpoint(path: Path, shared: dict[str, Any], state: dict[str, Any], m
     torch.save(state, draft / _file_of(mesh.rank))
     mesh.barrier()
     if mesh.rank == 0:
-        _remove(path)
+        earlier = path.with_name(f".{path.name}.earlier")
+        _remove(earlier)
+        if path.exists() or path.is_symlink():
+            path.rename(earlier)  # kept until the new one is in its place
         draft.rename(path)
+        _remove(earlier)
     mesh.barrier()
 
 

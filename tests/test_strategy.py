@@ -91,3 +91,47 @@ def test_workers_are_seeded_by_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     assert strategy.process_dataloader([1, 2]) == [1, 2]
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     assert strategy.process_dataloader(DataLoader(Numbers())).worker_init_fn is None
+
+
+class TwoOptimizers(pl.LightningModule):
+    """Manual optimization that takes both backwards before both steps, clipping one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.one, self.two = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        first, second = self.optimizers()
+        loss_one, loss_two = self.one(batch).square().mean(), (self.two(batch) - 1).square().mean()
+        for optimizer in (first, second):
+            optimizer.zero_grad()
+        self.manual_backward(loss_one)
+        self.manual_backward(loss_two)
+        self.clip_gradients(first, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+        first.step()
+        second.step()
+        return loss_one + loss_two
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part.parameters(), lr=1e-2) for part in (self.one, self.two)]
+
+
+def _two_optimizers(rank: int, world_size: int) -> list[float]:
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    module = TwoOptimizers()
+    batches = torch.randn(3, 8, 4)
+    part = 8 // world_size
+    loader: Any = DataLoader([batch[rank * part : (rank + 1) * part] for batch in batches], batch_size=None)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    options: dict[str, Any] = {"strategy": HybridParallelStrategy(print_plan=False, layout="dp2")} if world_size > 1 else {}
+    trainer = pl.Trainer(accelerator="cpu", devices=world_size, max_epochs=1, use_distributed_sampler=False, **options, **quiet)
+    trainer.fit(module, loader)
+    return [value for parameter in module.parameters() for value in parameter.flatten().tolist()]
+
+
+def test_two_optimizers_step_with_the_gradients_of_all_replicas() -> None:
+    alone = _two_optimizers(0, 1)
+    for found in run_ranks(_two_optimizers, 2):
+        assert found == pytest.approx(alone, rel=1e-5)

@@ -47,7 +47,7 @@ else:
 class HybridParallelStrategy(Host):
     """Pipeline, tensor and ZeRO parallelism for an unmodified LightningModule.
 
-    ``Trainer(strategy=HybridParallelStrategy("tp2_pp2_zero1"), accelerator="cpu", devices=4)``, with the Trainer of
+    ``Trainer(strategy=HybridParallelStrategy("tp2_pp2_zero1"), accelerator="cpu", devices=8)``, with the Trainer of
     ``pytorch_lightning`` or of ``lightning.pytorch``.
 
     Args:
@@ -89,7 +89,7 @@ class HybridParallelStrategy(Host):
         self._mesh: Mesh | None = None
         self._engine: Engine | None = None
         self._steps: StepRunner | None = None
-        self._reduced = False
+        self._reduced: set[int] = set()  # optimizers whose gradients are reduced and not yet stepped with, by position
         self.grad_norm: torch.Tensor | None = None
 
     # ------------------------------------------------------------------ devices and ranks
@@ -273,7 +273,6 @@ class HybridParallelStrategy(Host):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             type(module).optimizer_zero_grad(module, trainer.current_epoch, batch_idx, self.optimizers[0])
             self.states.zero_grad()
-        self._reduced = False
         return steps.train(batch, args, kwargs, 1 / trainer.accumulate_grad_batches)
 
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -297,17 +296,18 @@ class HybridParallelStrategy(Host):
         """The hooks around a backward; the backward itself has run, except in manual optimization."""
         module = self.lightning_module
         if not module.automatic_optimization:
-            self._reduced = False
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         return self.precision_plugin.post_backward(closure_loss, module)
 
-    def reduce_gradients(self, optimizer: Any = None) -> None:
-        """Sum shared gradients, average over dp; once between a backward and a step. Collective over the world."""
-        if not self._reduced:
-            sum_shared_gradients(self.lightning_module.parameters(), self.mesh)
-            self.states.reduce(optimizer if len(self.optimizers) > 1 else None)
-            self._reduced = True
+    def reduce_gradients(self, optimizer: Any) -> None:
+        """Sum shared gradients, average over dp; once for each step of an optimizer. Collective over the world."""
+        position = self._position_of(optimizer)
+        if position not in self._reduced:
+            chosen = self.optimizers[position]
+            sum_shared_gradients([p for group in chosen.param_groups for p in group["params"]], self.mesh)
+            self.states.reduce(chosen if len(self.optimizers) > 1 else None)
+            self._reduced.add(position)
 
     def clip_gradients(self, optimizer: Any, value: float, algorithm: str) -> None:
         """Clip the reduced gradients of the whole model, by norm or by value. Collective over the world."""
@@ -322,6 +322,11 @@ class HybridParallelStrategy(Host):
     def step_optimizer(self, optimizer: Any) -> None:
         """Step with the reduced gradients."""
         self.states.step(optimizer if len(self.optimizers) > 1 else None)
+        self._reduced.discard(self._position_of(optimizer))
+
+    def _position_of(self, optimizer: Any) -> int:
+        """Which of the optimizers is meant; Lightning hands out wrappers, which share the groups."""
+        return next(index for index, own in enumerate(self.optimizers) if own.param_groups is optimizer.param_groups)
 
     # ------------------------------------------------------------------ collectives for Lightning
 
