@@ -22,7 +22,7 @@ from lightning_par.pipeline.transport import Transport
 from lightning_par.plan import Plan
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.streams import MicrobatchStreams
-from lightning_par.zero.engine import DeepSpeedStates
+from lightning_par.zero.partitioned import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
 

@@ -27,8 +27,8 @@ from lightning_par.private.deepspeed import DEEPSPEED_VERSION, check_deepspeed
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.parameter import ParameterSpec, Split, set_spec
 from lightning_par.tensor.linear import convert_linear
-from lightning_par.zero import engine
-from lightning_par.zero.engine import DeepSpeedStates
+from lightning_par.zero import partitioned
+from lightning_par.zero.partitioned import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
 from tests import zero_model
@@ -180,9 +180,9 @@ def check_weights(run: Run, reference: nn.Module) -> None:
 
 def check_cases(rank: int, world_size: int, cases: list[Case]) -> None:
     for case in cases:
-        bucket = case.bucket_elements or engine.BUCKET_ELEMENTS
+        bucket = case.bucket_elements or partitioned.BUCKET_ELEMENTS
         try:
-            with mock.patch.object(engine, "BUCKET_ELEMENTS", bucket), running(case) as run:
+            with mock.patch.object(partitioned, "BUCKET_ELEMENTS", bucket), running(case) as run:
                 check_parity(run)
         except Exception as error:
             raise AssertionError(f"{case}") from error
@@ -328,7 +328,7 @@ def test_deepspeed_prints_and_warns_nothing(capfd: pytest.CaptureFixture[str]) -
 
 
 def test_deepspeed_is_not_imported_without_zero() -> None:
-    program = "import sys, lightning_par.gradients, lightning_par.zero.engine; assert 'deepspeed' not in sys.modules"
+    program = "import sys, lightning_par.gradients, lightning_par.zero.partitioned; assert 'deepspeed' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

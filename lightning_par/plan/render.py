@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from io import StringIO
 
 from rich.console import Console
@@ -62,7 +63,8 @@ def _split(plan: Plan, parameter: ParameterPlan) -> tuple[str, str]:
         whole = "whole, gradient summed over tp" if spec.partial else "whole"
         return (f"{whole}: {layer.why}" if layer and layer.kind == "replicate" and layer.why else whole), ""
     kind = layer.kind if layer else "split"
-    fused = f", {len(spec.split.segments)} fused parts of {_listed(spec.split.segments)}" if len(spec.split.segments) > 1 else ""
+    segments = spec.split.segments
+    fused = f", {len(segments)} fused parts of {', '.join(map(str, segments))}" if len(segments) > 1 else ""
     return f"{kind}: dim {spec.split.dim} / {plan.layout.tp}{fused}", layer.activation if layer and layer.kind == "column" else ""
 
 
@@ -92,8 +94,9 @@ def _ranks(plan: Plan, stages: tuple[int, ...]) -> str:
     return _listed(layout.rank_of(p, d, t) for p in stages for d in range(layout.dp or 1) for t in range(layout.tp))
 
 
-def _listed(numbers: object) -> str:
-    values = list(numbers)  # type: ignore[call-overload]
+def _listed(numbers: Iterable[int]) -> str:
+    """``0-3`` for four ranks in a row; without gaps that reads better than a list."""
+    values = list(numbers)
     if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
         return f"{values[0]}-{values[-1]}"
     return ", ".join(map(str, values))
