@@ -90,10 +90,6 @@ def _is_counted_once(spec: ParameterSpec, mesh: Mesh) -> bool:
 
 def _local_shapes(parameters: Iterable[nn.Parameter], mesh: Mesh) -> list[tuple[int, ...]]:
     """Shapes of the shards on this rank, from the record: under ZeRO-3 the parameter itself is empty at that time."""
-    shapes = []
-    for spec in map(get_spec, parameters):
-        shape = list(spec.shape)
-        if spec.split is not None:
-            shape[spec.split.dim] = sum(spec.split.local_segments(mesh.tp.size))
-        shapes.append(tuple(shape))
-    return shapes
+    return [
+        spec.shape if spec.split is None else spec.split.local_shape(spec.shape, mesh.tp.size) for spec in map(get_spec, parameters)
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,11 +51,9 @@ class ParameterPlan:
     requires_grad: bool
 
     def local_numel(self, tp: int) -> int:
-        """Elements that one rank holds."""
-        numel = 1
-        for size in self.spec.shape:
-            numel *= size
-        return numel // tp if self.spec.split is not None else numel
+        """Elements that one rank holds, padding included."""
+        split = self.spec.split
+        return math.prod(self.spec.shape if split is None else split.local_shape(self.spec.shape, tp))
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,24 @@
 """One direction of the mesh as a rank sees it: how many ranks there are, which one this is, and how they talk.
 
 `Axis` is the seam. `GroupAxis` talks over a process group; `LocalAxis` has the same sizes but talks to nobody, so that
-an installed module can be run on fake tensors in one process (shapes are right, values mean nothing).
+an installed module can be run on fake tensors in one process (shapes are right, values mean nothing). `CopiedAxis` is
+an axis whose neighbouring ranks hold copies.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+
+Wait = Callable[[], None]  # returns when what was begun is done
+
+# torch 2.13 renamed both and warns of the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Axis(ABC):
@@ -20,31 +28,50 @@ class Axis(ABC):
         name: ``tp``, ``pp`` or ``dp``.
         size: ranks on it.
         coordinate: position of this rank, from 0.
+        copies: ranks in a row that hold the same, as `runtime.parameter.Split` has it; 1 but for a `CopiedAxis`.
         gathers: how often each function had to be given gathered tensors, because it has no rule for sharded ones.
     """
+
+    copies = 1
 
     def __init__(self, name: str, size: int, coordinate: int) -> None:
         self.name, self.size, self.coordinate = name, size, coordinate
         self.gathers: Counter[str] = Counter()
 
-    @abstractmethod
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
         """Reduce ``tensor`` in place over the axis; ``op`` is ``sum`` or ``max``. Collective over the axis."""
+        self.begin_all_reduce(tensor, op)()
+
+    @abstractmethod
+    def begin_all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> Wait:
+        """`all_reduce` that returns at once; ``tensor`` is valid after the returned function was called."""
 
     @abstractmethod
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of all coordinates, in order; shapes must be equal. Collective over the axis."""
 
+    @abstractmethod
+    def begin_reduce_scatter(self, parts: torch.Tensor) -> tuple[torch.Tensor, Wait]:
+        """Sum ``parts``, contiguous ``[size, ...]``, over the axis and give every rank its own: ``[...]`` at its coordinate.
+
+        Collective over the axis. The result is valid after the returned function was called.
+        """
+
 
 class LocalAxis(Axis):
     """An axis of one process that plays one of ``size`` ranks and talks to nobody."""
 
-    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
+    def begin_all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> Wait:
         """Leave ``tensor`` as it is."""
+        return _is_done
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Repeat ``tensor``."""
         return [tensor] * self.size
+
+    def begin_reduce_scatter(self, parts: torch.Tensor) -> tuple[torch.Tensor, Wait]:
+        """This rank's own part, not summed."""
+        return parts[self.coordinate].clone(), _is_done
 
 
 class GroupAxis(Axis):
@@ -59,14 +86,69 @@ class GroupAxis(Axis):
         super().__init__(name, len(ranks), coordinate)
         self.group, self.ranks = group, ranks
 
-    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
-        if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=self.group)
+    def begin_all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> Wait:
+        if self.size == 1:
+            return _is_done
+        kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+        return _wait_for(dist.all_reduce(tensor, op=kind, group=self.group, async_op=True))
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         if self.size == 1:
             return [tensor]
-        tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor, group=self.group)
-        return parts
+        gathered = tensor.new_empty((self.size * tensor.numel(),))
+        _all_gather(gathered, tensor.contiguous().view(-1), group=self.group)
+        return list(gathered.view(self.size, *tensor.shape).unbind(0))
+
+    def begin_reduce_scatter(self, parts: torch.Tensor) -> tuple[torch.Tensor, Wait]:
+        if self.size == 1:
+            return parts[0], _is_done
+        mine = parts.new_empty(parts.shape[1:])
+        work = _reduce_scatter(mine.view(-1), parts.view(-1), group=self.group, async_op=True)
+        return mine, _wait_for(work, parts)
+
+
+class CopiedAxis(Axis):
+    """An axis as seen by tensors of which ``copies`` neighbouring ranks hold the same part (see `Split`).
+
+    Its size and coordinate count parts. What the copies compute with their part differs, so that the gradient of a copy
+    is one addend of the part's gradient; `runtime.collective` keeps to that.
+
+    Attributes:
+        finest: the axis of the ranks.
+    """
+
+    def __init__(self, finest: Axis, copies: int) -> None:
+        super().__init__(finest.name, finest.size // copies, finest.coordinate // copies)
+        self.finest, self.copies = finest, copies
+        self.gathers = finest.gathers
+
+    def begin_all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> Wait:
+        """Every part counts once: a sum takes each copy for its share."""
+        if op == "sum":
+            tensor.div_(self.copies)
+        return self.finest.begin_all_reduce(tensor, op)
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return self.finest.all_gather(tensor)[:: self.copies]
+
+    def begin_reduce_scatter(self, parts: torch.Tensor) -> tuple[torch.Tensor, Wait]:
+        raise AssertionError("only activations of the hidden state are reduced and scattered, and these have no copies")
+
+
+def finest_axis(axis: Axis) -> Axis:
+    """The axis of the ranks behind an axis of parts."""
+    return axis.finest if isinstance(axis, CopiedAxis) else axis
+
+
+def _is_done() -> None:
+    """Nothing to wait for."""
+
+
+def _wait_for(work: dist.Work | None, *kept: torch.Tensor) -> Wait:
+    """A function that waits for ``work``; it keeps the tensors ``kept`` alive until then."""
+    assert work is not None
+
+    def wait(work: dist.Work = work, kept: tuple[torch.Tensor, ...] = kept) -> None:
+        work.wait()
+
+    return wait
