@@ -1,0 +1,90 @@
+"""Collectives and bytes of tensor parallelism, per decoder layer and microbatch, of this and other systems.
+
+    python -m benchmarks.communication
+    python -m benchmarks.communication --json
+    python -m benchmarks.communication --markdown > benchmarks/RESULTS.md
+
+The same transformers Llama is split by each system over forked processes on this machine's CPU. Losses and gradients must be
+those of one process. Exit code 1 where lightning_par differs from the formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.traffic import Row
+
+SIZES = (2, 4)
+_TIMEOUT_SECONDS = 300
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: words after the command's name; by default those it was started with.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        AssertionError: as `measure`.
+    """
+    options = _parser().parse_args(arguments)
+    _report("importing torch, transformers, Lightning and DeepSpeed")
+    from benchmarks.table import render_json, render_markdown, render_table  # late, so that --help is quick
+    from benchmarks.traffic import differences
+
+    render = render_json if options.json else render_markdown if options.markdown else render_table
+    rows = measure()
+    print(render(rows))
+    wrong = differences(rows)
+    _report("\n".join(wrong) or "lightning_par equals the formula")
+    return 1 if wrong else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.communication",
+        description="Count the collectives of tensor parallelism, and the bytes that one rank sends, per decoder layer and "
+        "microbatch: lightning_par, DTensor and DeepSpeed AutoTP on the same Llama. Takes about a minute on 2 cores.",
+        epilog="Exit code 1 where lightning_par differs from the formula of Megatron.",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print every count as JSON")
+    form.add_argument("--markdown", action="store_true", help="print the page benchmarks/RESULTS.md")
+    return parser
+
+
+def measure() -> list[Row]:
+    """Count every system at every size; progress goes to stderr.
+
+    Raises:
+        AssertionError: a rank raised (its traceback is the message), or ranks differ.
+    """
+    from tests.ranks import run_ranks  # isort: skip  # first: it chooses one thread and DeepSpeed's CPU mode
+
+    import deepspeed  # noqa: F401  # here, or each forked rank would import it
+
+    from benchmarks.llama import HEADS
+    from benchmarks.systems import SYSTEMS
+    from benchmarks.traffic import measure_rank
+
+    rows: list[Row] = []
+    for tp in SIZES:
+        first, *others = run_ranks(measure_rank, tp, SYSTEMS, (HEADS, HEADS // 2), _report, timeout=_TIMEOUT_SECONDS)
+        assert all(other == first for other in others), f"the ranks of tp{tp} communicate differently"
+        rows += first
+    return rows
+
+
+def _report(progress: str) -> None:
+    print(progress, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Counts collectives below every library.
+
+Whoever asks for a collective (torch.distributed, DTensor, DeepSpeed, lightning_par), it reaches the backend as an operator of
+torch: ``c10d::*`` from calls of ``torch.distributed``, ``_c10d_functional::*`` from DTensor. A dispatch mode sees both, in
+the backward too: on a CPU autograd runs in the thread that calls it.
+
+Private names, read in torch 2.13: `TorchDispatchMode` has no public place, and `_resolve_process_group` alone leads from the
+name in a functional operator to its group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_par.runtime.nested import tensors_in
+
+# Passes of the whole tensor around the ring, in which each rank sends (t-1)/t of it: an all-reduce is a reduce-scatter and
+# an all-gather.
+PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+_NAMESPACES = ("c10d", "_c10d_functional")
+_SENDS_NOTHING = ("wait_tensor", "_wrap_tensor_autograd")
+
+
+def ring_bytes(kind: str, whole_bytes: int, size: int) -> int:
+    """Bytes that one of ``size`` ranks sends for a collective of a tensor of ``whole_bytes``, by the ring algorithm.
+
+    The whole tensor is what an all-reduce reduces, an all-gather returns and a reduce-scatter is given.
+
+    Raises:
+        ValueError: the bytes do not divide by ``size``, so that there is no exact number.
+    """
+    sent, rest = divmod(PASSES[kind] * whole_bytes * (size - 1), size)
+    if rest:
+        raise ValueError(f"{kind} of {whole_bytes} bytes over {size} ranks: parts must be equal, choose sizes that divide")
+    return sent
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts, while it is entered, the collectives of this rank over more than one rank.
+
+    Attributes:
+        calls: collectives by kind; one over several tensors at once counts once.
+        sent_bytes: what this rank sends for them by the ring formula, by kind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.sent_bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` and count it.
+
+        Raises:
+            ValueError: ``func`` communicates in a way that has no formula here: it is never left out of the count.
+        """
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor turns it into local operations and collectives, which come back here
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in _NAMESPACES and func._opname not in _SENDS_NOTHING:
+            names = (argument.name for argument in func._schema.arguments)
+            self._count(func._opname, {**dict(zip(names, args, strict=False)), **(kwargs or {})}, result)
+        return result
+
+    def _count(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
+        kind = next((kind for kind in PASSES if name.replace("_", "").startswith(kind.replace("-", ""))), None)
+        if kind is None:
+            raise ValueError(f"{name}: only {', '.join(PASSES)} have a ring formula here")
+        size = _group_size(arguments)
+        if size > 1:
+            self.calls[kind] += 1
+            # Whichever of input and output is the whole tensor, it is the larger one.
+            self.sent_bytes[kind] += ring_bytes(kind, max(map(_num_bytes, (*arguments.values(), result))), size)
+
+
+def _group_size(arguments: Mapping[str, Any]) -> int:
+    if "process_group" in arguments:
+        return dist.ProcessGroup.unbox(arguments["process_group"]).size()
+    group: dist.ProcessGroup = _resolve_process_group(arguments["group_name"])
+    return group.size()
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors_in(tree))
