@@ -52,6 +52,8 @@ class Engine:
         broadcast_module(module, mesh)
         for stages in sorted({parameter.spec.stages for parameter in plan.parameters if len(parameter.spec.stages) > 1}):
             mesh.tied(stages)  # every rank makes every group, whether it holds such a weight or not
+        for count in sorted({count for layer in plan.layers for count in layer.copies if count > 1}):
+            mesh.copies(count)
         stage = install(module, plan, mesh.coordinate.pp, mesh.tp, device)
         module.to(device)
         self.streams = MicrobatchStreams(seed, mesh.coordinate.dp, mesh.coordinate.pp, device)
@@ -111,7 +113,7 @@ class Engine:
         return {
             "parameters": {name: value.detach().clone() if gathered else value.detach() for name, value in parameters},
             "buffers": dict(self.module.named_buffers()),
-            "num_steps": self.streams.num_steps,
+            "streams": self.streams.state_dict(),
             "states": None if self.states is None else self.states.state_dict(),
         }
 
@@ -126,7 +128,7 @@ class Engine:
         with torch.no_grad():
             for name, tensor in held.items():
                 tensor.copy_(saved[name])
-        self.streams.num_steps = state["num_steps"]
+        self.streams.load_state_dict(state["streams"])
 
 
 def broadcast_module(module: nn.Module, mesh: Mesh) -> None:

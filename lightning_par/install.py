@@ -2,7 +2,9 @@
 
 1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder
 2. convert     planned layers compute on their shards
-3. cut         blocks of other stages only pass the hidden state on, or end the step
+3. compile     planned modules are compiled when they are first called
+4. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
+5. cut         blocks of other stages only pass the hidden state on, or end the step
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_par.compilation import compile_modules
 from lightning_par.errors import ModelError
 from lightning_par.pipeline.stage import Stage
 from lightning_par.plan import LayerPlan, Plan
-from lightning_par.plan.plan import ParameterPlan
+from lightning_par.plan.plan import ChainPlan, ParameterPlan
+from lightning_par.recompute import recompute_blocks
 from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.parameter import set_spec
-from lightning_par.tensor import SharedInput, convert_embedding, convert_linear
+from lightning_par.tensor import SequenceParallel, SharedInput, convert_embedding, convert_linear, convert_positionwise
 
 
 def install(module: nn.Module, plan: Plan, stage: int, tp: Axis, device: torch.device) -> Stage:
@@ -36,15 +40,21 @@ def install(module: nn.Module, plan: Plan, stage: int, tp: Axis, device: torch.d
         device: where the module is going to run; placeholders are made there.
     """
     shard_parameters(module, plan.parameters, stage, tp, device)
-    convert_layers(module, plan, stage, tp)
-    return cut_stage(module, plan, stage, device)
+    sequence = _sequence(plan, tp)
+    convert_layers(module, plan, stage, tp, sequence)
+    compile_modules(module, plan, stage)
+    recompute_blocks(module, plan, stage, tp)
+    return cut_stage(module, plan, stage, device, sequence)
 
 
 def install_tensor_parallel(module: nn.Module, plan: Plan, tp: Axis) -> None:
     """Steps 1 and 2 for all stages at once: the module that one replica of pp 1 would run."""
     for parameter in plan.parameters:
         _shard_parameter(module, parameter, (alias for alias, _ in parameter.aliases), tp)
-    _convert(module, plan, plan.layers, tp)
+    sequence = _sequence(plan, tp)
+    _convert(module, plan, plan.layers, tp, sequence)
+    if plan.chain is not None and sequence is not None:
+        _stage(module, plan.chain, 0, sum(stage.last - stage.first for stage in plan.stages), sequence)
 
 
 def shard_parameters(module: nn.Module, parameters: Iterable[ParameterPlan], stage: int, tp: Axis, device: torch.device) -> None:
@@ -58,39 +68,47 @@ def shard_parameters(module: nn.Module, parameters: Iterable[ParameterPlan], sta
                 _take_away(owner, owner._parameters, name, device, parameter.spec.shape)  # a tied one may be a shard by now
 
 
-def convert_layers(module: nn.Module, plan: Plan, stage: int, tp: Axis) -> None:
-    """Convert the planned layers whose weight this stage holds."""
+def convert_layers(module: nn.Module, plan: Plan, stage: int, tp: Axis, sequence: SequenceParallel | None = None) -> None:
+    """Convert the planned layers whose weight this stage holds, and the modules that run on parts of the sequence."""
     held = {alias for parameter in plan.parameters for alias, stages in parameter.aliases if stage in stages}
     if tp.size > 1:  # in evaluation nn.TransformerEncoderLayer hands its weights, shards by now, to one fused kernel
         torch.backends.mha.set_fastpath_enabled(False)
-    _convert(module, plan, [layer for layer in plan.layers if f"{layer.name}.weight" in held], tp)
+    _convert(module, plan, [layer for layer in plan.layers if f"{layer.name}.weight" in held], tp, sequence)
 
 
-def cut_stage(module: nn.Module, plan: Plan, stage: int, device: torch.device) -> Stage:
+def cut_stage(module: nn.Module, plan: Plan, stage: int, device: torch.device, sequence: SequenceParallel | None = None) -> Stage:
     """Change the calls of the blocks at the borders of a stage and beyond, whose buffers go the way of their parameters."""
-    if plan.chain is None or plan.layout.pp == 1:
+    if plan.chain is None or (plan.layout.pp == 1 and sequence is None):
         return Stage(None, 0, 0, (), (), ())
     bounds, chain = plan.stages[stage], plan.chain
-    container = module.get_submodule(chain.path)
-    for index, block in enumerate(container.children()):
+    for index, block in enumerate(module.get_submodule(chain.path).children()):
         for owner in block.modules() if not bounds.first <= index < bounds.last else ():
             for name in list(owner._buffers):
                 _take_away(owner, owner._buffers, name, device)
-    return Stage(container, bounds.first, bounds.last, chain.carry_argument, chain.carry_output, chain.output_keys)
+    return _stage(module, chain, bounds.first, bounds.last, sequence)
 
 
-def _convert(module: nn.Module, plan: Plan, layers: Iterable[LayerPlan], tp: Axis) -> None:
+def _stage(module: nn.Module, chain: ChainPlan, first: int, last: int, sequence: SequenceParallel | None) -> Stage:
+    container = module.get_submodule(chain.path)
+    return Stage(container, first, last, chain.carry_argument, chain.carry_output, chain.output_keys, sequence)
+
+
+def _sequence(plan: Plan, tp: Axis) -> SequenceParallel | None:
+    return None if plan.sequence is None else SequenceParallel(tp, plan.sequence.dim)
+
+
+def _convert(module: nn.Module, plan: Plan, layers: Iterable[LayerPlan], tp: Axis, sequence: SequenceParallel | None) -> None:
     if tp.size == 1:
         return
-    readers: dict[str, int] = {}
-    for layer in plan.layers:
-        readers[layer.shared] = readers.get(layer.shared, 0) + 1
+    if plan.sequence is not None and sequence is not None:
+        for name in plan.sequence.modules:
+            convert_positionwise(module.get_submodule(name), sequence)
     inputs: dict[str, SharedInput] = {}
     refused: dict[str, ModelError] = {}
     for layer in layers:
-        shared = inputs.setdefault(layer.shared, SharedInput(readers[layer.shared])) if layer.shared else None
+        shared = inputs.setdefault(layer.shared, SharedInput()) if layer.shared else None
         try:
-            _convert_layer(module.get_submodule(layer.name), layer, tp, shared)
+            _convert_layer(module.get_submodule(layer.name), layer, tp, shared, sequence)
         except ModelError as error:
             refused.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name), error)
     if refused:
@@ -98,13 +116,25 @@ def _convert(module: nn.Module, plan: Plan, layers: Iterable[LayerPlan], tp: Axi
         raise ModelError(f"{next(iter(refused.values()))}: plan.split={{{lines}}}")
 
 
-def _convert_layer(child: nn.Module, layer: LayerPlan, tp: Axis, shared: SharedInput | None) -> None:
+def _convert_layer(
+    child: nn.Module, layer: LayerPlan, tp: Axis, shared: SharedInput | None, sequence: SequenceParallel | None
+) -> None:
     if layer.kind == "vocabulary":
         assert isinstance(child, nn.Embedding)
         convert_embedding(child, tp, child.num_embeddings)
     elif layer.kind in ("column", "row"):
         kind = "column" if layer.kind == "column" else "row"
-        convert_linear(child, kind, tp, segments=layer.segments or None, output=layer.activation, shared=shared)  # type: ignore[arg-type]
+        convert_linear(
+            child,
+            kind,  # type: ignore[arg-type]
+            tp,
+            segments=layer.segments or None,
+            copies=layer.copies,
+            output=layer.activation,
+            shared=shared,
+            sequence=sequence,
+            is_padded=layer.activation == "global",  # the plan has refused what must divide
+        )
 
 
 def _shard_parameter(module: nn.Module, plan: ParameterPlan, aliases: Iterable[str], tp: Axis) -> None:

@@ -5,6 +5,7 @@ A layout is written as one word, tokens joined by ``_`` in any order::
     tp2_pp2_zero1      2-way tensor parallel, 2 pipeline stages, ZeRO stage 1 over what is left of the devices
     dp4_zero3          4 data-parallel replicas, everything sharded
     pp4_mb16           4 stages, every batch cut into 16 microbatches
+    tp4_sp             4-way tensor parallel, hidden states between the blocks cut along the sequence
     single             one process
 
 Degrees left out are 1; ``dp`` left out is what is left of the devices. This module imports no torch.
@@ -26,8 +27,9 @@ TOKENS = {
     "zero": "ZeRO stage, 0 to 3",
     "mb": "microbatches per batch",
 }
+FLAGS = {"sp": "sequence parallel: hidden states between the blocks are cut along the sequence, over tp"}
 EXAMPLES = (
-    "single", "tp2", "tp4", "tp8", "pp2", "pp4", "dp2", "dp4_zero1", "dp4_zero2", "dp4_zero3", "tp2_pp2", "tp4_pp2",
+    "single", "tp2", "tp4", "tp8", "tp2_sp", "pp2", "pp4", "dp2", "dp4_zero1", "dp4_zero2", "dp4_zero3", "tp2_pp2", "tp4_pp2",
     "tp2_zero1", "pp2_zero1", "pp2_mb8", "tp2_pp2_zero1", "tp2_pp2_dp2_zero3", "tp8_pp4_zero1",
 )  # fmt: skip
 _TOKEN = re.compile(r"([a-z]+)(\d+)")
@@ -43,6 +45,7 @@ class Layout:
         dp: data-parallel replicas; ``None`` until the number of devices is known.
         zero: ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters, over dp.
         microbatches: pieces a batch is cut into; ``None`` for twice the stages (or fewer, so that the batch divides).
+        sp: whether hidden states between the blocks are cut along the sequence over the tp ranks (sequence parallel).
     """
 
     tp: int = 1
@@ -50,6 +53,7 @@ class Layout:
     dp: int | None = None
     zero: int = 0
     microbatches: int | None = None
+    sp: bool = False
 
     def __post_init__(self) -> None:
         for axis, size in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp), ("mb", self.microbatches)):
@@ -57,9 +61,13 @@ class Layout:
                 raise LayoutError(f"{axis}{size}: {TOKENS[axis]} must be an integer of at least 1")
         if self.zero not in (0, 1, 2, 3):
             raise LayoutError(f"zero{self.zero}: the ZeRO stage must be 0, 1, 2 or 3")
+        if self.sp and self.tp == 1:
+            raise LayoutError("sp cuts the sequence over the tensor-parallel ranks, and tp is 1: add tp2 or more, or leave sp out")
 
     def __str__(self) -> str:
-        parts = [f"{axis}{size}" for axis, size in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp or 1)) if size > 1]
+        parts = [f"tp{self.tp}"] if self.tp > 1 else []
+        parts += ["sp"] if self.sp else []
+        parts += [f"{axis}{size}" for axis, size in (("pp", self.pp), ("dp", self.dp or 1)) if size > 1]
         parts += [f"zero{self.zero}"] if self.zero else []
         parts += [f"mb{self.microbatches}"] if self.microbatches else []
         return "_".join(parts) or "single"
@@ -132,10 +140,14 @@ def parse_layout(word: str) -> Layout:
     if word == "single":
         return Layout(dp=1)
     sizes: dict[str, int] = {}
+    flags: set[str] = set()
     for token in word.split("_"):
+        if token in FLAGS and token not in flags:
+            flags.add(token)
+            continue
         match = _TOKEN.fullmatch(token)
         if match is None or match[1] not in TOKENS:
-            raise LayoutError(_unknown(word, token))
+            raise LayoutError(f"parallel={word}: '{token}' is given twice" if token in flags else _unknown(word, token))
         axis, size = match[1], int(match[2])
         if axis in sizes:
             raise LayoutError(f"parallel={word}: '{axis}' is given twice ({axis}{sizes[axis]} and {token}): keep one of them")
@@ -147,6 +159,7 @@ def parse_layout(word: str) -> Layout:
             dp=sizes.get("dp"),
             zero=sizes.get("zero", 0),
             microbatches=sizes.get("mb"),
+            sp="sp" in flags,
         )
     except LayoutError as error:
         raise LayoutError(f"parallel={word}: {error}") from None
@@ -154,7 +167,7 @@ def parse_layout(word: str) -> Layout:
 
 def looks_like_layout(word: str) -> bool:
     """Whether some token of ``word`` is a known axis with a number, so that the rest is a typing error."""
-    return any((match := _TOKEN.fullmatch(token)) and match[1] in TOKENS for token in word.split("_"))
+    return any(token in FLAGS or ((match := _TOKEN.fullmatch(token)) and match[1] in TOKENS) for token in word.split("_"))
 
 
 def nearest_layouts(layout: Layout, num_devices: int, count: int = 2, fits: Callable[[Layout], bool] | None = None) -> list[Layout]:
@@ -171,7 +184,7 @@ def nearest_layouts(layout: Layout, num_devices: int, count: int = 2, fits: Call
 
     degrees = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     legal = [
-        replace(layout, tp=tp, pp=pp, dp=num_devices // (tp * pp))
+        replace(layout, tp=tp, pp=pp, dp=num_devices // (tp * pp), sp=layout.sp and tp > 1)
         for tp in degrees
         for pp in degrees
         if num_devices % (tp * pp) == 0
@@ -180,7 +193,7 @@ def nearest_layouts(layout: Layout, num_devices: int, count: int = 2, fits: Call
 
 
 def _unknown(word: str, token: str) -> str:
-    known = ", ".join(f"{axis}N" for axis in TOKENS)
+    known = ", ".join([*(f"{axis}N" for axis in TOKENS), *FLAGS])
     close = difflib.get_close_matches(word, EXAMPLES, n=3, cutoff=0.3) or list(EXAMPLES[:3])
     return (
         f"parallel={word}: unknown token '{token}'; a layout is 'single' or tokens joined by '_' out of {known}. "

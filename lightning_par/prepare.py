@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,13 @@ from lightning_par.plan import Overrides, Plan, build_plan
 from lightning_par.plan.build import with_partial_gradients
 from lightning_par.plan.caution import cautions
 from lightning_par.plan.compare import first_difference
+from lightning_par.plan.compiled import check_compilation, plan_compilation
+from lightning_par.plan.operation import SHAPE
+from lightning_par.plan.reference import differences
+from lightning_par.plan.segments import SPLITS
+from lightning_par.plan.sequence import plan_sequence
 from lightning_par.plan.tensor_rules import Flow, infer_flow
+from lightning_par.plan.whole import split_line
 from lightning_par.runtime.axis import LocalAxis
 from lightning_par.runtime.nested import tensors_in
 from lightning_par.trace import Trace, trace_step
@@ -31,20 +37,35 @@ def prepare_plan(
         batch: one batch, as the step gets it on one replica.
         layout: sizes of the axes, dp resolved.
         overrides: the user's plan section.
-        step: the hook that is run dry: ``training_step``, or another where nothing is trained. Where no model is cut, it may fail.
+        step: the hook that is run dry: ``training_step``, or another where nothing is trained. Where no model is cut
+            or compiled, it may fail.
 
     Raises:
         ConfigurationError: the module, the batch or the plan section does not fit the layout.
     """
     chosen = Overrides.parse(overrides)
-    size, is_cut = batch_size_of(batch), layout.model_size > 1
+    size, is_cut = batch_size_of(batch), layout.model_size > 1 or chosen.compile is not None
     trace = trace_step(module, batch, batch_size=size, step=step, chain=chosen.chain, keep_error=not is_cut)
     plan = build_plan(trace, layout, type(module).__name__, chosen)
     if step == "training_step":
         plan = replace(plan, notes=plan.notes + cautions(trace, plan.layout, batch))
     if layout.tp == 1:
+        return _with_compilation(plan, trace, Flow(), chosen)
+    forced = chosen.kinds(trace.layers)
+    flow = infer_flow(trace, forced)
+    if layout.sp:
+        plan = replace(plan, sequence=plan_sequence(trace, layout, plan, flow))
+    plan = _choose_activations(module, batch, trace, plan, flow, chosen)
+    plan = replace(plan, notes=plan.notes + differences(module, plan, forced))
+    return _with_compilation(plan, trace, flow, chosen)
+
+
+def _with_compilation(plan: Plan, trace: Trace, flow: Flow, chosen: Overrides) -> Plan:
+    if chosen.compile is None:
         return plan
-    return _choose_activations(module, batch, trace, plan, infer_flow(trace, chosen.kinds(trace.layers)), chosen)
+    check_compilation(trace, plan)
+    compilation, note = plan_compilation(trace, plan, flow, chosen.compile)
+    return replace(plan, compilation=compilation, notes=(*plan.notes, note))
 
 
 def batch_size_of(batch: Any) -> int:
@@ -58,7 +79,10 @@ def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan,
     A region is judged in every block at once, because equal blocks fail alike.
     """
     tp, kept = plan.layout.tp, {name for name, word in chosen.activations(trace.layers).items() if word == "local"}
+    plan = _with_global(plan, _unsure(trace, flow) - kept)
+    trace, flow = _both_passes(trace, flow)
     while True:
+        axis = LocalAxis("tp", tp, 0)
         local = {layer.name: layer.segments for layer in plan.layers if layer.kind == "column" and layer.activation == "local"}
         split = trace_step(
             module,
@@ -66,12 +90,13 @@ def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan,
             batch_size=trace.batch_size,
             step=trace.step,
             chain=trace.chain,
-            prepare=lambda twin, plan=plan: install_tensor_parallel(twin, plan, LocalAxis("tp", tp, 0)),  # type: ignore[misc]
+            prepare=lambda twin, plan=plan, axis=axis: install_tensor_parallel(twin, plan, axis),  # type: ignore[misc]
             keep_error=True,
             is_real=trace.is_real,
         )
-        difference = first_difference(trace, split, flow.columns, local, tp)
+        difference = first_difference(trace, replace(split, ops=split.ops + split.again), flow.columns, local, tp, plan.sequence)
         if difference is None:
+            _check_views(trace, flow, plan, axis)
             return with_partial_gradients(plan, trace, flow)
         index, reason = difference
         region = {name for column in _near(trace, flow, index) for name in flow.region(column)}
@@ -79,12 +104,54 @@ def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan,
         if failing & kept:
             raise PlanError(f"plan.activation={{{min(failing & kept)}: local}}: {reason}: remove the line")
         if not failing:
+            every = {layer.name for layer in plan.layers if layer.kind != "replicate"}
+            feeding = _alike(trace, region) & flow.kinds.keys() or every
             raise ModelError(
                 f"tp{tp}: {plan.module} cannot be split: {reason}. Keep the layers that feed it whole with "
-                f"plan.split={{{trace.ops[index].module}.*: replicate}}"
+                f"{split_line(feeding, 'replicate')}"
             ) from split.error
-        layers = tuple(replace(layer, activation="global") if layer.name in failing else layer for layer in plan.layers)
-        plan = replace(plan, layers=layers)
+        plan = _with_global(plan, failing)
+
+
+def _both_passes(trace: Trace, flow: Flow) -> tuple[Trace, Flow]:
+    """Trace and flow with the second pass of a step that runs its blocks again: with a cache, it gets other shapes."""
+    if not trace.again:
+        return trace, flow
+    both = replace(trace, ops=trace.ops + trace.again)
+    return both, infer_flow(both, flow.kinds)
+
+
+def _with_global(plan: Plan, names: Set[str]) -> Plan:
+    """The plan with activations of global shape behind some column layers."""
+    layers = tuple(replace(layer, activation="global") if layer.name in names else layer for layer in plan.layers)
+    return replace(plan, layers=layers)
+
+
+def _unsure(trace: Trace, flow: Flow) -> frozenset[str]:
+    """Column layers whose split output lives after the code read a value of a tensor.
+
+    From then on the code may take another way than in the dry run, which nothing was proven of: the rules of activations of
+    global shape are right on any way.
+    """
+    first = len(trace.ops) if trace.first_read is None else trace.first_read
+    return frozenset(name for index in range(first, len(trace.ops)) for name in flow.columns[index])
+
+
+def _check_views(trace: Trace, flow: Flow, plan: Plan, axis: LocalAxis) -> None:
+    """Refuse a write into memory that is seen under two shapes, where one of them had to be gathered and is a copy.
+
+    Raises:
+        ModelError: names the module and the line that keeps its layers whole.
+    """
+    shown = {layer.name for layer in plan.layers if layer.kind == "column" and layer.activation == "global"}
+    for index, op in enumerate(trace.ops):
+        region = flow.columns[index] & shown
+        if op.writes_view and region and axis.gathers.keys() & (SHAPE | SPLITS):
+            raise ModelError(
+                f"tp{axis.size}: {op.name} in {op.module or 'the step'} changes a view of split activations in place, and views "
+                "that do not fit the parts are copies: write it without changing tensors in place, or keep the layers whole with "
+                f"{split_line(_alike(trace, set(region)) & flow.kinds.keys(), 'replicate')}"
+            )
 
 
 def _near(trace: Trace, flow: Flow, index: int) -> frozenset[str]:
@@ -98,6 +165,6 @@ def _near(trace: Trace, flow: Flow, index: int) -> frozenset[str]:
 
 def _alike(trace: Trace, layers: set[str]) -> frozenset[str]:
     """The same layers in every block."""
-    paths = [block.path for block in trace.blocks]
+    paths = {op.block for op in trace.ops if op.block}
     inner = {name[len(path) + 1 :] for name in layers for path in paths if name.startswith(f"{path}.")}
     return frozenset(layers) | {f"{path}.{name}" for path in paths for name in inner}

@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 
-from lightning_par.runtime.axis import GroupAxis
+from lightning_par.runtime.axis import GroupAxis, Wait
 
 
 class CountingAxis(GroupAxis):
@@ -19,9 +19,13 @@ class CountingAxis(GroupAxis):
         super().__init__("tp", group, list(range(dist.get_world_size())), dist.get_rank())
         self.calls: Counter[str] = Counter()
 
-    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
+    def begin_all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> Wait:
         self.calls["all_reduce"] += 1
-        super().all_reduce(tensor, op)
+        return super().begin_all_reduce(tensor, op)
+
+    def begin_reduce_scatter(self, parts: torch.Tensor) -> tuple[torch.Tensor, Wait]:
+        self.calls["reduce_scatter"] += 1
+        return super().begin_reduce_scatter(parts)
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         self.calls["all_gather"] += 1

@@ -8,7 +8,7 @@ every rank holds, by the sizes in the plan alone: neither the reductions nor the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,9 +103,9 @@ def train_alone(make: MakeModel, dp_size: int) -> Run:
     return run
 
 
-def train_rank(make: MakeModel, layout: Layout, rank: int) -> Run:
+def train_rank(make: MakeModel, layout: Layout, rank: int, **strategy_options: Any) -> Run:
     """One rank's view of the run in a layout. Collective over the world."""
-    strategy = HybridParallelStrategy(layout, print_plan=False)
+    strategy = HybridParallelStrategy(layout, print_plan=False, **strategy_options)
     loader: DataLoader[Any] = DataLoader(Steps(layout.dp or 1, layout.coordinate_of(rank).dp), batch_size=None)
     _, module, run = fit(make, loader, strategy=strategy, devices=layout.world_size)
     run.weights = {name: value.detach().clone() for name, value in strategy.states.full_parameters()}
@@ -114,46 +114,60 @@ def train_rank(make: MakeModel, layout: Layout, rank: int) -> Run:
     return run
 
 
-def check_parity(makers: dict[str, MakeModel], word: str, timeout: float = 120) -> None:
+def check_parity(makers: Mapping[str, MakeModel], word: str, timeout: float = 120, **strategy_options: Any) -> dict[str, float]:
     """Train every model alone and in the layout ``word``, all in one start of its ranks, and compare.
+
+    Args:
+        makers: models by name.
+        word: the layout.
+        timeout: seconds for all models together.
+        **strategy_options: what the strategy is given besides the layout.
+
+    Returns:
+        The largest relative error of each model, of all that is compared.
 
     Raises:
         AssertionError: names the model, what differs, by how much.
     """
     layout = parse_layout(word)
     layout = layout.resolve(layout.world_size)
-    results = run_ranks(_all_models, layout.world_size, makers, layout, timeout=timeout)
+    results = run_ranks(_all_models, layout.world_size, makers, layout, strategy_options, timeout=timeout)
+    errors = {}
     for name, make in makers.items():
         alone = train_alone(make, layout.dp or 1)
         ranks = [result[name] for result in results]
         try:
-            compare(alone, ranks, layout)
+            errors[name] = compare(alone, ranks, layout)
         except AssertionError as error:
             raise AssertionError(f"{name} in {word}: {error}") from None
+    return errors
 
 
-def _all_models(rank: int, world_size: int, makers: dict[str, MakeModel], layout: Layout) -> dict[str, Run]:
-    return {name: train_rank(make, layout, rank) for name, make in makers.items()}
+def _all_models(
+    rank: int, world_size: int, makers: Mapping[str, MakeModel], layout: Layout, strategy_options: dict[str, Any]
+) -> dict[str, Run]:
+    return {name: train_rank(make, layout, rank, **strategy_options) for name, make in makers.items()}
 
 
-def compare(alone: Run, ranks: list[Run], layout: Layout) -> None:
-    """Hold the ranks' views of a run against the run in one process."""
+def compare(alone: Run, ranks: list[Run], layout: Layout) -> float:
+    """The largest relative error of the ranks' views of a run against the run in one process, none more than the tolerance."""
+    errors = []
     for rank, run in enumerate(ranks):
-        _close(f"losses on rank {rank}", torch.tensor(run.losses), torch.tensor(alone.losses))
-        _close(f"gradient norms on rank {rank}", torch.tensor(run.norms), torch.tensor(alone.norms))
+        errors.append(_close(f"losses on rank {rank}", torch.tensor(run.losses), torch.tensor(alone.losses)))
+        errors.append(_close(f"gradient norms on rank {rank}", torch.tensor(run.norms), torch.tensor(alone.norms)))
     for what, total in (("gradients", True), ("weights", False)):
         ours, theirs = dict(_assemble(ranks, layout, what, total)), getattr(alone, what)
         assert ours.keys() == theirs.keys(), f"{what} of {sorted(ours.keys() ^ theirs.keys())} are on one side only"
-        for name, tensor in theirs.items():
-            _close(f"{what}[{name}]", ours[name], tensor)
+        errors += [_close(f"{what}[{name}]", ours[name], tensor) for name, tensor in theirs.items()]
+    return max(errors)
 
 
 def _assemble(ranks: list[Run], layout: Layout, what: str, total: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Global tensors by the user's name, from the pieces on all ranks.
 
     Args:
-        total: for gradients, which add up over the stages that share a weight and over tp where they are partial, and are
-            averaged over dp. Weights must be the same on all of these instead.
+        total: for gradients, which add up over the stages that share a weight, over tp where they are partial and over the
+            ranks that hold copies, and are averaged over dp. Weights must be the same on all of these instead.
     """
     pieces: dict[str, dict[tuple[int, int, int], torch.Tensor]] = {}
     specs: dict[str, ParameterSpec] = {}
@@ -173,7 +187,10 @@ def _assemble(ranks: list[Run], layout: Layout, what: str, total: bool) -> Itera
 
 def _over_tp(shards: list[torch.Tensor], spec: ParameterSpec, total: bool, name: str) -> torch.Tensor:
     if spec.split is not None:
-        return spec.split.unshard(shards)
+        whole = spec.split.unshard(shards, is_total=not total)
+        if not total:
+            _same([torch.cat(shards), torch.cat(list(spec.split.shards(whole, len(shards))))], f"parts of {name} over tp")
+        return whole
     return torch.stack(shards).sum(0) if total and spec.partial else _same(shards, f"{name} over tp")
 
 
@@ -183,7 +200,8 @@ def _same(copies: list[torch.Tensor], what: str) -> torch.Tensor:
     return copies[0]
 
 
-def _close(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def _close(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
     assert ours.shape == theirs.shape, f"{what}: shape {list(ours.shape)} instead of {list(theirs.shape)}"
     error = float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30))
     assert error <= TOLERANCE, f"{what}: relative error {error:.1e}, more than {TOLERANCE}"
+    return error

@@ -43,7 +43,7 @@ def average_over_dp(rank: int, world_size: int) -> None:
             assert parameter.grad is None
         else:
             assert torch.equal(parameter.grad, torch.full_like(parameter, mean))
-    assert all(is_counted == (rank == 0) for _, _, is_counted in states.gradients())
+    assert all(fragment.is_counted == (rank == 0) for fragment in states.gradients())
 
 
 def test_gradients_are_averaged_in_buckets() -> None:

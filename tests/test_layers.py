@@ -17,6 +17,7 @@ LAYERS = (
     ("trace",),
     ("plan",),
     ("tensor", "pipeline", "zero"),
+    ("recompute", "compilation"),
     ("install", "gradients", "checkpoint"),
     ("prepare", "engine"),
     ("host",),

@@ -23,6 +23,9 @@ from lightning_par.host.command import MAIN
 from lightning_par.layout import TOKENS, parse_layout
 from lightning_par.pipeline.schedules import SCHEDULES
 from lightning_par.plan import Overrides
+from tests import table
+from tests.matrix import MATRIX
+from tests.parity import TOLERANCE
 from tests.ranks import run_ranks
 from tests.test_layers import LAYERS
 
@@ -97,6 +100,19 @@ def test_the_parity_table_is_the_matrix() -> None:
 def _names(node: ast.stmt) -> str:
     """The variable that a statement sets; "" for any other."""
     return ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+
+
+def test_the_table_of_what_works_is_the_matrix() -> None:
+    """Each model in each of its layouts has a number within the tolerance, and nothing else has one."""
+    errors = table.read(README)
+    assert table.section(README, "works") == table.works(errors)
+    for word, makers in MATRIX.items():
+        assert {name for name, error in errors[word].items() if error} == set(makers), f"run python -m tests.table {word}"
+        assert all(float(error) <= TOLERANCE for error in errors[word].values() if error)
+
+
+def test_the_table_of_errors_has_their_words() -> None:
+    assert table.section(README, "refused") == table.refused(), "run python -m tests.table refused"
 
 
 def test_schedules_are_named() -> None:

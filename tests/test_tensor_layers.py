@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_par.errors import ModelError
-from lightning_par.runtime.axis import Axis, LocalAxis
+from lightning_par.runtime.axis import Axis, LocalAxis, Wait
 from lightning_par.runtime.parameter import Split
 from lightning_par.tensor import ShardedTensor, SharedInput, convert_embedding, convert_linear
 from lightning_par.tensor.embedding import VocabularyParallelEmbedding
@@ -25,7 +25,7 @@ from lightning_par.tensor.linear import ColumnParallelLinear
 from tests.axes import tp_axis
 from tests.ranks import run_ranks
 
-D, HEADS, V = 24, 6, 30
+D, HEADS, V = 24, 6, 31  # the vocabulary divides by no number of ranks
 
 
 class Scaled(nn.Linear):
@@ -93,7 +93,7 @@ class Model(nn.Module):
 
 def plan(axis: Axis, output: Any) -> dict[str, tuple[Split | None, dict[str, Any]]]:
     """Layer name -> how its weight (as [out, in]) is cut, and the options of `convert_linear`."""
-    shared = SharedInput(3)
+    shared = SharedInput()
     column, row = Split(0, (D,)), Split(1, (D,))
     return {
         "fused.c_attn": (Split(0, (D, D, D)), {"kind": "column", "segments": (D, D, D), "output": "global"}),
@@ -103,7 +103,7 @@ def plan(axis: Axis, output: Any) -> dict[str, tuple[Split | None, dict[str, Any
         "up": (Split(0, (4 * D,)), {"kind": "column", "output": output}),
         "down": (Split(1, (4 * D,)), {"kind": "row"}),
         "scaled": (row, {"kind": "row"}),
-        "head": (Split(0, (V,)), {"kind": "column", "output": "global"}),
+        "head": (Split(0, (V,)), {"kind": "column", "output": "global", "is_padded": True}),
     }
 
 
@@ -258,11 +258,12 @@ def run_inputs(rank: int, size: int) -> None:
     torch.testing.assert_close(column(sharded), expected_column.chunk(size, 1)[rank])
     assert axis.gathers == {"RowParallelLinear": 1, "ColumnParallelLinear": 1}
 
-    embedding = nn.Embedding(V // size, 4)
-    convert_embedding(embedding, axis, V)
-    for outside in (V, -1):
-        with pytest.raises(IndexError, match="index out of range"):
-            embedding(torch.tensor([0, outside]))
+    for rows in (V + 1, V, 1):  # divided, padded by one row, and all on the first rank
+        embedding = nn.Embedding(-(-rows // size), 4)
+        convert_embedding(embedding, axis, rows)
+        for outside in (rows, -1):
+            with pytest.raises(IndexError, match="index out of range"):
+                embedding(torch.tensor([0, outside]))
 
 
 def test_inputs_of_other_kinds() -> None:
@@ -272,23 +273,64 @@ def test_inputs_of_other_kinds() -> None:
 def test_shared_input_keeps_nothing() -> None:
     axis = LocalAxis("tp", 2, 0)
     leaf = torch.ones(3, requires_grad=True)
-    shared = SharedInput(3)
+    readers = [nn.Linear(3, 2) for _ in range(3)]
+    shared = SharedInput()
+    for reader in readers:
+        convert_linear(reader, "column", axis, shared=shared)
+
+    def read(x: torch.Tensor) -> list[torch.Tensor]:
+        return [shared.read(reader, x, axis)[0] for reader in readers]
+
     x = leaf * 2
-    copies = [shared.read(x, axis) for _ in range(3)]
+    copies = read(x)
     assert copies[0] is copies[1] is copies[2] is not x
-    assert shared.read(x, axis) is not copies[0]  # a new round, left after one read
+    assert read(x)[0] is not copies[0]  # a new round
 
     y = leaf * 3
-    first = shared.read(y, axis)
-    assert torch.equal(first, y) and shared.read(y, axis) is first  # another tensor starts afresh
+    first, handle = shared.read(readers[0], y, axis)
+    assert torch.equal(first, y) and handle is not None
+    assert shared.read(readers[1], y, axis)[0] is first
     gone = weakref.ref(first)
-    del first, y
+    del first, handle, y
     gc.collect()
     assert gone() is None  # a forward that an exception left must not hold its activations
 
     with torch.no_grad():
         z = leaf * 1
-        assert [torch.equal(shared.read(z, axis), z) for _ in range(4)] == [True] * 4
+        assert [part is z for part in read(z)] == [True] * 3
+
+
+class Diary(LocalAxis):
+    """Writes down when the sum of a gradient begins and when it is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__("tp", 2, 0)
+        self.events: list[str] = []
+
+    def begin_all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> Wait:
+        self.events.append("begin")
+        return lambda: self.events.append("wait")
+
+    def begin_reduce_scatter(self, parts: torch.Tensor) -> tuple[torch.Tensor, Wait]:
+        self.events.append("begin")
+        return parts[0].clone(), lambda: self.events.append("wait")
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("num_readers", [1, 3])
+def test_gradients_of_weights_are_computed_while_the_input_gradient_is_summed(num_readers: int, is_cut: bool) -> None:
+    axis = Diary()
+    readers = [nn.Linear(4, 2) for _ in range(num_readers)]
+    shared = SharedInput()
+    for index, reader in enumerate(readers):
+        convert_linear(reader, "column", axis, shared=shared)
+        reader.weight.register_hook(lambda grad, index=index: axis.events.append(f"weight {index}"))
+    leaf = torch.ones(2, 3, 4, requires_grad=True)
+    leaf.register_hook(lambda grad: axis.events.append("input"))
+    x = ShardedTensor(leaf * 2, 1, (6,), axis) if is_cut else leaf * 2
+    sum(reader(x).square().sum() for reader in readers).backward()
+    assert axis.events[0] == "begin" and axis.events[-2:] == ["wait", "input"]
+    assert sorted(axis.events[1:-2]) == [f"weight {index}" for index in range(num_readers)]
 
 
 def test_the_class_of_a_converted_module() -> None:
@@ -325,5 +367,3 @@ def test_what_cannot_be_converted() -> None:
     ):
         with pytest.raises(ModelError, match=f"Embedding with {name} cannot be split over tp"):
             convert_embedding(nn.Embedding(4, 2, **options), axis, 4)
-    with pytest.raises(ModelError, match="has 5 rows, which do not divide by tp=2"):
-        convert_embedding(nn.Embedding(5, 2), axis, 5)

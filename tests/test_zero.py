@@ -138,7 +138,7 @@ def running(case: Case) -> Iterator[Run]:
 def gathered_gradients(run: Run) -> dict[str, torch.Tensor]:
     """Every gradient of this rank's parameters, flat, put together from the fragments of all dp ranks in order."""
     names = {parameter: name for name, parameter in run.model.named_parameters()}
-    mine = {names[p]: fragment.flatten().clone() for fragment, p, is_counted in run.states.gradients() if is_counted}
+    mine = {names[piece.parameter]: piece.gradient.flatten().clone() for piece in run.states.gradients() if piece.is_counted}
     parts = [mine] * run.mesh.dp.size
     dist.all_gather_object(parts, mine, group=run.mesh.dp.group)
     return {

@@ -1,8 +1,13 @@
-"""Models that nobody prepared: architectures of transformers with small random configurations, and modules of torch."""
+"""Models that nobody prepared: architectures of transformers with small random configurations, modules of torch, hand-written ones.
+
+`ZOO` has them all by name; `DECODERS`, `ENCODERS` and `ENCODER_DECODERS` are its parts. The last have two chains of blocks, of
+which the second reads the first one's result in every block, so that they have no pipeline.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,18 +16,35 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from tests.models import LENGTH, VOCABULARY, TransformersModel, adamw
+from tests.models import LENGTH, VOCABULARY, TransformersModel, encoder, gpt, gpt2
+from tests.zoo_written import (
+    Decoder,
+    FusedBlock,
+    ParallelBlock,
+    PatchEncoder,
+    RelativeBlock,
+    ThreeLayerBlock,
+    Trained,
+    Translator,
+)
+
+MakeModel = Callable[[], pl.LightningModule]
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-_DECODER = dict(**_SIZES, intermediate_size=64, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_DECODER = dict(**_SIZES, intermediate_size=64, num_key_value_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_GROUPED = {**_DECODER, "num_attention_heads": 8}  # two query heads for each key head
 _ENCODER = dict(**_SIZES, intermediate_size=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=5)
 _NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+_T5 = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0)
 
 # name of the architecture: its configuration, but for the vocabulary
 _LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "Llama": _GROUPED,
     "Qwen2": _DECODER,
-    "Qwen3": dict(**_DECODER, head_dim=8),
-    "Mistral": dict(**_DECODER, sliding_window=8),
+    "Qwen3": dict(**_GROUPED, head_dim=8),
+    "Mistral": dict(**_GROUPED, sliding_window=8),
+    "Gemma2": dict(**_DECODER, head_dim=8),
+    "Gemma3": dict(**_DECODER, head_dim=8),
     "Phi3": dict(**_DECODER, resid_pdrop=0.0),
     "Olmo2": _DECODER,
     "Starcoder2": dict(**_DECODER, residual_dropout=0.0, embedding_dropout=0.0),
@@ -35,46 +57,54 @@ _LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 _CLASSIFIERS: dict[str, dict[str, Any]] = {
     "Bert": _ENCODER,
     "Roberta": _ENCODER,
+    "Albert": dict(**_ENCODER, embedding_size=16, classifier_dropout_prob=0.0),
     "DistilBert": dict(
         dim=32, hidden_dim=64, n_layers=2, n_heads=4, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, num_labels=5
     ),
 }
 
 
-class Classifier(pl.LightningModule):
+class Classifier(Trained):
     """A sequence classifier of transformers, with a padding mask."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mask = (batch["tokens"] != 0).long()
         loss: torch.Tensor = self.model(input_ids=batch["tokens"], attention_mask=mask, labels=batch["label"]).loss
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return adamw(self)
+
+class Translation(Trained):
+    """An encoder-decoder of transformers that turns tokens round."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        tokens = batch["tokens"]
+        loss: torch.Tensor = self.model(input_ids=tokens, attention_mask=(tokens != 0).long(), labels=tokens.flip(1)).loss
+        return loss
 
 
-class Images(pl.LightningModule):
+class Images(Trained):
     """An image classifier on pictures drawn from the tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         line = batch["tokens"].float() / VOCABULARY
         picture = line[:, None, :, None] * line.flip(1)[:, None, None, :]
         output = self.model(picture.expand(-1, 3, -1, -1) + torch.tensor([0.0, 0.1, 0.2])[:, None, None])
         return F.cross_entropy(output if isinstance(output, torch.Tensor) else output.logits, batch["label"])
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return adamw(self)
 
-
-class TorchEncoder(pl.LightningModule):
+class TorchEncoder(Trained):
     """torch's own encoder layers under a causal mask."""
 
     def __init__(self, norm_first: bool) -> None:
@@ -84,55 +114,11 @@ class TorchEncoder(pl.LightningModule):
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(32, VOCABULARY)
 
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         tokens = batch["tokens"]
         mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
         hidden = self.encoder(self.embedding(tokens) + self.positions(torch.arange(LENGTH)), mask=mask, is_causal=True)
         return F.cross_entropy(self.head(hidden)[:, :-1].reshape(-1, VOCABULARY), tokens[:, 1:].reshape(-1))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return adamw(self)
-
-
-class FusedBlock(nn.Module):
-    """Fused query-key-value split by a constant, views with constant head counts."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.width, self.heads = width, heads
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, t, c = x.size()
-        q, k, v = self.qkv(self.norm_1(x)).split(self.width, dim=2)
-        q, k, v = (part.view(b, t, self.heads, c // self.heads).transpose(1, 2) for part in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).contiguous().view(b, t, c))
-        return x + self.mlp(self.norm_2(x))
-
-
-class FusedDecoder(pl.LightningModule):
-    """A small decoder of `FusedBlock` with a head tied to its embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.positions = nn.Embedding(VOCABULARY, 32), nn.Embedding(LENGTH, 32)
-        self.blocks = nn.ModuleList([FusedBlock(32, 4) for _ in range(2)])
-        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, VOCABULARY, bias=False)
-        self.embedding.weight = self.head.weight
-        nn.init.normal_(self.head.weight, std=0.05)
-
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        tokens = batch["tokens"]
-        x = self.embedding(tokens[:, :-1]) + self.positions(torch.arange(LENGTH - 1))
-        for block in self.blocks:
-            x = block(x)
-        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), tokens[:, 1:].flatten())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return adamw(self)
 
 
 class ResidualBlock(nn.Module):
@@ -147,18 +133,18 @@ class ResidualBlock(nn.Module):
         return F.relu(x + self.norm_2(self.conv_2(F.relu(self.norm_1(self.conv_1(x))))))
 
 
-def _residual_network() -> nn.Module:
+def _residual_network() -> pl.LightningModule:
     blocks = nn.Sequential(*[ResidualBlock(8) for _ in range(4)])
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    return Images(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
 
 
-def _vision_transformer() -> nn.Module:
+def _vision_transformer() -> pl.LightningModule:
     config = transformers.ViTConfig(image_size=16, patch_size=4, **_ENCODER)
-    return transformers.ViTForImageClassification(config)
+    return _without_key_biases(Images(transformers.ViTForImageClassification(config)))
 
 
-def _of_transformers(name: str, kind: str, wrap: Callable[[nn.Module], Any], config: dict[str, Any]) -> Any:
-    settings = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **config)
+def _of_transformers(name: str, kind: str, wrap: Callable[[nn.Module], pl.LightningModule], config: dict[str, Any]) -> Any:
+    settings = getattr(transformers, f"{name}{'Text' * (name == 'Gemma3')}Config")(vocab_size=VOCABULARY, **config)
     return _without_key_biases(wrap(getattr(transformers, f"{name}For{kind}")(settings)))
 
 
@@ -170,18 +156,29 @@ def _without_key_biases(module: pl.LightningModule) -> pl.LightningModule:
     return module
 
 
-ZOO: dict[str, Callable[[], pl.LightningModule]] = {
-    **{
-        name: lambda n=name, c=config: _of_transformers(n, "CausalLM", TransformersModel, c)
-        for name, config in _LANGUAGE_MODELS.items()
-    },
-    **{
-        name: lambda n=name, c=config: _of_transformers(n, "SequenceClassification", Classifier, c)
-        for name, config in _CLASSIFIERS.items()
-    },
-    "ViT": lambda: _without_key_biases(Images(_vision_transformer())),
-    "ResNet": lambda: Images(_residual_network()),
+DECODERS: dict[str, MakeModel] = {
+    "our GPT": gpt,
+    "GPT2": gpt2,
+    **{name: partial(_of_transformers, name, "CausalLM", TransformersModel, config) for name, config in _LANGUAGE_MODELS.items()},
     "TransformerEncoder": lambda: TorchEncoder(norm_first=False),
     "TransformerEncoder, norm first": lambda: TorchEncoder(norm_first=True),
-    "fused decoder": FusedDecoder,
-}  # type: ignore[misc]
+    "fused decoder": lambda: Decoder(FusedBlock, is_tied=True),
+    "MLP of three layers": lambda: Decoder(ThreeLayerBlock),
+    "attention beside MLP": lambda: Decoder(ParallelBlock),
+    "relative positions": lambda: Decoder(RelativeBlock),
+}
+ENCODERS: dict[str, MakeModel] = {
+    **{
+        name: partial(_of_transformers, name, "SequenceClassification", Classifier, config) for name, config in _CLASSIFIERS.items()
+    },
+    "ViT": _vision_transformer,
+    "hand-written encoder": encoder,
+    "convolutional patches": PatchEncoder,
+    "ResNet": _residual_network,
+}
+ENCODER_DECODERS: dict[str, MakeModel] = {
+    "T5": partial(_of_transformers, "T5", "ConditionalGeneration", Translation, _T5),
+    "T5, gated": partial(_of_transformers, "T5", "ConditionalGeneration", Translation, {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "cross attention": Translator,
+}
+ZOO: dict[str, MakeModel] = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}

@@ -12,7 +12,8 @@ from lightning_par.layout import Layout
 
 @dataclass
 class ParallelConfig:
-    """Fields of ``parallel``, as `Layout` names them. Not `Layout` itself: OmegaConf refuses frozen dataclasses.
+    """Fields of ``parallel``: those of `Layout`, under its names, what is recomputed and whether blocks are
+    compiled. OmegaConf refuses frozen dataclasses.
 
     Types are checked when Hydra composes; ranges and what depends on the devices by `Layout`.
     """
@@ -22,6 +23,9 @@ class ParallelConfig:
     dp: int | None = None
     zero: int = 0
     microbatches: int | None = None
+    sp: bool = False
+    recompute: str = "none"
+    compile: Any = False  # true, or the name of a backend
 
 
 def read_layout(parallel: Mapping[str, Any]) -> Layout:
@@ -38,4 +42,4 @@ def read_layout(parallel: Mapping[str, Any]) -> Layout:
     for key in parallel:
         if key not in known:
             raise LayoutError(f"parallel.{key}: there is no such key; the keys are {', '.join(known)}")
-    return Layout(**parallel)
+    return Layout(**{key: value for key, value in parallel.items() if key not in ("recompute", "compile")})

@@ -32,7 +32,13 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
     # Lightning 2.6 on torch 2.13 warns of its own code, on every rank
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     pl.seed_everything(config.seed, workers=True)
-    strategy = HybridParallelStrategy(layout, plan=instantiate(config.plan, _convert_="all"), schedule=config.schedule)
+    strategy = HybridParallelStrategy(
+        layout,
+        plan=instantiate(config.plan, _convert_="all"),
+        recompute=config.parallel.get("recompute", "none"),
+        compile=config.parallel.get("compile", False),
+        schedule=config.schedule,
+    )
     options: dict[str, Any] = {
         "strategy": strategy,
         **choose_devices({**config.trainer, **trainer_options}, layout),

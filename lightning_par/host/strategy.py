@@ -34,6 +34,8 @@ from lightning_par.host.steps import StepRunner
 from lightning_par.layout import Layout, parse_layout
 from lightning_par.pipeline.schedules import build_schedule
 from lightning_par.plan import Plan, render_plan
+from lightning_par.plan.compiled import read_backend
+from lightning_par.plan.override import check_recompute_word
 from lightning_par.runtime.generator import share_generators
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.zero.states import OptimizerStates
@@ -53,13 +55,16 @@ class HybridParallelStrategy(Host):
     Args:
         layout: a layout word, such as ``tp2_pp2_zero1``, or a `Layout`. dp left out is what is left of the devices.
         plan: lines that win over what the trace says, see `lightning_par.plan.override`.
+        recompute: what of the blocks' activations the backward computes again: ``none``, ``selective`` (what is cheap to make)
+            or ``full`` (all but their inputs). A line of ``plan`` says it for single blocks.
+        compile: whether torch.compile compiles the blocks: True, or the name of its backend.
         schedule: the pipeline schedule, ``1f1b`` or ``gpipe``.
         timeout_seconds: how long a collective may wait for a rank before it is an error.
         print_plan: whether rank 0 prints the plan before the first step.
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
-        ConfigurationError: the schedule is unknown.
+        ConfigurationError: the schedule or the word for ``recompute`` or the backend for ``compile`` is unknown.
     """
 
     root = ""  # the Lightning namespace, set by `bind`
@@ -74,6 +79,8 @@ class HybridParallelStrategy(Host):
         layout: str | Layout = "single",
         *,
         plan: Mapping[str, Any] | None = None,
+        recompute: str = "none",
+        compile: bool | str = False,
         schedule: str = "1f1b",
         timeout_seconds: float = 600.0,
         print_plan: bool = True,
@@ -82,7 +89,12 @@ class HybridParallelStrategy(Host):
         self._typed = str(layout)
         self.layout = parse_layout(layout) if isinstance(layout, str) else layout
         build_schedule(schedule, 1, 1)  # an unknown name is an error here
+        check_recompute_word(recompute)
         self.overrides, self._schedule, self._print_plan = dict(plan or {}), schedule, print_plan
+        if compile:
+            self.overrides["compile"] = read_backend(compile)
+        if recompute != "none":
+            self.overrides["recompute"] = {"*": recompute, **(self.overrides.get("recompute") or {})}
         self._timeout = timedelta(seconds=timeout_seconds)
         self._num_nodes = 1
         self._plan: Plan | None = None

@@ -86,7 +86,14 @@ class Executor:
         kept = _InFlight()
         needs_grad = torch.is_grad_enabled()  # asked out here: reentrant checkpointing calls the block without gradients
 
+        is_running = True
+
         def receive(like: torch.Tensor) -> torch.Tensor:
+            if kept.received is not None and is_running:
+                raise ModelError(
+                    f"the step on microbatch {index} calls the blocks of this stage a second time (model.generate does, for each "
+                    "token), and a pipeline stage runs its blocks once for each microbatch: use a layout without pp for such a step"
+                )
             if kept.received is None:  # else a backward runs the block again
                 kept.received = self.transport.receive_activation(like).requires_grad_(needs_grad)
             self.hooks.at_entrance(index)
@@ -95,6 +102,7 @@ class Executor:
         kept.receive = None if self.transport.is_first else receive
         self.hooks.before_forward(index)
         output, kept.leaving = self.stage.run(lambda: program(index), kept.receive)
+        is_running = False
         self.hooks.after_forward()
         if kept.received is None and not self.transport.is_first:
             raise ModelError(f"the step on microbatch {index} ended before it reached the blocks of this stage{_EVERY_STEP}")

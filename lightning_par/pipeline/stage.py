@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from lightning_par.runtime.call import change_call
 
 Receive = Callable[[torch.Tensor], torch.Tensor]
 Where = int | str
@@ -31,6 +33,22 @@ class StageExit(BaseException):
         self.hidden = hidden
 
 
+class Carry(Protocol):
+    """In which form a hidden state is between the blocks of a rank, where it is not the plain whole tensor."""
+
+    def enter(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the first block gets, from what the code before it made."""
+
+    def like(self, hidden: torch.Tensor) -> torch.Tensor:
+        """A tensor with the shape and dtype in which ``hidden`` travels between stages."""
+
+    def arrive(self, received: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What a later stage's first block gets, from what has travelled; ``hidden`` has the whole shape."""
+
+    def leave(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What travels, from what the last block gave."""
+
+
 class Stage:
     """The blocks ``first`` up to ``last`` of a chain, cut out of a module in place; see [Note: the call of a block].
 
@@ -39,6 +57,7 @@ class Stage:
         first, last: the stage's blocks, ``last`` excluded.
         carry_argument: where each block takes its hidden state.
         carry_output, output_keys: where each block's output has it.
+        carry: the form of the hidden state between the blocks; None for the plain whole tensor.
     """
 
     def __init__(
@@ -49,15 +68,17 @@ class Stage:
         carry_argument: tuple[Where, ...],
         carry_output: tuple[tuple[Where, ...], ...],
         output_keys: tuple[tuple[Where, ...], ...],
+        carry: Carry | None = None,
     ) -> None:
         self._receive: Receive | None = None
+        self._carry = carry
         for index, block in enumerate(chain.children() if chain is not None else ()):
             if index < first:
-                _change_call(block, _passing(carry_argument[index], carry_output[index], output_keys[index]))
+                change_call(block, _passing(carry_argument[index], carry_output[index], output_keys[index]))
             elif index >= last:
-                _change_call(block, _leaving(carry_argument[index]))
-            elif index == first > 0:
-                _change_call(block, self._entering(type(block), carry_argument[index]))
+                change_call(block, self._leaving(carry_argument[index]))
+            elif index == first and (first > 0 or carry is not None):
+                change_call(block, self._entering(type(block), carry_argument[index], first == 0))
 
     def run(self, program: Callable[[], Any], receive: Receive | None) -> tuple[Any, torch.Tensor | None]:
         """Run the step once.
@@ -84,15 +105,32 @@ class Stage:
         finally:
             self._receive = None
 
-    def _entering(self, cls: type[nn.Module], where: Where) -> Callable[..., Any]:
+    def _entering(self, cls: type[nn.Module], where: Where, is_first: bool) -> Callable[..., Any]:
+        """The call of the stage's first block: with the hidden state that was received, in the form that blocks want."""
+
         def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            assert self._receive is not None, "a block of a later stage was called outside a step"
-            hidden = self._receive(_pick(where, args, kwargs))
+            hidden = _pick(where, args, kwargs)
+            hidden = self._arrive(hidden) if not is_first else self._carry.enter(hidden) if self._carry else hidden
             if isinstance(where, int):
                 args = (*args[:where], hidden, *args[where + 1 :])
             else:
                 kwargs = {**kwargs, where: hidden}
             return cls.__call__(block, *args, **kwargs)
+
+        return call
+
+    def _arrive(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self._receive is not None, "a block of a later stage was called outside a step"
+        if self._carry is None:
+            return self._receive(hidden)
+        return self._carry.arrive(self._receive(self._carry.like(hidden)), hidden)
+
+    def _leaving(self, where: Where) -> Callable[..., Any]:
+        """The call of a block of a later stage: ends the step on this one."""
+
+        def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            hidden = _pick(where, args, kwargs)
+            raise StageExit(self._carry.leave(hidden) if self._carry else hidden)
 
         return call
 
@@ -108,21 +146,6 @@ def _passing(where: Where, carry_output: tuple[Where, ...], keys: tuple[Where, .
         return entries if any(isinstance(key, str) for key in entries) else tuple(entries.values())
 
     return call
-
-
-def _leaving(where: Where) -> Callable[..., Any]:
-    """The call of a block of a later stage: ends the step on this one."""
-
-    def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise StageExit(_pick(where, args, kwargs))
-
-    return call
-
-
-def _change_call(block: nn.Module, call: Callable[..., Any]) -> None:
-    """Give one module its own ``__call__``, which Python looks up on the class."""
-    cls = type(block)
-    block.__class__ = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def _pick(where: Where, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

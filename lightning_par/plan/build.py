@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
 from lightning_par.errors import PlanError
 from lightning_par.layout import Layout
-from lightning_par.plan.check import check_batch_statistics, check_chain, check_crossings, check_divides, resolve_microbatches
+from lightning_par.plan.check import (
+    check_batch_statistics,
+    check_chain,
+    check_crossings,
+    check_divides,
+    check_one_split,
+    check_recompute,
+    check_second_derivatives,
+    resolve_microbatches,
+)
 from lightning_par.plan.override import Overrides
 from lightning_par.plan.partition import partition_blocks
-from lightning_par.plan.plan import ChainPlan, Kind, LayerPlan, ParameterPlan, Plan, StagePlan
+from lightning_par.plan.plan import Activation, ChainPlan, Kind, LayerPlan, ParameterPlan, Plan, StagePlan
 from lightning_par.plan.segments import OutputUse, output_use
-from lightning_par.plan.tensor_rules import Flow, infer_flow
-from lightning_par.plan.vocabulary import infer_vocabulary
+from lightning_par.plan.tensor_rules import Flow, infer_flow, read_from_outside
+from lightning_par.plan.vocabulary import agree_on_ties, infer_vocabulary, padded
+from lightning_par.plan.whole import kept_whole
 from lightning_par.runtime.parameter import ParameterSpec, Split
 from lightning_par.trace import Layer, Trace
 
@@ -46,6 +55,7 @@ def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides |
         check_crossings(trace, layout)
     resolved = replace(layout, microbatches=resolve_microbatches(layout, trace.batch_size))
     check_batch_statistics(trace, resolved)
+    check_second_derivatives(trace, resolved)
     layers = _plan_layers(trace, layout, forced, overrides)
     counts = _cut(trace, layout, overrides)
     bounds = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
@@ -54,22 +64,26 @@ def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides |
     return Plan(
         layout=resolved,
         module=module,
-        chain=_chain(trace),
+        chain=_chain(trace, overrides, module),
         stages=stages,
         layers=layers,
         parameters=parameters,
-        notes=trace.notes + _kept_whole(layers),
+        notes=trace.notes + kept_whole(trace, layers, layout.tp) + padded(trace, layers, layout.tp),
     )
 
 
 def with_partial_gradients(plan: Plan, trace: Trace, flow: Flow) -> Plan:
     """The plan with its partial parameters marked, once the activations of every layer are decided.
 
-    A whole parameter that meets split activations as plain tensors gets from each tp rank the gradient of that rank's part.
+    A whole parameter that meets split activations as plain tensors gets from each tp rank the gradient of that rank's part:
+    in local regions, and under sequence parallelism in modules that run on parts and in row layers, where it is the bias.
     Where activations have their global shape, they sum it themselves.
     """
     local = {layer.name for layer in plan.layers if layer.kind == "column" and layer.activation == "local"}
     ops = [op for index, op in enumerate(trace.ops) if op.layer is None and flow.columns.get(index, frozenset()) & local]
+    if plan.sequence is not None:
+        on_parts = {*plan.sequence.modules, *(layer.name for layer in plan.layers if layer.kind == "row")}
+        ops += [op for op in trace.ops if (op.layer or op.module) in on_parts]
     partial = {trace.canonical(name) for op in ops for name in op.parameters}
     marked = (
         replace(parameter, spec=replace(parameter.spec, partial=parameter.spec.name in partial and parameter.spec.split is None))
@@ -87,31 +101,56 @@ def _plan_layers(trace: Trace, layout: Layout, forced: Mapping[str, Kind], overr
         return ()
     flow = infer_flow(trace, forced)
     kinds: dict[str, tuple[Kind, str]] = {name: (kind, flow.why.get(name, "")) for name, kind in flow.kinds.items()}
-    kinds.update(infer_vocabulary(trace, forced))
-    kinds.update({name: ("replicate", why) for name, why in _read_from_outside(trace).items() if name in kinds})
-    outputs = {op.layer: op.outputs[0] for op in trace.ops if op.layer is not None}
+    kinds.update({name: kind for name, kind in infer_vocabulary(trace, forced).items() if name not in kinds})
+    kinds.update({name: ("replicate", why) for name, why in read_from_outside(trace).items() if name in kinds})
+    kinds = agree_on_ties(trace, kinds)
+    uses = _output_uses(trace, [name for name, (kind, _) in kinds.items() if kind == "column"], segments_of)
     readers: dict[int, str] = {}
     plans = []
     for name, (kind, why) in kinds.items():
-        layer, use = trace.layers[name], None
-        if kind == "column":
-            use = _chosen_use(layer, segments_of[name]) if name in segments_of else output_use(trace, layer, outputs[name])
-            check_divides(layer, use, layout, "outputs")
+        layer, use = trace.layers[name], uses.get(name)
+        copies: tuple[int, ...] = (1,)
+        activation = activations.get(name, "local" if name in flow.kinds else "global")
+        if use is not None:
+            queries = max(heads for other in flow.region(name) & uses.keys() for heads in uses[other].heads)
+            if activation == "local" or name in flow.kinds:  # others show their global shape, so a vocabulary may be padded
+                check_divides(layer, use, layout, "outputs", queries)
+            copies = use.copies(layout.tp, queries)
         elif kind == "row":
-            check_divides(layer, OutputUse((layer.in_size,), ()), layout, "inputs")
-        elif kind == "vocabulary":
-            check_divides(layer, OutputUse((layer.in_size,), ()), layout, "tokens")
+            check_divides(layer, OutputUse((layer.in_size,), (0,)), layout, "inputs")
         shared = readers.setdefault(flow.reads[name], name) if name in flow.reads and kind == "column" else ""
         segments = use.segments if use else ()
-        activation = activations.get(name, "local" if name in flow.kinds else "global")
-        plans.append(LayerPlan(name, kind, segments, activation, shared, why))
+        plans.append(LayerPlan(name, kind, segments, copies if max(copies) > 1 else (), activation, shared, why))
     whole = next((plan for plan in plans if plan.kind != "column" and plan.name in {**segments_of, **activations}), None)
     if whole is not None:
         raise PlanError(
             f"plan.segments and plan.activation are lines of column layers, and {whole.name} is split as {whole.kind}: remove the "
             f"line, or add plan.split={{{whole.name}: column}}"
         )
-    return tuple(plans)
+    return _with_global_shapes(plans, flow, activations)
+
+
+def _with_global_shapes(plans: list[LayerPlan], flow: Flow, chosen: Mapping[str, Activation]) -> tuple[LayerPlan, ...]:
+    """The plans with global shapes where ranks hold copies of heads: code that repeats a key head reads both numbers of heads."""
+    shown = {name for plan in plans if plan.copies for name in flow.region(plan.name)}
+    local = next((name for name in sorted(shown) if chosen.get(name) == "local"), None)
+    if local is not None:
+        raise PlanError(
+            f"plan.activation={{{local}: local}}: there are fewer key heads than ranks, and plain tensors would show each rank "
+            "a number of them that its query heads do not match: remove the line"
+        )
+    return tuple(replace(plan, activation="global") if plan.kind == "column" and plan.name in shown else plan for plan in plans)
+
+
+def _output_uses(trace: Trace, columns: list[str], chosen: Mapping[str, tuple[int, ...]]) -> dict[str, OutputUse]:
+    """What the code does with the output of each column layer; the fused parts are as the user says, where they say."""
+    outputs = {op.layer: op.outputs[0] for op in trace.ops if op.layer is not None}
+    return {
+        name: _chosen_use(trace.layers[name], chosen[name])
+        if name in chosen
+        else output_use(trace, trace.layers[name], outputs[name])
+        for name in columns
+    }
 
 
 def _chosen_use(layer: Layer, segments: tuple[int, ...]) -> OutputUse:
@@ -120,26 +159,7 @@ def _chosen_use(layer: Layer, segments: tuple[int, ...]) -> OutputUse:
             f"plan.segments={{{layer.name}: {list(segments)}}}: the sizes add up to {sum(segments)}, and the layer has "
             f"{layer.out_size} outputs: correct them"
         )
-    return OutputUse(segments, ())
-
-
-def _read_from_outside(trace: Trace) -> dict[str, str]:
-    """Layers whose weight is read by other code than the layer itself, which must therefore stay whole."""
-    owners = {trace.canonical(layer.weight): name for name, layer in trace.layers.items()}
-    outside: dict[str, str] = {}
-    for op in trace.ops:
-        for alias in op.parameters if op.layer is None else ():
-            owner = owners.get(trace.canonical(alias))
-            if owner is not None:
-                outside[owner] = f"its weight is read by {op.name} in {op.module or 'the step'}"
-    return outside
-
-
-def _kept_whole(layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
-    """A note for layers inside the blocks that tensor parallelism leaves whole against what one would expect."""
-    reasons = Counter((layer.name.rsplit(".", 1)[-1], layer.why) for layer in layers if layer.kind == "replicate" and layer.why)
-    quiet = ("outside the blocks", "not the vocabulary", "as the plan section says")
-    return tuple(f"{count} x {name} not split over tp: {why}" for (name, why), count in reasons.items() if why not in quiet)
+    return OutputUse(segments, (0,) * len(segments))
 
 
 # ---------------------------------------------------------------------- stages
@@ -161,15 +181,18 @@ def _cut(trace: Trace, layout: Layout, overrides: Overrides) -> list[int]:
     return partition_blocks(costs, layout.pp, first=trace.flops[0], last=trace.flops[-1])
 
 
-def _chain(trace: Trace) -> ChainPlan | None:
+def _chain(trace: Trace, overrides: Overrides, module: str) -> ChainPlan | None:
     if trace.chain is None or not trace.blocks:
+        check_recompute(trace, overrides.recompute, module)
         return None
     blocks = trace.blocks
+    recomputed = overrides.recomputed(block.path for block in blocks)
     return ChainPlan(
         trace.chain,
         tuple(block.carry_argument for block in blocks),
         tuple(block.carry_output for block in blocks),
         tuple(block.output_keys for block in blocks),
+        tuple(recomputed.get(block.path, "none") for block in blocks),
     )
 
 
@@ -199,6 +222,7 @@ def _plan_parameters(trace: Trace, layers: Mapping[str, LayerPlan], bounds: list
         stages = tuple(every) or _stages_of_unused(trace, name, bounds) or tuple(range(num_stages))
         aliases = tuple((alias, tuple(sorted(used.get(alias, set(stages))))) for alias in info.aliases)
         split = next((splits[alias] for alias in info.aliases if alias in splits), None)
+        check_one_split(info, splits)
         spec = ParameterSpec(name, info.shape, split, stages)
         plans.append(ParameterPlan(spec, aliases, info.itemsize, info.requires_grad))
     return tuple(plans)
@@ -211,9 +235,9 @@ def _splits(trace: Trace, layers: Mapping[str, LayerPlan]) -> dict[str, Split]:
         layer = trace.layers[name]
         out_dim = 1 if layer.kind == "conv1d" else 0
         if plan.kind == "column":
-            splits[layer.weight] = Split(out_dim, plan.segments)
+            splits[layer.weight] = Split(out_dim, plan.segments, plan.copies)
             if layer.bias is not None:
-                splits[layer.bias] = Split(0, plan.segments)
+                splits[layer.bias] = Split(0, plan.segments, plan.copies)
         elif plan.kind == "row":
             splits[layer.weight] = Split(1 - out_dim, (layer.in_size,))
         elif plan.kind == "vocabulary":

@@ -37,14 +37,13 @@ def cautions(trace: Trace, layout: Layout, batch: Any) -> tuple[str, ...]:
 
 
 def _on_loss(op: Op, parts: int) -> str | None:
-    named = dict(item for item in op.arguments if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str))
     if op.name not in _LOSSES:
         return None
-    if named.get("reduction") == "sum":
+    if op.named.get("reduction") == "sum":
         return (
             f"{op.name} sums over its targets, and the run takes the mean over {parts} parts of a batch: the loss is that of a part"
         )
-    if named.get("weight") is not None:
+    if op.named.get("weight") is not None:
         return (
             f"{op.name} weighs its targets by class: each of {parts} parts of a batch counts by its samples, whatever its weights "
             "are; one process divides by the weights of all"

@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from lightning_par.errors import DataError, ModelError
 from lightning_par.layout import Layout, nearest_layouts
+from lightning_par.plan.plan import Recompute
 from lightning_par.plan.segments import OutputUse
-from lightning_par.trace import Layer, Trace
+from lightning_par.runtime.parameter import Split
+from lightning_par.trace import Layer, ParameterInfo, Trace
 
 
 def check_chain(trace: Trace, layout: Layout, module: str) -> None:
     """A pipeline needs a chain of blocks, with at least one block for each stage.
 
     Raises:
-        ModelError: none found (names what was looked at and the line that would say it), or too few blocks.
+        ModelError: none found (names what was looked at and the line that would say it), too few blocks, or blocks that run several
+            times.
     """
     if layout.pp == 1:
         return
     if not trace.blocks:
-        looked = (
-            "; ".join(f"{name or module}: {reason}" for name, reason in trace.chains_seen) or "no ModuleList or Sequential at all"
-        )
         raise ModelError(
-            f"parallel={layout} needs a chain of blocks, and {module} has none that the step runs in order (looked at {looked}): "
-            f"name the container of the blocks with plan.chain=PATH, or {_use(layout, lambda near: near.pp == 1)}"
+            f"parallel={layout} needs a chain of blocks, and {module} has none that the step runs in order "
+            f"({_looked(trace, module)}): name the container of the blocks with plan.chain=PATH, or "
+            f"{_use(layout, lambda near: near.pp == 1)}"
         )
     if layout.pp > trace.num_blocks:
         raise ModelError(
             f"parallel={layout} asks for {layout.pp} stages, and {trace.chain} has {trace.num_blocks} blocks: every stage needs "
             f"one, {_use(layout, lambda near: near.pp <= trace.num_blocks)}"
+        )
+    if trace.again:
+        raise ModelError(
+            f"parallel={layout}: {trace.step} of {module} calls the blocks of {trace.chain} again and again (model.generate does, "
+            f"for each token), and a pipeline stage runs its blocks once for each microbatch: "
+            f"{_use(layout, lambda near: near.pp == 1)}"
+        )
+
+
+def check_recompute(trace: Trace, chosen: Mapping[str, Recompute], module: str) -> None:
+    """Blocks are recomputed one by one, so a step that trains needs a chain of them. Called where there is none.
+
+    Raises:
+        ModelError: some are to be recomputed.
+    """
+    mode = next((mode for mode in chosen.values() if mode != "none"), None)
+    if mode is not None and trace.step == "training_step":
+        raise ModelError(
+            f"recompute={mode} works block by block, and {module} has no chain of blocks that the step runs in order "
+            f"({_looked(trace, module)}): name the container of the blocks with plan.chain=PATH, or use recompute=none"
         )
 
 
@@ -66,24 +87,60 @@ def check_crossings(trace: Trace, layout: Layout) -> None:
                 )
 
 
-def check_divides(layer: Layer, use: OutputUse, layout: Layout, what: str) -> None:
-    """Every head and every fused part of a split layer has an equal share for each tp rank.
+def check_divides(layer: Layer, use: OutputUse, layout: Layout, what: str, queries: int = 0) -> None:
+    """Every head and every fused part of a split layer has an equal share for each tp rank, or for each of some ranks in a row.
 
     Args:
         what: the parts of the dim that is cut, in the plural, for the message.
+        queries: query heads that may read the layer's heads, see `OutputUse.copies`.
 
     Raises:
         ModelError: with the tp sizes that work.
     """
-    heads = [count for count in use.heads if count]
-    sizes = [(count, "heads") for count in heads] + [(size, what) for size in use.segments]
-    bad = next(((size, unit) for size, unit in sizes if size % layout.tp), None)
+    bad = _indivisible(use, layout.tp, what, queries)
     if bad is not None:
-        working = [tp for tp in range(1, bad[0] + 1) if all(size % tp == 0 for size, _ in sizes)]
+        working = [tp for tp in range(1, max(bad[0], queries) + 1) if _indivisible(use, tp, what, queries) is None]
         raise ModelError(
             f"parallel={layout}: {layer.name} has {bad[0]} {bad[1]}, which {layout.tp} tensor-parallel ranks cannot share equally; "
             f"tp {', '.join(map(str, working[:8]))} would work: {_use(layout, lambda near: near.tp in working)}, "
             f"or keep it whole with plan.split={{{layer.name}: replicate}}"
+        )
+
+
+def _indivisible(use: OutputUse, tp: int, what: str, queries: int) -> tuple[int, str] | None:
+    """The first number that ``tp`` ranks cannot share, and what it counts."""
+    alone = [index for index, copies in enumerate(use.copies(tp, queries)) if copies == 1]
+    sizes = [(use.heads[index], "heads") for index in alone] + [(use.segments[index], what) for index in alone]
+    return next(((size, unit) for size, unit in sizes if size % tp), None)
+
+
+def check_one_split(info: ParameterInfo, splits: Mapping[str, Split]) -> None:
+    """A weight that several layers share is cut in one way.
+
+    Raises:
+        ModelError: they take their outputs apart in different ways.
+    """
+    found = {splits[alias]: alias for alias in info.aliases if alias in splits}
+    if len(found) > 1:
+        (one, first), (other, second), *_ = found.items()
+        layers = [alias.rsplit(".", 1)[0] for alias in (first, second)]
+        raise ModelError(
+            f"{layers[0]} and {layers[1]} share one weight and take it apart in parts of {list(one.segments)} and "
+            f"{list(other.segments)}: keep both whole with plan.split={{{layers[0]}: replicate, {layers[1]}: replicate}}"
+        )
+
+
+def check_second_derivatives(trace: Trace, layout: Layout) -> None:
+    """The collectives of tensor parallelism have a gradient, and no gradient of that.
+
+    Raises:
+        ModelError: the step differentiates a gradient.
+    """
+    found = next((op for op in trace.ops if op.name == "grad" and op.argument(4, "create_graph")), None)
+    if found is not None and layout.tp > 1:
+        raise ModelError(
+            f"parallel={layout}: {found.module or 'the step'} calls torch.autograd.grad with create_graph=True, and tensor "
+            f"parallelism has no second derivatives: {_use(layout, lambda near: near.tp == 1)}"
         )
 
 
@@ -132,3 +189,9 @@ def _phase_name(trace: Trace, phase: int) -> str:
     if phase == 0:
         return "before the blocks"
     return f"in {trace.blocks[phase // 2].path}" if phase % 2 else "between or after the blocks"
+
+
+def _looked(trace: Trace, module: str) -> str:
+    """Where a chain was looked for, and why each was none."""
+    seen = "; ".join(f"{name or module}: {reason}" for name, reason in trace.chains_seen)
+    return f"looked at {seen or 'no ModuleList or Sequential at all'}"

@@ -13,33 +13,34 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+from lightning_par.plan.operation import (
+    ALONG,
+    CUTS,
+    JOINS,
+    KNOWN,
+    MATRIX,
+    OVER_LAST,
+    RANDOM,
+    SHAPE,
+    VIEWS,
+    dims_along,
+    first_normalized_dim,
+)
+from lightning_par.plan.plan import SequencePlan
 from lightning_par.plan.segments import SPLITS, index_at
+from lightning_par.runtime.parameter import Split
 from lightning_par.trace import Op, Trace
 
 Segments = tuple[int, ...]
 
-_SHAPE = set(
-    """view reshape transpose permute swapaxes contiguous clone unsqueeze squeeze expand flatten unflatten split chunk unbind
-    __getitem__ __iter__ to float half bfloat16 type_as repeat_interleave attribute view_as expand_as narrow select movedim
-    detach""".split()
-)
-_POINTWISE = set(
-    """add sub mul div neg pow exp sqrt rsqrt tanh sigmoid gelu silu relu leaky_relu softplus __add__ __radd__ __sub__ __rsub__
-    __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __neg__ __iadd__ __imul__ __itruediv__ masked_fill masked_fill_ where
-    clamp square abs erf elu mish hardswish relu_ rsub add_ mul_ div_ true_divide""".split()
-)
-_MATRIX = {"matmul", "__matmul__", "bmm", "baddbmm", "scaled_dot_product_attention", "einsum"}
-_JOINS = {"cat", "concat", "stack"}
-_ALONG = {"softmax", "log_softmax", "mean", "sum"} | _JOINS
-_OVER_LAST = {"layer_norm", "rms_norm"}
-_RANDOM = {"dropout", "scaled_dot_product_attention"}
-_VIEWS = {"view", "reshape", "flatten", "unflatten", "view_as"}
-_CUTS = SPLITS | {"__getitem__", "repeat_interleave"}
-_KNOWN = _SHAPE | _POINTWISE | _MATRIX | _ALONG | _OVER_LAST | {"dropout", "linear", "conv1d"}
-
 
 def first_difference(
-    whole: Trace, split: Trace, columns: Mapping[int, frozenset[str]], local: Mapping[str, Segments], tp: int
+    whole: Trace,
+    split: Trace,
+    columns: Mapping[int, frozenset[str]],
+    local: Mapping[str, Segments],
+    tp: int,
+    sequence: SequencePlan | None = None,
 ) -> tuple[int, str] | None:
     """Index of the first op, by the whole trace, that plain local tensors get wrong, with the reason; None when all agree.
 
@@ -49,22 +50,24 @@ def first_difference(
         columns: for each op of ``whole``, the column layers whose output goes in.
         local: segments of the column layers planned with plain local activations.
         tp: size of the axis.
+        sequence: what runs on parts of the sequence.
     """
     held: dict[int, Segments] = {}  # value -> segments along its divided dim
+    elsewhere = {name for i, op in enumerate(whole.ops) if not columns.get(i) for name in map(whole.canonical, op.parameters)}
     for index, op in enumerate(whole.ops):
         if index >= len(split.ops):
             return index, f"{op.name} in {op.module} fails on local sizes: {split.error}"
         other = split.ops[index]
         if op.name != other.name or op.module != other.module:
             return index, f"{op.module} takes another way on local sizes ({other.name} instead of {op.name})"
-        region = columns.get(index, frozenset()) if whole.is_inside_block(op.phase) else frozenset()
+        region = columns.get(index, frozenset()) if whole.is_inside_block(op) else frozenset()
         if op.layer is not None and op.layer in local:
             held[op.outputs[0]] = local[op.layer]
         elif region & local.keys():
-            reason = _wrong(whole, split, op, other, held, tp)
+            reason = _sums_wrong(whole, op, held, elsewhere) or _wrong(whole, split, op, other, held, tp)
             if reason is not None:
                 return index, f"{op.name} in {op.module} {reason}"
-        elif not region and not _agrees(whole, split, op, other):
+        elif not region and not _agrees(whole, split, op, other) and not _is_on_parts(whole, split, op, other, sequence, tp):
             return index, f"{op.name} in {op.module or 'the step'} depends on local sizes"
     return None
 
@@ -72,7 +75,28 @@ def first_difference(
 def _agrees(whole: Trace, split: Trace, op: Op, other: Op) -> bool:
     """Whether an op outside all regions is the same in both."""
     shapes = all(whole.values[a].shape == split.values[b].shape for a, b in zip(op.outputs, other.outputs, strict=False))
-    return shapes and op.arguments == other.arguments
+    contents = all(whole.values[a].content == split.values[b].content for a, b in zip(op.inputs, other.inputs, strict=False))
+    return shapes and contents and op.arguments == other.arguments
+
+
+def _is_on_parts(whole: Trace, split: Trace, op: Op, other: Op, sequence: SequencePlan | None, tp: int) -> bool:
+    """Whether an op of a module that runs on parts of the sequence gives the part of the whole result."""
+    if sequence is None or op.module not in sequence.modules or op.arguments != other.arguments:
+        return False
+    for a, b in zip(op.outputs, other.outputs, strict=True):
+        shape = whole.values[a].shape
+        part = Split(sequence.dim, (shape[sequence.dim],)).local_shape(shape, tp)
+        if split.values[b].shape != part:
+            return False
+    return True
+
+
+def _sums_wrong(whole: Trace, op: Op, held: Mapping[int, Segments], elsewhere: set[str]) -> str | None:
+    """Why a gradient would be neither whole on every rank nor a part on every rank."""
+    if any(whole.values[number].depends_on_parameters and number not in held for number in op.inputs):
+        return "reads a whole tensor made of parameters, whose gradient must be summed over tp"
+    shared = elsewhere.intersection(map(whole.canonical, op.parameters))
+    return f"reads {min(shared)}, which is also used on whole activations" if shared else None
 
 
 def _wrong(whole: Trace, split: Trace, op: Op, other: Op, held: dict[int, Segments], tp: int) -> str | None:
@@ -81,9 +105,13 @@ def _wrong(whole: Trace, split: Trace, op: Op, other: Op, held: dict[int, Segmen
     if op.layer is not None:
         is_plain = all(len(segments) == 1 for segments in incoming.values())
         return None if is_plain and _agrees(whole, split, op, other) else "does not give the whole result back"
-    if op.name not in _KNOWN or len(op.inputs) != len(other.inputs):
+    if op.name not in KNOWN or len(op.inputs) != len(other.inputs):
         return "is not known to work on local parts"
-    if op.name in _RANDOM and _is_random(op):
+    for a, b in zip(op.inputs, other.inputs, strict=True):
+        x, y = whole.values[a], split.values[b]
+        if a not in held and (x.shape != y.shape or x.content != y.content):
+            return "reads a tensor that was made from local sizes"
+    if op.name in RANDOM and _is_random(op):
         return "draws random numbers, which must differ over tp"
     for position, (a, b) in enumerate(zip(op.outputs, other.outputs, strict=False)):
         dim = _split_dim(whole.values[a].shape, split.values[b].shape, tp)
@@ -109,19 +137,24 @@ def _held_after(
     segments = held[number]
     if came is None:
         return None
-    if op.name in _VIEWS:
+    if op.name in VIEWS:
         return _viewed(before, came, segments, after, dim, tp)
-    if op.name not in _CUTS and len(segments) == 1:
-        return (after[dim],)  # grouped queries read fewer keys than there are heads
-    if op.name not in _CUTS or before[came] == after[dim]:
+    if before[came] == after[dim]:
         return segments
+    if op.name in MATRIX and len(segments) == 1:
+        return (after[dim],)  # grouped queries read fewer keys than there are heads
+    if op.name not in CUTS:
+        return None
     if op.name == "repeat_interleave":
-        return tuple(segment * (after[dim] // before[came]) for segment in segments)
+        return None if op.argument(2, "dim") is None else tuple(segment * (after[dim] // before[came]) for segment in segments)
     if op.name in SPLITS:
         start = sum(whole.values[out].shape[dim] for out in op.outputs[:position])
+    elif op.name == "narrow":
+        start = op.argument(2, "start")
     else:
         entry = index_at(op, came, len(before))
-        start = entry.indices(before[came])[0] if isinstance(entry, slice) else -1
+        start, _, step = entry.indices(before[came]) if isinstance(entry, slice) else (-1, 0, 1)
+        start = start if step == 1 else -1
     return _taken(segments, start, start + after[dim])
 
 
@@ -156,32 +189,42 @@ def _split_dim(whole: tuple[int, ...], split: tuple[int, ...], tp: int) -> int |
 def _mixes(whole: Trace, split: Trace, op: Op, other: Op, dim: int | None, tp: int) -> bool:
     """Whether the op computes across positions of the divided dim, which is ``dim`` of its result."""
     ndim = len(whole.values[op.outputs[0]].shape)
-    if op.name not in _JOINS:  # a reduction counts the dims of what it reads
+    if op.name not in JOINS:  # a reduction counts the dims of what it reads
         shape = whole.values[op.inputs[0]].shape
         dim, ndim = _split_dim(shape, split.values[other.inputs[0]].shape, tp), len(shape)
-    if op.name in _ALONG:
-        named = dict(item for item in op.arguments if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str))
-        along = named.get("dim", op.arguments[1] if len(op.arguments) > 1 else 0)
-        dims = along if isinstance(along, tuple) else (along,)
-        return any(isinstance(d, int) and d % ndim == dim for d in dims)
-    if op.name in _OVER_LAST and dim is not None:
-        normalized = op.arguments[1]
-        return dim >= ndim - (len(normalized) if isinstance(normalized, tuple) else 1)
+    if op.name in ALONG:
+        return any(not isinstance(d, int) or d % ndim == dim for d in dims_along(op))
+    if op.name == "scaled_dot_product_attention":  # over the last two dims
+        return dim is None or dim >= ndim - 2
+    if op.name == "einsum":
+        return _sums_in_einsum(whole, split, op, other, tp)
+    if op.name in OVER_LAST and dim is not None:
+        return dim >= first_normalized_dim(op, ndim)
     return False
 
 
+def _sums_in_einsum(whole: Trace, split: Trace, op: Op, other: Op, tp: int) -> bool:
+    """Whether an ``einsum`` sums over the label that is divided, or cannot be read."""
+    operands, arrow, result = str(op.arguments[0]).replace(" ", "").partition("->")
+    labels = operands.split(",")
+    if not arrow or "." in operands or op.parameters or len(labels) != len(op.inputs):
+        return True
+    dims = [_split_dim(whole.values[a].shape, split.values[b].shape, tp) for a, b in zip(op.inputs, other.inputs, strict=True)]
+    divided = {names[dim] for names, dim in zip(labels, dims, strict=True) if dim is not None}
+    return len(divided) != 1 or not divided <= set(result)
+
+
 def _is_random(op: Op) -> bool:
-    named = dict(item for item in op.arguments if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str))
     if op.name == "dropout":
-        return bool(named.get("p", op.arguments[1] if len(op.arguments) > 1 else 0.5)) and named.get("training", True) is not False
-    return bool(named.get("dropout_p", op.arguments[4] if len(op.arguments) > 4 and isinstance(op.arguments[4], float) else 0.0))
+        return bool(op.argument(1, "p", 0.5)) and op.argument(2, "training", True) is not False
+    return bool(op.argument(4, "dropout_p", 0.0))
 
 
 def _same_numbers(op: Op, other: Op, tp: int) -> bool:
     a, b = list(_numbers(op.arguments)), list(_numbers(other.arguments))
     if len(a) != len(b):
         return False
-    may_shrink = op.name in _SHAPE
+    may_shrink = op.name in SHAPE
     return all(x == y or (may_shrink and type(x) is int and x == tp * y) for x, y in zip(a, b, strict=True))
 
 

@@ -9,6 +9,10 @@ plan:
     "model.layers.*.attn.qkv": [64, 16, 16] # sizes of the fused parts of a column layer's output
   activation:
     "model.layers.*.mlp.gate_proj": global  # local or global, see `lightning_par.plan.plan.LayerPlan`
+  recompute:
+    "model.layers.*": full                  # none, selective or full; a later pattern wins
+    "model.layers.0": none
+  compile: inductor                         # true, or a backend of torch.compile
 """
 
 from __future__ import annotations
@@ -19,10 +23,11 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar, get_args
 
 from lightning_par.errors import PlanError
-from lightning_par.plan.plan import Activation, Kind
+from lightning_par.plan.compiled import read_backend
+from lightning_par.plan.plan import Activation, Kind, Recompute
 
 T = TypeVar("T")
-_LINES = ("chain", "stages", "split", "segments", "activation")
+_LINES = ("chain", "stages", "split", "segments", "activation", "recompute", "compile")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Overrides:
         split: kind of split, by pattern of layer names.
         segments: sizes of fused parts, by pattern.
         activation: what a column layer gives the user's code, by pattern.
+        recompute: what of a block's activations is computed again, by pattern of block names.
+        compile: the backend of torch.compile for the blocks; None leaves them as written.
     """
 
     chain: str | None = None
@@ -42,6 +49,8 @@ class Overrides:
     split: Mapping[str, Kind] = field(default_factory=dict)
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     activation: Mapping[str, Activation] = field(default_factory=dict)
+    recompute: Mapping[str, Recompute] = field(default_factory=dict)
+    compile: str | None = None
 
     @classmethod
     def parse(cls, section: Mapping[str, Any] | None) -> Overrides:
@@ -49,14 +58,16 @@ class Overrides:
 
         Raises:
             PlanError: an unknown line, or a value that the line cannot have.
+            ConfigurationError: torch.compile has no such backend.
         """
         section = dict(section or {})
         unknown = set(section) - set(_LINES)
         if unknown:
             raise PlanError(f"plan.{min(unknown)}: unknown line; a plan section has {', '.join(_LINES)}: correct or remove it")
-        split, activation = (dict(section.get(line) or {}) for line in ("split", "activation"))
+        split, activation, recompute = (dict(section.get(line) or {}) for line in ("split", "activation", "recompute"))
         _check_words("split", split, get_args(Kind), "a layer is split as")
         _check_words("activation", activation, get_args(Activation), "a column layer's activations are")
+        _check_words("recompute", recompute, get_args(Recompute), "what is recomputed of a block is")
         stages, segments = section.get("stages"), dict(section.get("segments") or {})
         if stages is not None and not _are_sizes(stages):
             raise PlanError(f"plan.stages={stages}: write a list with the number of blocks on each stage, such as [5, 7]")
@@ -66,7 +77,8 @@ class Overrides:
                     f"plan.segments={{{pattern}: {sizes}}}: write a list with the sizes of the fused parts, such as [64, 16, 16]"
                 )
         whole = {pattern: tuple(sizes) for pattern, sizes in segments.items()}
-        return cls(section.get("chain"), None if stages is None else tuple(stages), split, whole, activation)
+        backend, counts = read_backend(section.get("compile")), None if stages is None else tuple(stages)
+        return cls(section.get("chain"), counts, split, whole, activation, recompute, backend)
 
     def kinds(self, layers: Iterable[str]) -> dict[str, Kind]:
         """The chosen kind of each layer that a pattern names.
@@ -84,6 +96,20 @@ class Overrides:
         """The chosen activations, of each layer that a pattern names; raises as `kinds`."""
         return _matched("activation", self.activation, list(layers))
 
+    def recomputed(self, blocks: Iterable[str]) -> dict[str, Recompute]:
+        """What is computed again of each block that a pattern names; raises as `kinds`."""
+        return _matched("recompute", self.recompute, list(blocks), "block")
+
+
+def check_recompute_word(word: str) -> None:
+    """Check the strategy's ``recompute``, which speaks for every block.
+
+    Raises:
+        PlanError: no such word.
+    """
+    if word not in get_args(Recompute):
+        raise PlanError(f"recompute={word}: use one of {', '.join(get_args(Recompute))}")
+
 
 def _check_words(line: str, chosen: Mapping[str, Any], words: tuple[str, ...], what: str) -> None:
     for pattern, word in chosen.items():
@@ -95,15 +121,15 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(size, int) and size > 0 for size in value)
 
 
-def _matched(line: str, chosen: Mapping[str, T], names: list[str]) -> dict[str, T]:
-    """What was chosen for each layer; a later pattern wins."""
+def _matched(line: str, chosen: Mapping[str, T], names: list[str], what: str = "layer") -> dict[str, T]:
+    """What was chosen for each layer or block; a later pattern wins."""
     found: dict[str, T] = {}
     for pattern, value in chosen.items():
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             written = list(value) if isinstance(value, tuple) else value
             raise PlanError(
-                f"plan.{line}={{{pattern}: {written}}} matches no layer; the module has {_examples(names)}: "
+                f"plan.{line}={{{pattern}: {written}}} matches no {what}; the module has {_examples(names)}: "
                 "correct the pattern (* matches any text)"
             )
         found.update(dict.fromkeys(matched, value))

@@ -12,6 +12,7 @@ from lightning_par.runtime.parameter import ParameterSpec, Split
 
 Kind = Literal["column", "row", "vocabulary", "replicate"]
 Activation = Literal["local", "global"]
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class LayerPlan:
         name: module path.
         kind: ``column`` (output features), ``row`` (input features), ``vocabulary`` (rows of an embedding) or ``replicate``.
         segments: sizes of the fused parts of a column layer's output, such as query, key and value.
+        copies: ranks in a row that hold the same share, for each segment; empty where every rank has shares of its own.
         activation: what a column layer gives the user's code: the local part as a plain tensor, or a tensor of global shape.
         shared: name of the first column layer that reads the same tensor; they share one gradient reduction.
         why: the reason, for the user.
@@ -30,6 +32,7 @@ class LayerPlan:
     name: str
     kind: Kind
     segments: tuple[int, ...] = ()
+    copies: tuple[int, ...] = ()
     activation: Activation = "local"
     shared: str = ""
     why: str = ""
@@ -65,12 +68,40 @@ class ChainPlan:
         carry_argument: position or keyword of the hidden state among a block's arguments, by block.
         carry_output: where it is in a block's output, see `lightning_par.trace.Block`.
         output_keys: keys of a block's output.
+        recompute: what of a block's activations the backward computes again, see `lightning_par.recompute.block`.
     """
 
     path: str
     carry_argument: tuple[int | str, ...]
     carry_output: tuple[tuple[int | str, ...], ...]
     output_keys: tuple[tuple[int | str, ...], ...]
+    recompute: tuple[Recompute, ...]
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """How hidden states are cut between the blocks, under sequence parallelism.
+
+    Attributes:
+        dim: the sequence dim of a hidden state.
+        modules: paths of the modules that treat every position alike, and run on a rank's part as a plain tensor.
+    """
+
+    dim: int
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CompilePlan:
+    """What torch.compile compiles.
+
+    Attributes:
+        backend: of torch.compile.
+        modules: paths of the modules that are compiled, each on its own; equal ones share what was compiled.
+    """
+
+    backend: str
+    modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +113,7 @@ class StagePlan:
         num_parameters: elements of the global parameters that it holds.
         parameter_bytes: bytes of them on each of its ranks.
         flops: forward operations for the traced batch, over its tp ranks together.
-        saved_bytes: activation bytes that autograd keeps for the traced batch, unsplit.
+        saved_bytes: activation bytes that autograd keeps for the traced batch, unsplit and with nothing recomputed.
     """
 
     first: int
@@ -101,6 +132,8 @@ class Plan:
         layout: sizes of the axes, dp and microbatches filled in.
         module: class name of the user's module.
         notes: what the user should know, such as what could not be split.
+        sequence: under sequence parallelism, what is cut along the sequence.
+        compilation: what is compiled, if anything.
     """
 
     layout: Layout
@@ -110,6 +143,8 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     parameters: tuple[ParameterPlan, ...]
     notes: tuple[str, ...] = ()
+    sequence: SequencePlan | None = None
+    compilation: CompilePlan | None = None
 
     def layer(self, name: str) -> LayerPlan | None:
         """The plan of one layer."""
@@ -130,6 +165,8 @@ class Plan:
             layers=tuple(LayerPlan(**_tuples(layer)) for layer in data["layers"]),
             parameters=tuple(_parameter(entry) for entry in data["parameters"]),
             notes=tuple(data["notes"]),
+            sequence=None if data["sequence"] is None else SequencePlan(**_tuples(data["sequence"])),
+            compilation=None if data["compilation"] is None else CompilePlan(**_tuples(data["compilation"])),
         )
 
 

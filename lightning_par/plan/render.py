@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from io import StringIO
+from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
 
-from lightning_par.plan.plan import ParameterPlan, Plan
+from lightning_par.plan.plan import ChainPlan, ParameterPlan, Plan
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -23,6 +24,10 @@ def render_plan(plan: Plan, width: int = 132, color: bool = False) -> str:
         f"{layout.dp or 1}, zero {layout.zero}, {layout.microbatches} microbatches"
     )
     console.print(_stages(plan))
+    if plan.chain is not None and set(plan.chain.recompute) != {"none"}:
+        console.print(f"recompute: {_recompute(plan.chain)}", markup=False)
+    if plan.sequence is not None:
+        console.print(f"sequence: hidden states cut along dim {plan.sequence.dim}, run on parts: {_modules(plan)}", markup=False)
     console.print(_weights(plan))
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
@@ -47,6 +52,24 @@ def _stages(plan: Plan) -> Table:
     return table
 
 
+def _recompute(chain: ChainPlan) -> str:
+    """``model.layers.0 none, model.layers.[1-3] full``."""
+    first, parts = 0, []
+    for mode, blocks in groupby(chain.recompute):
+        last = first + len(list(blocks))
+        parts.append(f"{chain.path}.{_span(first, last)} {mode}")
+        first = last
+    return ", ".join(parts)
+
+
+def _modules(plan: Plan) -> str:
+    """The modules that run on parts of the sequence, those of all blocks as one."""
+    assert plan.sequence is not None and plan.chain is not None
+    inside = re.compile(rf"^{re.escape(plan.chain.path)}\.\d+\.")
+    names = dict.fromkeys(inside.sub(f"{plan.chain.path}.*.", name) for name in plan.sequence.modules)
+    return ", ".join(names) or "none"
+
+
 def _weights(plan: Plan) -> Table:
     table = Table("weight", "shape", "split over tp", "activations", "stages", "ranks", title="Weights", title_justify="left")
     for name, group in _grouped(plan).items():
@@ -65,7 +88,13 @@ def _split(plan: Plan, parameter: ParameterPlan) -> tuple[str, str]:
     kind = layer.kind if layer else "split"
     segments = spec.split.segments
     fused = f", {len(segments)} fused parts of {', '.join(map(str, segments))}" if len(segments) > 1 else ""
-    return f"{kind}: dim {spec.split.dim} / {plan.layout.tp}{fused}", layer.activation if layer and layer.kind == "column" else ""
+    added = sum(-segment % plan.layout.tp for segment in segments)
+    padded = f", padded by {added}" if added and not spec.split.copies else ""
+    copied = f", in {', '.join(map(str, spec.split.copies))} copies" if spec.split.copies else ""
+    return (
+        f"{kind}: dim {spec.split.dim} / {plan.layout.tp}{fused}{copied}{padded}",
+        layer.activation if layer and layer.kind == "column" else "",
+    )
 
 
 def _grouped(plan: Plan) -> dict[str, list[ParameterPlan]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from math import prod
 
 from lightning_par.trace import Layer, Op, Trace
 
 SPLITS = {"split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"}
+_VIEWS = ("view", "reshape", "unflatten")
 _KEEPS_DIMS = {"contiguous", "clone", "to", "float", "half", "bfloat16", "permute", "transpose", "swapaxes"}
 
 
@@ -17,11 +19,26 @@ class OutputUse:
 
     Attributes:
         segments: sizes of the fused parts; one part when nothing is fused.
-        heads: heads that each part is viewed as; 0 where it is not viewed as heads.
+        heads: heads that each part is viewed as, one number for each; 0 where it is not viewed as heads.
     """
 
     segments: tuple[int, ...]
     heads: tuple[int, ...]
+
+    def copies(self, tp: int, queries: int) -> tuple[int, ...]:
+        """For each part, the ranks in a row that hold the same share of it.
+
+        That is more than one for key and value heads that are fewer than the ranks, but divide them. Query heads in a row
+        read one key head, so that the ranks that hold a key head hold the query heads that read it.
+
+        Args:
+            tp: ranks.
+            queries: query heads that may read these heads; they must divide by ``tp`` themselves.
+        """
+        return tuple(
+            tp // heads if 0 < heads < min(tp, queries) and not (tp % heads or queries % heads or queries % tp) else 1
+            for heads in self.heads
+        )
 
 
 def output_use(trace: Trace, layer: Layer, output: int) -> OutputUse:
@@ -48,7 +65,8 @@ def output_use(trace: Trace, layer: Layer, output: int) -> OutputUse:
     if not sizes:
         return OutputUse((layer.out_size,), (trailing[0],))
     inner = trailing[1] if len(trailing) > 2 else 0
-    return OutputUse(tuple(size * unit for size in sizes), tuple(size if size > 1 else inner for size in sizes))
+    are_heads = max(sizes) > 1
+    return OutputUse(tuple(size * unit for size in sizes), tuple(size if are_heads else inner for size in sizes))
 
 
 def _parts(trace: Trace, number: int, dim: int) -> list[tuple[int, int]]:
@@ -106,8 +124,7 @@ def index_at(op: Op, dim: int, ndim: int) -> object:
 
 def _named(op: Op, position: int, name: str, default: int) -> int:
     """An integer argument given by position or by name."""
-    named = dict(item for item in op.arguments if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str))
-    found = named.get(name, op.arguments[position] if len(op.arguments) > position else default)
+    found = op.named.get(name, op.arguments[position] if len(op.arguments) > position else default)
     return found if isinstance(found, int) else default
 
 
@@ -134,7 +151,7 @@ def _followed(trace: Trace, number: int, dim: int) -> list[tuple[int, int]]:
 
 def _place_after(trace: Trace, op: Op, number: int, dim: int) -> int | None:
     """Where an op on one value alone leaves dim ``dim``; None where it does something else to it."""
-    if op.layer is not None or len(op.outputs) != 1 or len(op.inputs) != 1 or not trace.is_inside_block(op.phase):
+    if op.layer is not None or len(op.outputs) != 1 or len(op.inputs) != 1 or not trace.is_inside_block(op):
         return None
     before, after = trace.values[number].shape, trace.values[op.outputs[0]].shape
     if op.name == "permute":
@@ -144,6 +161,8 @@ def _place_after(trace: Trace, op: Op, number: int, dim: int) -> int | None:
         b = _named(op, 2, "dim1", _named(op, 2, "axis1", 0)) % len(before)
         return b if dim == a else a if dim == b else dim
     is_last = dim == len(before) - 1
+    if is_last and op.name in _VIEWS and len(_trailing(trace, op, before[-1])) > 1:
+        return None  # as one head, of which halves are no fused parts
     if is_last and after and after[-1] == before[-1] and op.name not in ("__getitem__", "select"):
         return len(after) - 1  # such as flattening [B, T, d] to [B * T, d]
     return dim if op.name in _KEEPS_DIMS or (before == after and op.name != "attribute") else None
@@ -159,14 +178,16 @@ def _first_view(trace: Trace, output: int) -> Op | None:
     shape = trace.values[output].shape
     for number, dim in _followed(trace, output, len(shape) - 1):
         for op in trace.readers.get(number, []) if dim == len(trace.values[number].shape) - 1 else ():
-            if op.name in ("view", "reshape", "unflatten") and len(_trailing(trace, op, shape[-1])) > 1:
+            if op.name in _VIEWS and len(_trailing(trace, op, shape[-1])) > 1:
                 return op
     return None
 
 
 def _trailing(trace: Trace, view: Op, size: int) -> tuple[int, ...]:
     """The last dims of a view's result whose product is ``size``."""
-    shape = trace.values[view.outputs[0]].shape
+    shape, lead = trace.values[view.outputs[0]].shape, trace.values[view.inputs[0]].shape[:-1]
+    if shape[: len(lead)] == lead and prod(shape[len(lead) :]) == size:
+        return shape[len(lead) :]  # a dim of 1 before them may be a sequence of one token
     product = 1
     for count, dim in enumerate(reversed(shape), start=1):
         product *= dim

@@ -15,6 +15,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -35,11 +36,17 @@ _DEEPSPEED_NAMES = (
     ("deepspeed.runtime.engine", "DeepSpeedEngine", ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3")),
     # stage 1, 2: republish the weights from the masters after a load
     ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", ("update_lp_params",)),
-    # stage 3: its own norm is one collective per parameter group; the other two republish the weights after a load
+    # stage 3: its own norm is one collective per parameter group; where a partition begins; the other two republish the weights
+    # after a load
     (
         "deepspeed.runtime.zero.stage3",
         "DeepSpeedZeroOptimizer_Stage3",
-        ("_get_norm_groups", "_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters"),
+        (
+            "_get_norm_groups",
+            "_get_param_partition_rank",
+            "_partition_all_parameters",
+            "_reassign_or_swap_out_partitioned_parameters",
+        ),
     ),
     # stage 3: the stack of modules whose forward is running, which an exception through a forward leaves behind
     ("deepspeed.runtime.zero.parameter_offload", "FWD_MODULE_STACK", ()),
@@ -196,8 +203,8 @@ class ZeroEngine(ABC):
         """Average ``p.grad`` over dp into partitions; ``p.grad`` is gone then. Collective over dp."""
 
     @abstractmethod
-    def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
-        """The averaged gradient partitions between `flush` and `step`, live, each with its parameter."""
+    def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter, int]]:
+        """The averaged gradient partitions between `flush` and `step`, live, each with its parameter and where in it it begins."""
 
     @abstractmethod
     def publish(self) -> None:
@@ -250,7 +257,7 @@ class ZeroEngine(ABC):
 class ZeroEngine12(ZeroEngine):
     """Stages 1 and 2: parameters are whole on every rank; masters, moments and in 2 gradients are partitioned."""
 
-    NAMES = ("_grad_acc_hooks", "averaged_gradients", "params_in_partition", "single_partition_of_fp32_groups")
+    NAMES = ("_grad_acc_hooks", "averaged_gradients", "first_offset", "params_in_partition", "single_partition_of_fp32_groups")
 
     @property
     def masters(self) -> list[Tensor]:
@@ -259,10 +266,12 @@ class ZeroEngine12(ZeroEngine):
     def flush(self) -> None:
         self.engine._flush_coalesced_reduction_zero12(self.zero)
 
-    def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
-        # the fragments of a group are in the order of its parameters; one more at the end is padding
+    def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter, int]]:
+        # the fragments of a group are in the order of its parameters; one more at the end is padding. Only the first parameter
+        # may have begun in the partition before
         for group, parameters in enumerate(self.zero.params_in_partition):
-            yield from zip(self.zero.averaged_gradients[group], parameters, strict=False)
+            starts = chain((self.zero.first_offset[group],), repeat(0))
+            yield from zip(self.zero.averaged_gradients[group], parameters, starts, strict=False)
 
     def publish(self) -> None:
         self.zero.update_lp_params()
@@ -302,9 +311,10 @@ class ZeroEngine3(ZeroEngine):
     def flush(self) -> None:
         self.engine._flush_coalesced_reduction_zero3(self.zero)
 
-    def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
+    def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter, int]]:
         for group, parameters in enumerate(self.zero.fp16_groups):
-            yield from zip(self.zero.averaged_gradients[group], parameters, strict=True)
+            for gradient, parameter in zip(self.zero.averaged_gradients[group], parameters, strict=True):
+                yield gradient, parameter, self.zero._get_param_partition_rank(parameter) * parameter.partition_numel()
 
     def publish(self) -> None:
         self.zero._partition_all_parameters()

@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
 import torch
+from torch._compile import _disable_dynamo as runs_as_written  # torch.compiler.disable imports the compiler for all at once
 from torch._subclasses.fake_tensor import (  # the only way to run a step without memory for its tensors
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
+from torch.utils._python_dispatch import TorchDispatchMode  # sees the operations below autograd, collectives among them
 
-__all__ = ["FakeTensorMode", "call_as_written", "is_data_dependent", "is_fake", "storage_key"]
+Place = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+__all__ = [
+    "FakeTensorMode",
+    "Place",
+    "TorchDispatchMode",
+    "alias_below_autograd",
+    "allow_versions",
+    "backward_call",
+    "beside_fakes",
+    "call_as_written",
+    "custom_function",
+    "has_backward_hook",
+    "has_gradient_hook",
+    "is_compiled",
+    "is_data_dependent",
+    "is_fake",
+    "place_of",
+    "runs_as_written",
+    "storage_key",
+    "unseen_by_modes",
+]
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -25,9 +54,30 @@ def is_data_dependent(error: BaseException) -> bool:
     return "Cannot access data pointer" in str(error) or "fake tensor" in str(error).lower()
 
 
+def beside_fakes() -> AbstractContextManager[object]:
+    """Inside, functions of real tensors run on their values, also during a run on fake ones."""
+    context: AbstractContextManager[object] = unset_fake_temporarily()
+    return context
+
+
+def unseen_by_modes() -> AbstractContextManager[None]:
+    """Inside, torch functions reach no `TorchFunctionMode`, and no tensor's own ``__torch_function__``."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """A number that two tensors share while both are alive exactly if they are views of one storage."""
     return tensor.untyped_storage()._cdata  # data_ptr() is 0 for every fake tensor
+
+
+def alias_below_autograd(tensor: torch.Tensor) -> torch.Tensor:
+    """An alias, made inside a `TorchDispatchMode`, that counts changes in place together with ``tensor``.
+
+    As ``torch.utils.checkpoint`` makes its own: a plain ``detach`` there has a counter to itself.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
 
 
 def call_as_written(module: torch.nn.Module) -> None:
@@ -36,3 +86,51 @@ def call_as_written(module: torch.nn.Module) -> None:
         module.__dict__["_compiled_call_impl"] = None
     if type(module).__name__ == "OptimizedModule":  # the wrapper that torch.compile(module) returns
         module.__dict__["forward"] = module._modules["_orig_mod"]
+
+
+def place_of(tensor: torch.Tensor) -> Place | None:
+    """Storage, offset, shape and strides: equal for tensors of the same elements. None for one without a storage of its own."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, FakeTensor) or tensor.layout != torch.strided:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap and the like
+        return None
+    return storage_key(tensor), int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def custom_function(tensor: torch.Tensor) -> type[torch.autograd.Function] | None:
+    """The user's ``autograd.Function`` that made a tensor; torch's own (of its checkpoints) and ours are known to be right."""
+    function = getattr(type(tensor.grad_fn), "_forward_cls", None)
+    if function is None or function.__module__.split(".")[0] in ("torch", "lightning_par"):
+        return None
+    found: type[torch.autograd.Function] = function
+    return found
+
+
+def backward_call(tensor: torch.Tensor, gradient: torch.Tensor) -> Callable[[], object]:
+    """What runs the backward of the ``autograd.Function`` that made ``tensor``, without the graph before it."""
+    node: Any = tensor.grad_fn
+    gradients = [gradient.new_zeros(output.shape) for output in node._input_metadata]
+    gradients[tensor.output_nr] = gradient
+    return partial(node.apply, *gradients)
+
+
+def has_backward_hook(module: torch.nn.Module) -> bool:
+    """Whether the user's code sees the gradients of a module's inputs or outputs."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def has_gradient_hook(parameter: torch.nn.Parameter) -> bool:
+    """Whether the user's code sees the gradient of a parameter."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calling a module runs what torch.compile made of it."""
+    return module.__dict__.get("_compiled_call_impl") is not None or type(module).__name__ == "OptimizedModule"
+
+
+def allow_versions(count: int) -> None:
+    """Let torch.compile make at least ``count`` versions of one piece of code, before it leaves that as written."""
+    from torch._dynamo import config  # here, because it imports the compiler
+
+    config.recompile_limit = max(config.recompile_limit, count)

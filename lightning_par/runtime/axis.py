@@ -29,10 +29,12 @@ class Axis(ABC):
         size: ranks on it.
         coordinate: position of this rank, from 0.
         copies: ranks in a row that hold the same, as `runtime.parameter.Split` has it; 1 but for a `CopiedAxis`.
+        is_played: whether one process plays a rank of it and there are no others.
         gathers: how often each function had to be given gathered tensors, because it has no rule for sharded ones.
     """
 
     copies = 1
+    is_played = False
 
     def __init__(self, name: str, size: int, coordinate: int) -> None:
         self.name, self.size, self.coordinate = name, size, coordinate
@@ -60,6 +62,8 @@ class Axis(ABC):
 
 class LocalAxis(Axis):
     """An axis of one process that plays one of ``size`` ranks and talks to nobody."""
+
+    is_played = True
 
     def begin_all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> Wait:
         """Leave ``tensor`` as it is."""
@@ -119,13 +123,13 @@ class CopiedAxis(Axis):
 
     def __init__(self, finest: Axis, copies: int) -> None:
         super().__init__(finest.name, finest.size // copies, finest.coordinate // copies)
-        self.finest, self.copies = finest, copies
+        self.finest, self.copies, self.is_played = finest, copies, finest.is_played
         self.gathers = finest.gathers
 
     def begin_all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> Wait:
-        """Every part counts once: a sum takes each copy for its share."""
-        if op == "sum":
-            tensor.div_(self.copies)
+        """Every part counts once: in a sum, by the first of its copies."""
+        if op == "sum" and self.finest.coordinate % self.copies:
+            tensor.zero_()
         return self.finest.begin_all_reduce(tensor, op)
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:

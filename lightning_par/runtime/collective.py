@@ -53,6 +53,11 @@ def scatter_to(tensor: torch.Tensor, axis: Axis, split: Split) -> torch.Tensor:
     return tensor if finest_axis(axis).size == 1 else _Scatter.apply(tensor, axis, split)
 
 
+def addend(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """``tensor`` for a computation that all ranks do alike, where its gradients are summed over the axis afterwards."""
+    return tensor if axis.size == 1 else _Addend.apply(tensor, axis.size)
+
+
 def reduce_scatter(tensor: torch.Tensor, axis: Axis, split: Split) -> torch.Tensor:
     """The local shard of the sum of ``tensor`` over the axis, without autograd."""
     shard, wait = axis.begin_reduce_scatter(split.shards(tensor, axis.size))
@@ -106,6 +111,17 @@ class _ScatterFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.split.unshard(ctx.axis.all_gather(grad)), None, None
+
+
+class _Addend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.size = size
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad / ctx.size, None
 
 
 class _Gather(torch.autograd.Function):

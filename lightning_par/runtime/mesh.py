@@ -43,6 +43,7 @@ class Mesh:
         self.replica = self._axis("replica", ([at(p, d, t) for p in pps for t in tps] for d in dps))
         self.world = self._axis("world", [list(range(layout.world_size))])
         self._tied: dict[tuple[int, ...], GroupAxis] = {}
+        self._copies: dict[int, GroupAxis] = {}
 
     def tied(self, stages: tuple[int, ...]) -> GroupAxis:
         """The axis over ``stages`` of this pipeline, for weights that those stages share.
@@ -54,6 +55,22 @@ class Mesh:
             every = [[layout.rank_of(p, d, t) for p in stages] for d in range(layout.dp or 1) for t in range(layout.tp)]
             self._tied[stages] = self._axis("tied", every)
         return self._tied[stages]
+
+    def copies(self, count: int) -> GroupAxis:
+        """The axis over ``count`` tp ranks in a row that hold copies of the same shards (see `Split`).
+
+        Collective over the world the first time it is asked for.
+        """
+        if count not in self._copies:
+            layout, dps = self.layout, range(self.layout.dp or 1)
+            every = [
+                [layout.rank_of(p, d, t) for t in range(first, first + count)]
+                for p in range(layout.pp)
+                for d in dps
+                for first in range(0, layout.tp, count)
+            ]
+            self._copies[count] = self._axis("copies", every)
+        return self._copies[count]
 
     def barrier(self) -> None:
         """Wait for all ranks of the world."""

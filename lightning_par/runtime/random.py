@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lightning_par.runtime.axis import Axis, LocalAxis
+from lightning_par.runtime.axis import Axis
 
 _SEED_BOUND = 2**62
 _PHILOX_STEP = 4  # a CUDA generator's offset counts in multiples of four
@@ -26,7 +26,7 @@ def sharded_stream(axis: Axis, device: torch.device) -> Iterator[None]:
     from a restored state (activation checkpointing) draws the same masks. No communication and no device
     synchronisation. On an axis that plays its ranks in one process there is nothing to tell apart.
     """
-    if axis.size == 1 or isinstance(axis, LocalAxis) or device.type == "meta":
+    if axis.size == 1 or axis.is_played or device.type == "meta":
         yield
     elif device.type == "cuda":
         with _cuda_stream(axis, device):
@@ -46,7 +46,7 @@ def _cuda_stream(axis: Axis, device: torch.device) -> Iterator[None]:
     index = torch.cuda.current_device() if device.index is None else device.index
     generator = torch.cuda.default_generators[index]
     seed, offset = generator.initial_seed(), generator.get_offset()
-    generator.manual_seed(mix_seed(seed + offset * 0x9E3779B97F4A7C15, axis.coordinate))
+    generator.manual_seed(mix_seed(mix_seed(seed, offset), axis.coordinate))  # mixed twice: no sum of the two may be met again
     try:
         yield
     finally:

@@ -5,48 +5,64 @@
     everything                 other streams on other replicas, steps and microbatches
 
 Streams follow from (seed, replica, step, microbatch, stage), so that a resumed run and a recomputed forward draw what
-they drew before, and the order of a schedule does not matter. Around a step the generators are put back, so that what
-the ranks of a replica draw outside of it (shuffling, transforms) stays equal.
+they drew before, and the order of a schedule does not matter. numpy and Python are seeded like torch: models draw masks
+over time and the layers to skip from them. Around a step the generators are put back, so that what the ranks of a
+replica draw outside of it (shuffling, transforms) stays equal.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy
 import torch
 
+from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.random import mix_seed
 
 
 class MicrobatchStreams:
-    """Seeds the default generators of the CPU and of ``device``.
+    """Seeds the default generators of torch (on the CPU and on ``device``), numpy and Python.
 
-    Attributes:
-        num_steps: steps begun; part of every seed, saved in checkpoints.
+    Args:
+        seed: of the run, the same on every rank.
+        replica, stage: this rank's dp and pp coordinate.
+        device: where the module runs.
     """
 
     def __init__(self, seed: int, replica: int, stage: int, device: torch.device) -> None:
         self._seed, self._stage, self._device = mix_seed(seed, replica), stage, device
-        self.num_steps = 0
+        self._num_steps = 0
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around all microbatches of one step."""
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            self.num_steps += 1
+        with torch.random.fork_rng(devices), generators_put_back():
+            self._num_steps += 1
             yield
 
     def begin(self, microbatch: int) -> None:
         """Before the user's step runs on a microbatch."""
-        self._set(mix_seed(mix_seed(self._seed, self.num_steps), microbatch))
+        self._set(mix_seed(mix_seed(self._seed, self._num_steps), microbatch))
 
     def enter_stage(self, microbatch: int) -> None:
         """Where the blocks of a later stage begin."""
-        self._set(mix_seed(mix_seed(mix_seed(self._seed, self.num_steps), microbatch), self._stage + 1))
+        self._set(mix_seed(mix_seed(mix_seed(self._seed, self._num_steps), microbatch), self._stage + 1))
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the streams are, for a checkpoint: a resumed run draws on, whatever seed its script sets."""
+        return {"seed": self._seed, "num_steps": self._num_steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was called, on the rank of the same coordinate."""
+        self._seed, self._num_steps = state["seed"], state["num_steps"]
 
     def _set(self, seed: int) -> None:
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)  # it takes no more
         torch.default_generator.manual_seed(seed)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index or 0].manual_seed(seed)

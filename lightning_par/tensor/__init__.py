@@ -2,15 +2,19 @@
 
 from lightning_par.tensor import rules as _rules  # noqa: F401  fills the table of rules
 from lightning_par.tensor.embedding import convert_embedding
-from lightning_par.tensor.linear import SharedInput, convert_linear, linear_base
+from lightning_par.tensor.entrance import SharedInput
+from lightning_par.tensor.linear import convert_linear, linear_base
 from lightning_par.tensor.loss import vocabulary_parallel_cross_entropy
+from lightning_par.tensor.sequence import SequenceParallel, convert_positionwise
 from lightning_par.tensor.sharded import ShardedTensor
 
 __all__ = [
+    "SequenceParallel",
     "ShardedTensor",
     "SharedInput",
     "convert_embedding",
     "convert_linear",
+    "convert_positionwise",
     "linear_base",
     "vocabulary_parallel_cross_entropy",
 ]

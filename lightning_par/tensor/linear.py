@@ -9,54 +9,23 @@ A column layer followed by a row layer costs one all-reduce forward (row) and on
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lightning_par.errors import ModelError
+from lightning_par.private.torch import runs_as_written
 from lightning_par.runtime.axis import Axis
-from lightning_par.runtime.collective import copy_to, reduce_from, scatter_to
+from lightning_par.runtime.collective import reduce_from, scatter_to
 from lightning_par.runtime.parameter import Split
+from lightning_par.tensor.copies import axis_with
+from lightning_par.tensor.entrance import SharedInput, product
+from lightning_par.tensor.ghost import shielded
 from lightning_par.tensor.parallel_class import ParallelLayer, convert
+from lightning_par.tensor.sequence import SequenceParallel
 from lightning_par.tensor.sharded import ShardedTensor
-
-
-class SharedInput:
-    """Lets several column layers that read one tensor share one all-reduce of its gradient.
-
-    The first reader makes the copy whose gradient is summed over the axis; the others read the same copy, so that
-    autograd adds up their gradients before the one all-reduce. Holds the copy until all have read it, or until the
-    tensor is gone (a forward that was left by an exception).
-    """
-
-    def __init__(self, num_readers: int) -> None:
-        self._num_readers, self._num_reads = num_readers, 0
-        self._source: weakref.ref[torch.Tensor] | None = None
-        self._copy: torch.Tensor | None = None
-
-    def read(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """``tensor`` with its gradient summed over the axis, once for all readers."""
-        if self._num_readers == 1 or not (tensor.requires_grad and torch.is_grad_enabled()):
-            return copy_to(tensor, axis)
-        if self._copy is None or self._source is None or self._source() is not tensor:
-            self._copy, self._num_reads = copy_to(tensor, axis), 0
-            self._source = weakref.ref(tensor, self._forget)
-        copy, self._num_reads = self._copy, self._num_reads + 1
-        if self._num_reads == self._num_readers:
-            self._forget(self._source)
-        return copy
-
-    def _forget(self, source: weakref.ref[torch.Tensor] | None) -> None:
-        """Drop the copy, unless it is by now one of another source."""
-        if source is self._source:
-            self._source, self._copy, self._num_reads = None, None, 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
-        return memo.setdefault(id(self), SharedInput(self._num_readers))
 
 
 @dataclass(frozen=True)
@@ -66,22 +35,24 @@ class LinearRecord:
     Attributes:
         kind: ``column`` or ``row``.
         axis: the tp axis.
-        segments: global sizes along the cut dim of the weight.
+        cut: along the outputs or the inputs, by dim 0.
         transposed: the weight is ``[in, out]``.
         output: what a column layer gives: its ``local`` part, or a sharded tensor that shows the ``global`` shape.
         shared: the column layers that read the same input.
+        sequence: where hidden states are cut along the sequence between the blocks; None where they are replicated.
     """
 
     kind: Literal["column", "row"]
     axis: Axis
-    segments: tuple[int, ...]
+    cut: Split
     transposed: bool
-    output: Literal["local", "global"] = "local"
-    shared: SharedInput | None = None
+    output: Literal["local", "global"]
+    shared: SharedInput
+    sequence: SequenceParallel | None
 
     def describe(self, module: nn.Module) -> str:
         weight = tuple(module.weight.shape) if isinstance(module.weight, torch.Tensor) else None
-        fused = f" in segments {self.segments}" if len(self.segments) > 1 else ""
+        fused = f" in segments {self.cut.segments}" if len(self.cut.segments) > 1 else ""
         return f"{self.kind}-parallel{fused} over {self.axis.name}={self.axis.size}, local weight {weight}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearRecord:
@@ -92,46 +63,64 @@ class _ParallelLinear(ParallelLayer):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The local matrix product."""
-        return functional.linear(x, self.weight.t() if self.record.transposed else self.weight, bias)
-
 
 class ColumnParallelLinear(_ParallelLinear):
     """A linear layer of which each rank computes its part of the outputs."""
 
+    @runs_as_written
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``[..., in]``, replicated, to ``[..., out]``: local part or sharded tensor, as the record says.
+        """``[..., in]``, replicated or cut along the sequence, to ``[..., out]``: local part or sharded tensor.
 
-        Collective over the axis in the backward.
+        Collective over the axis in the backward; for an input that is cut, in the forward too.
         """
         record: LinearRecord = self.record
         axis = record.axis
         if isinstance(input, ShardedTensor):
-            axis.gathers[type(self).__name__] += 1
-            input = input.full_tensor()
-        x = copy_to(input, axis) if record.shared is None else record.shared.read(input, axis)
-        local = self.product(x, self.bias)
-        return local if record.output == "local" or axis.size == 1 else ShardedTensor(local, local.dim() - 1, record.segments, axis)
+            input = self._readable(input, record)
+        x, handle = record.shared.read(self, input, axis)
+        local = product(x, self.weight, self.bias, record.transposed, handle)
+        return local if record.output == "local" or axis.size == 1 else sharded_output(local, record)
+
+    def _readable(self, input: ShardedTensor, record: LinearRecord) -> torch.Tensor:
+        """An input that is cut along the sequence, or the whole one where it is cut in another way."""
+        if input.axis is record.axis and input.shard_dim < input.ndim - 1:
+            if record.sequence is not None:
+                record.sequence.note(input)
+            return input
+        input.axis.gathers[type(self).__name__] += 1
+        return input.full_tensor()
+
+
+def sharded_output(local: torch.Tensor, record: LinearRecord) -> ShardedTensor:
+    """The output of a column layer with the shape that the user's code expects."""
+    cut, axis = replace(record.cut, dim=local.dim() - 1), axis_with(record.axis, record.cut.copies)
+    return ShardedTensor(shielded(local, cut, axis), cut.dim, cut.segments, axis)
 
 
 class RowParallelLinear(_ParallelLinear):
     """A linear layer of which each rank multiplies its part of the inputs; the results are summed."""
 
+    @runs_as_written
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``[..., in]``, cut along its last dim or whole, to ``[..., out]``, replicated. Collective over the axis."""
+        """``[..., in]``, cut along its last dim or whole, to ``[..., out]``: replicated, or cut along the sequence.
+
+        Collective over the axis.
+        """
         record: LinearRecord = self.record
-        total = reduce_from(self.product(self._local_input(input, record), None), record.axis)
+        part = product(self._local_input(input, record), self.weight, None, record.transposed, None)
+        if record.sequence is not None:
+            return record.sequence.leave_region(part, self.bias)
+        total = reduce_from(part, record.axis)
         return total if self.bias is None else total + self.bias
 
     def _local_input(self, input: torch.Tensor, record: LinearRecord) -> torch.Tensor:
         if isinstance(input, ShardedTensor):
-            if input.shard_dim == input.ndim - 1 and input.segments == record.segments:
+            if input.axis is record.axis and input.shard_dim == input.ndim - 1 and input.segments == record.cut.segments:
                 return input.local
             record.axis.gathers[type(self).__name__] += 1
             input = input.full_tensor()
-        if input.shape[-1] == sum(record.segments):
-            return scatter_to(input, record.axis, Split(input.dim() - 1, record.segments))
+        if input.shape[-1] == sum(record.cut.segments):
+            return scatter_to(input, record.axis, Split(input.dim() - 1, record.cut.segments))
         return input
 
 
@@ -141,8 +130,11 @@ def convert_linear(
     axis: Axis,
     *,
     segments: tuple[int, ...] | None = None,
+    copies: tuple[int, ...] = (),
     output: Literal["local", "global"] = "local",
     shared: SharedInput | None = None,
+    sequence: SequenceParallel | None = None,
+    is_padded: bool = False,
 ) -> None:
     """Make a linear layer column- or row-parallel, in place. Its parameters are already the local shards.
 
@@ -151,8 +143,11 @@ def convert_linear(
         kind: ``column`` cuts the outputs, ``row`` the inputs.
         axis: the tp axis.
         segments: global sizes of the fused parts along the cut dim (query, key and value in one weight); one by default.
+        copies: ranks in a row that hold the same part, for each segment (see `Split`).
         output: whether a column layer gives its plain local part or a `ShardedTensor` of the global shape.
         shared: the same object for all column layers that read the same tensor.
+        sequence: the same object for all layers of a module whose hidden states are cut along the sequence.
+        is_padded: whether a cut that does not divide is meant, as of a vocabulary.
 
     Raises:
         ModelError: another class of module, or a cut that does not divide.
@@ -165,14 +160,16 @@ def convert_linear(
     transposed = base is not nn.Linear
     names = ("nx", "nf") if transposed else ("in_features", "out_features")
     size: int = getattr(module, names[kind == "column"])
-    cut = Split(0, segments or (size,))
-    if sum(cut.segments) != size or not cut.divides(axis.size):
+    cut = Split(0, segments or (size,), copies)
+    if sum(cut.segments) != size or not (is_padded or cut.divides(axis.size)):
         side = "outputs" if kind == "column" else "inputs"
         raise ModelError(
             f"{type(module).__name__} has {size} {side} in segments {cut.segments}; each must divide by tp={axis.size} "
             "and they must add up: choose a smaller tp, or leave the layer whole in the plan"
         )
-    record = LinearRecord(kind, axis, cut.segments, transposed, output, shared)
+    record = LinearRecord(kind, axis, cut, transposed, output, shared or SharedInput(), sequence)
+    if kind == "column":
+        record.shared.add(module)
     convert(module, base, ColumnParallelLinear if kind == "column" else RowParallelLinear, record)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from lightning_par.runtime.axis import Axis
+from lightning_par.tensor.along_cut import local_maximum
+from lightning_par.tensor.ghost import num_real
 from lightning_par.tensor.vocabulary import local_rows
 
 
@@ -18,6 +20,7 @@ def vocabulary_parallel_cross_entropy(
     target: torch.Tensor,
     axis: Axis,
     *,
+    vocabulary: int,
     weight: torch.Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -28,9 +31,10 @@ def vocabulary_parallel_cross_entropy(
     Computed in fp32 (fp64 for fp64 logits); the result has the dtype that torch gives, which is fp32 under autocast.
 
     Args:
-        logits: the local part ``[..., V / tp]``.
+        logits: the local part ``[..., V / tp]``, rounded up; what is beyond the vocabulary counts for nothing.
         target: class indices ``[...]``, the same on every rank, from 0 to V - 1, or ``ignore_index``.
         axis: the tp axis.
+        vocabulary: V.
         weight: weights of all classes ``[V]``, or none.
         ignore_index: targets that count for nothing.
         reduction: ``mean``, ``sum`` or ``none``.
@@ -40,7 +44,6 @@ def vocabulary_parallel_cross_entropy(
         A scalar, or ``[...]`` for ``none``.
     """
     rows = logits.shape[-1]
-    vocabulary = rows * axis.size
     flat, labels = logits.reshape(-1, rows), target.reshape(-1)
     counted = labels != ignore_index
     labels = labels.masked_fill(~counted, 0)
@@ -51,18 +54,22 @@ def vocabulary_parallel_cross_entropy(
         token_weight = token_weight * weight.to(token_weight)[labels]
     smooth = label_smoothing / vocabulary * counted
     losses = _CrossEntropy.apply(
-        flat, labels, axis, (1 - label_smoothing) * token_weight, smooth, local_weight, label_smoothing > 0
+        flat, labels, axis, vocabulary, (1 - label_smoothing) * token_weight, smooth, local_weight, label_smoothing > 0
     )
     losses = losses.masked_fill(~counted, 0)  # 0 and not nan where the loss of an ignored token is infinite
+    result = reduced(losses.view(target.shape), token_weight.sum(), reduction)
+    return result if torch.is_autocast_enabled(logits.device.type) else result.to(logits.dtype)
+
+
+def reduced(losses: torch.Tensor, total_weight: torch.Tensor | float, reduction: str) -> torch.Tensor:
+    """Losses as ``reduction`` says: ``mean`` is their sum over ``total_weight``."""
     if reduction == "none":
-        losses = losses.view(target.shape)
-    elif reduction == "mean":
-        losses = losses.sum() / token_weight.sum()
-    elif reduction == "sum":
-        losses = losses.sum()
-    else:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
-    return losses if torch.is_autocast_enabled(logits.device.type) else losses.to(logits.dtype)
+        return losses
+    if reduction == "mean":
+        return losses.sum() / total_weight
+    if reduction == "sum":
+        return losses.sum()
+    raise ValueError(f"{reduction} is not a valid value for reduction")
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -80,22 +87,24 @@ class _CrossEntropy(torch.autograd.Function):
         logits: torch.Tensor,
         labels: torch.Tensor,
         axis: Axis,
+        vocabulary: int,
         token_weight: torch.Tensor,
         smooth: torch.Tensor,
         class_weight: torch.Tensor | None,
         smooths: bool,
     ) -> torch.Tensor:
         tokens, rows = logits.shape
-        index, elsewhere = local_rows(labels, rows, axis.coordinate, rows * axis.size)
-        x = logits.to(token_weight.dtype)
-        top = x.amax(-1)
+        count = num_real(vocabulary, axis)
+        index, elsewhere = local_rows(labels, rows, axis.coordinate, vocabulary)
+        x = logits[:, :count].to(token_weight.dtype)
+        top = local_maximum(x, 1)
         axis.all_reduce(top, "max")
-        x = x - top.unsqueeze(-1)
-        mine = x.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0)
+        x = x - top
+        mine = (logits.gather(-1, index.unsqueeze(-1)).to(x.dtype) - top).squeeze(-1).masked_fill(elsewhere, 0)
         sums = [x.exp().sum(-1), mine]
         if smooths:
             weighted, total = (
-                (x, torch.full_like(mine, rows)) if class_weight is None else (x * class_weight, class_weight.sum().expand(tokens))
+                (x, torch.full_like(mine, count)) if class_weight is None else (x * class_weight, class_weight.sum().expand(tokens))
             )
             sums += [weighted.sum(-1), total]
         stacked = torch.stack(sums)
@@ -106,7 +115,8 @@ class _CrossEntropy(torch.autograd.Function):
         if smooths:
             total_weight = stacked[3]
             losses = losses + smooth * (total_weight * z - stacked[2])
-        ctx.save_for_backward(logits, top + z, index, elsewhere, token_weight, smooth, class_weight, total_weight)
+        ctx.count = count
+        ctx.save_for_backward(logits, top.squeeze(-1) + z, index, elsewhere, token_weight, smooth, class_weight, total_weight)
         return losses
 
     @staticmethod
@@ -117,5 +127,6 @@ class _CrossEntropy(torch.autograd.Function):
         result = (logits.to(z.dtype) - z.unsqueeze(-1)).exp_().mul_(scale.unsqueeze(-1))
         result.scatter_add_(-1, index.unsqueeze(-1), -a.masked_fill(elsewhere, 0).unsqueeze(-1))
         if total_weight is not None:
-            result -= b.unsqueeze(-1) * (1 if class_weight is None else class_weight)
-        return result.to(logits.dtype), None, None, None, None, None, None
+            result[:, : ctx.count] -= b.unsqueeze(-1) * (1 if class_weight is None else class_weight)
+        result[:, ctx.count :] = 0  # or padded rows of the head would be trained
+        return (result.to(logits.dtype), *(None,) * 7)

@@ -48,6 +48,11 @@ def getters(names: str) -> list[Callable[..., Any]]:
     return [getattr(torch.Tensor, name).__get__ for name in names.split() if hasattr(torch.Tensor, name)]
 
 
+def setters(names: str) -> list[Callable[..., Any]]:
+    """The functions that set the attributes ``names`` (separated by spaces) of a tensor, such as ``x.data = y``."""
+    return [getattr(torch.Tensor, name).__set__ for name in names.split()]
+
+
 def function_name(function: Callable[..., Any]) -> str:
     """The name of a torch function as a user would type it."""
     owner = getattr(function, "__self__", None)

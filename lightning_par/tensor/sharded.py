@@ -12,16 +12,19 @@ Autograd runs on ``local``; the wrapper itself is never part of a graph.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 
 from lightning_par.errors import ModelError
-from lightning_par.runtime.axis import Axis
+from lightning_par.runtime.axis import Axis, finest_axis
 from lightning_par.runtime.collective import gather_from, scatter_to
 from lightning_par.runtime.nested import map_tensors
 from lightning_par.runtime.parameter import Split
+from lightning_par.tensor.copies import DoubleSplit, cut_over
+from lightning_par.tensor.ghost import filled, has_ghosts, local_size, without_ghosts
 from lightning_par.tensor.registry import RULES, NoRule, function_name
 
 _CHANGING_OPERATORS = "setitem iadd isub imul itruediv idiv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
@@ -31,10 +34,12 @@ class ShardedTensor(torch.Tensor):
     """A tensor cut over an axis, seen from one of its ranks.
 
     Attributes:
-        local: the part of this rank, a plain tensor. Its size along ``shard_dim`` is the global one over ``axis.size``.
+        local: the part of this rank, a plain tensor. Its size along ``shard_dim`` is the global one over ``axis.size``; where
+            that does not divide, it ends in ghosts (`lightning_par.tensor.ghost`). Its gradient is what this rank adds to that of
+            the part, which other ranks may hold too (`lightning_par.tensor.copies`).
         shard_dim: the dim that is cut, from 0.
         segments: global sizes along ``shard_dim`` that are cut each on its own; one for a plain cut (see `Split`).
-        axis: the axis it is cut over.
+        axis: the axis it is cut over, whose size counts parts.
     """
 
     _local: torch.Tensor
@@ -46,8 +51,9 @@ class ShardedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local: torch.Tensor, shard_dim: int, segments: tuple[int, ...], axis: Axis) -> ShardedTensor:
-        """Wrap the part of this rank. The segments must divide by ``axis.size`` and their parts fill ``local``."""
+        """Wrap the part of this rank, which must have the local sizes of `Split`."""
         shape = list(local.shape)
+        assert shape[shard_dim] == local_size(segments, axis), (shape, shard_dim, segments)
         shape[shard_dim] = sum(segments)
         self = torch.Tensor._make_wrapper_subclass(  # the constructor that torch's page on wrapper subclasses names
             cls, shape, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
@@ -85,11 +91,32 @@ class ShardedTensor(torch.Tensor):
 
     @property
     def cut(self) -> Split:
-        """How it is cut."""
-        return Split(self.shard_dim, self.segments)
+        """How it is cut among the ranks."""
+        return cut_over(self.axis, self.shard_dim, self.segments)
+
+    @property
+    def double_cut(self) -> DoubleSplit:
+        """How it is cut among the ranks along two dims, see [Note: two cuts] in `lightning_par.tensor.copies`."""
+        assert isinstance(self._local, ShardedTensor)
+        return DoubleSplit(self.shard_dim, self.segments, share=self._local.cut, num_shares=self._local.axis.size)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether it does not divide, so that some ranks hold ghosts."""
+        return has_ghosts(self.segments, self.axis)
+
+    def without_ghosts(self) -> torch.Tensor:
+        """The local part without its ghosts, whose size along ``shard_dim`` differs from rank to rank."""
+        return without_ghosts(self.local, self.cut, self.axis)
+
+    def filled(self, value: float) -> torch.Tensor:
+        """The local part with ``value`` on its ghosts."""
+        return filled(self.local, self.cut, self.axis, value)
 
     def full_tensor(self) -> torch.Tensor:
         """The global tensor, on every rank. Collective over the axis; its gradient is sliced."""
+        if isinstance(self._local, ShardedTensor):
+            return gather_from(self._local.local, self.axis, self.double_cut)
         return gather_from(self.local, self.axis, self.cut)
 
     def map_local(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ShardedTensor:
@@ -116,7 +143,7 @@ class ShardedTensor(torch.Tensor):
                 _refuse_function(type(_of_wrapper(torch.Tensor.grad_fn, self)).__name__.removesuffix("Backward"))
         elif not self._guarded and _of_wrapper(torch.Tensor.requires_grad, self):
             self._guarded = True
-            torch.Tensor.__torch_function__(torch.Tensor.register_hook, (), (self, _refuse_gradient))
+            _hook_wrapper(self)
 
     # What user code reads all the time is answered here, without dispatch.
 
@@ -165,7 +192,9 @@ class ShardedTensor(torch.Tensor):
         return self._shape[0]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        axis, where = self.axis, f"dim {self.shard_dim}" + (f" in segments {self.segments}" if len(self.segments) > 1 else "")
+        axis, cut = finest_axis(self.axis), self.cut
+        where = f"dim {cut.dim}" + (f" in segments {cut.segments}" if len(cut.segments) > 1 else "")
+        where += f" with copies {cut.copies}" if cut.copies else ""
         return (
             f"ShardedTensor(shape={tuple(self._shape)}, dtype={self.dtype}, device={self.device}, cut along {where}, "
             f"part {axis.coordinate} of {axis.size} over {axis.name}: {self._local!r})"
@@ -181,6 +210,15 @@ class ShardedTensor(torch.Tensor):
 def _of_wrapper(descriptor: Any, tensor: ShardedTensor) -> Any:
     """An attribute of the wrapper as torch itself sees it, not of ``local``."""
     return torch.Tensor.__torch_function__(descriptor.__get__, (), (tensor,))
+
+
+def _hook_wrapper(tensor: ShardedTensor) -> None:
+    """Hook `_refuse_gradient` to the wrapper. ``register_hook`` would ask for its ``grad_fn`` and get the one of ``local``."""
+    descriptor: Any = torch.Tensor._backward_hooks
+    torch.Tensor.__torch_function__(descriptor.__set__, (), (tensor, OrderedDict({0: _refuse_gradient})))
+    node = _of_wrapper(torch.Tensor.grad_fn, tensor)
+    if node is not None:
+        node._register_hook_dict(tensor)
 
 
 def _refuse_gradient(grad: torch.Tensor) -> NoReturn:
@@ -217,7 +255,10 @@ def _on_gathered(function: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     changed = sharded[id(target)][1]
     if changed.shape != target.shape:
         raise ModelError(f"{function_name(function)} would change the shape of a sharded tensor in place: use its plain form")
-    target.local.copy_(scatter_to(changed, target.axis, target.cut))
+    if isinstance(target.local, ShardedTensor):
+        target.local.local.copy_(scatter_to(changed, target.axis, target.double_cut))
+    else:
+        target.local.copy_(scatter_to(changed, target.axis, target.cut))
     target.follow_local()
     return target if result is changed else result
 

@@ -1,4 +1,4 @@
-"""Finding the chain: the container of equal blocks that makes up most of a model."""
+"""Finding the chain: the container of equal blocks that makes up most of a model; and the blocks of others beside it."""
 
 from __future__ import annotations
 
@@ -43,3 +43,23 @@ def find_chain(module: nn.Module, chosen: str | None = None) -> tuple[str | None
                 seen.append((best, "smaller"))
             best, best_numel = name, numel
     return best, tuple(seen)
+
+
+def other_blocks(module: nn.Module, chain: str) -> frozenset[str]:
+    """Paths of the blocks outside the chain, such as those of an encoder where the decoder is the chain.
+
+    They are the children, of one class and with modules of their own, of containers that neither hold the chain nor lie in it.
+    Of containers inside one another the outermost counts.
+    """
+    found: list[str] = []
+    for name, container in module.named_modules():
+        is_apart = not any(_lies_in(name, other) or _lies_in(other, name) for other in (chain, *found))
+        children = list(container.children()) if isinstance(container, (nn.ModuleList, nn.Sequential)) else []
+        is_chain = len(children) > 1 and len({type(child) for child in children}) == 1
+        if is_apart and is_chain and list(children[0].children()):
+            found.append(name)
+    return frozenset(f"{name}.{key}" if name else key for name in found for key, _ in module.get_submodule(name).named_children())
+
+
+def _lies_in(name: str, other: str) -> bool:
+    return name == other or name.startswith(f"{other}.") or other == ""

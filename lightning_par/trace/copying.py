@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_par.private.torch import call_as_written
+from lightning_par.trace.bound import views_of_parameters
 
 
 def copy_module(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor], by_reference: Iterable[Any] = ()) -> nn.Module:
-    """A copy of ``module`` whose parameters and buffers are ``replace(tensor)``; ties stay ties.
+    """A copy of ``module`` whose parameters and buffers are ``replace(tensor)``; ties stay ties, views of parameters views.
 
     Nothing that the dry run does to the copy (counters, lists, metric states) reaches the user's module. Data sets and
     loaders, which may be large, are shared, and so is an attribute that cannot be copied.
@@ -27,6 +28,9 @@ def copy_module(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tenso
     memo: dict[int, Any] = {id(shared): shared for shared in by_reference if shared is not None}
     for tensor in (*module.parameters(), *module.buffers()):
         memo[id(tensor)] = replace(tensor)
+    for _, view, parameter in views_of_parameters(module):
+        offset = view.storage_offset() - parameter.storage_offset()
+        memo[id(view)] = memo[id(parameter)].detach().as_strided(view.shape, view.stride(), offset)
     return _copy(module, memo)
 
 

@@ -6,12 +6,13 @@ A step is seen as a chain of n blocks with code around them. *Phases* number its
     code    prologue   block 0   glue   block 1   glue        block n-1  epilogue
 
 Glue and the epilogue run on the stage of the block before them, the prologue on the first block's: a stage ends where the
-first block of the next one is called.
+first block of the next one is called. Blocks of other containers (the encoder beside a decoder) have no phases of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ class Value:
         depends_on_parameters: whether any parameter went into it, so that only a stage with that parameter can compute it.
         phase: where it was made; -1 for what was there before the step (the batch, buffers).
         is_batch: whether it is a tensor of the batch, or only reshaped from one.
+        content: a number for the elements of a tensor that no torch function made, such as one from numpy; None where unknown.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +37,7 @@ class Value:
     depends_on_parameters: bool
     phase: int
     is_batch: bool = False
+    content: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Op:
         parameters: names of parameters read directly, as registered where they were read.
         layer: path of the layer when the op is a layer's call.
         arguments: the arguments that are not tensors, positional then by name; tensors stand as ``"<tensor>"``.
+        block: path of the block that was running, of the chain or of another container; empty outside.
+        writes_view: whether it changes a tensor in place, and another tensor is a view of the same memory.
     """
 
     name: str
@@ -59,6 +64,22 @@ class Op:
     parameters: tuple[str, ...] = ()
     layer: str | None = None
     arguments: tuple[Any, ...] = ()
+    block: str = ""
+    writes_view: bool = False
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The arguments that were given by name."""
+        return {item[0]: item[1] for item in self.arguments if _is_named(item)}
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """The argument that stands at ``position`` or is called ``name``."""
+        positional = [item for item in self.arguments if not _is_named(item)]
+        return self.named.get(name, positional[position] if len(positional) > position else default)
+
+
+def _is_named(item: Any) -> bool:
+    return type(item) is tuple and len(item) == 2 and type(item[0]) is str
 
 
 @dataclass(frozen=True)
@@ -137,6 +158,12 @@ class Trace:
         notes: what the trace had to assume, for the user.
         error: what ended the run early, when the caller asked for the trace up to there.
         is_real: whether the step was run on real tensors, because it fails on fake ones.
+        leaving: value numbers of the tensors that blocks of other containers than the chain returned.
+        first_read: how many operations had run when the code first read the value of a tensor, which may change its way from
+            one batch to the next; None when it never did.
+        bound: parameters that something besides the forward holds on to, which must stay the tensors that they are; and what.
+        again: operations of a second pass over the blocks, in a step that is not trained and goes on calling them. What comes
+            after is not seen. All else is about the first pass.
     """
 
     step: str
@@ -153,6 +180,10 @@ class Trace:
     notes: tuple[str, ...] = ()
     error: Exception | None = None
     is_real: bool = False
+    leaving: frozenset[int] = frozenset()
+    first_read: int | None = None
+    bound: Mapping[str, str] = field(default_factory=dict)
+    again: tuple[Op, ...] = ()
 
     @property
     def num_blocks(self) -> int:
@@ -162,9 +193,9 @@ class Trace:
         """The block on whose stage an operation of ``phase`` runs; 0 when there is no chain."""
         return phase // 2 if phase % 2 else max(0, phase // 2 - 1)
 
-    def is_inside_block(self, phase: int) -> bool:
-        """Whether ``phase`` is inside a block; without a chain the whole step counts as one block."""
-        return phase % 2 == 1 or not self.blocks
+    def is_inside_block(self, op: Op) -> bool:
+        """Whether an operation is inside a block; without a chain the whole step counts as one block."""
+        return op.block != "" or not self.blocks
 
     def canonical(self, alias: str) -> str:
         """The first name of the parameter registered as ``alias``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,27 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_par.private.torch import is_fake, storage_key
+from lightning_par.private.torch import (
+    backward_call,
+    custom_function,
+    has_backward_hook,
+    is_fake,
+    place_of,
+    storage_key,
+    unseen_by_modes,
+)
 from lightning_par.runtime.nested import tensors_in
+from lightning_par.trace.chain import other_blocks
+from lightning_par.trace.description import layer_kind, parameters_of, plain_arguments
+from lightning_par.trace.loop import Loop
+from lightning_par.trace.numbering import Numbering
 from lightning_par.trace.passage import BlockCall, NoChain, follow_blocks, output_by_key
-from lightning_par.trace.record import Block, Layer, LayerKind, Op, ParameterInfo, Trace, Value
+from lightning_par.trace.record import Block, Layer, LayerKind, Op, Trace, Value
 
 _READS_VALUE = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__index__": 1, "__bool__": False}  # what the dry run assumes
+_LEAVES_TORCH = {*_READS_VALUE, "tolist", "numpy", "__array__", "__complex__", "is_nonzero", "equal", "allclose"}
+_PATIENCE = 64  # reads, after which a loop of a step without blocks is told to end
+_ATTACHES = {"register_hook", "retain_grad"}  # code that runs in the backward
 _RESHAPES = set("view reshape transpose contiguous to long int __getitem__ flatten unsqueeze squeeze clone".split())
 
 
@@ -27,29 +43,35 @@ class Recorder(TorchFunctionMode):
         module: the copy that will run.
         chain: path of its container of blocks, or None.
         inputs: the batch, so that its tensors are known as such.
+        may_loop: whether the blocks may run again after they have all run; the run then ends as `Loop` says.
     """
 
-    def __init__(self, module: nn.Module, chain: str | None, inputs: Any) -> None:
+    def __init__(self, module: nn.Module, chain: str | None, inputs: Any, may_loop: bool = False) -> None:
         super().__init__()
         self.module, self.chain = module, chain
         blocks = module.get_submodule(chain)._modules if chain is not None else {}
         self._block_numbers = {f"{chain}.{key}" if chain else key: index for index, key in enumerate(blocks)}
         self.num_blocks = len(blocks)
+        self._other_blocks = other_blocks(module, chain) if chain is not None else frozenset()
+        self._open_blocks: list[str] = []
+        self._leaving: set[int] = set()
+        self._reads: list[int] = []  # operations that had run when the code read the value of a tensor
         self.chain_fault: str | None = None  # why the blocks are no chain
         self.phase = 0
         self.ops: list[Op] = []
-        self.values: list[Value] = []
+        self.numbering = Numbering()
         self.notes: list[str] = []
         self.layers: dict[str, Layer] = {}
-        self.parameters = _parameters(module)
+        self.parameters = parameters_of(module)
         self.flops = [0] * (2 * self.num_blocks + 1)
         self.saved_bytes = [0] * (2 * self.num_blocks + 1)
-        self._numbers: dict[int, int] = {}  # id of a tensor -> number of its newest version
-        self._alive: list[torch.Tensor] = []  # so that no id is used twice
+        self._custom: set[int] = set()  # numbers of what the user's autograd functions made
         self._names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
         self._stack: list[str] = []
         self._inside_layer = 0
-        self._calls: list[BlockCall] = []
+        self._calls: list[BlockCall] = []  # of this pass over the blocks
+        self._first_calls: list[BlockCall] = []  # of the first pass, once a second has begun
+        self._loop = Loop() if may_loop else None
         self._blocks: tuple[Block, ...] = ()
         self._storages = {storage_key(p) for p in module.parameters()}  # counted, or no activations
         self._counted_flops = 0
@@ -64,6 +86,11 @@ class Recorder(TorchFunctionMode):
         self._flop_counter = flops
         handles = []
         for name, child in self.module.named_modules():
+            if isinstance(child, torch.jit.ScriptModule):
+                continue  # takes no hooks
+            if layer_kind(child) is not None:  # around the layer alone, inside the user's own hooks on it
+                handles.append(child.register_forward_pre_hook(self._enter_layer))
+                handles.append(child.register_forward_hook(self._leave_layer(name), with_kwargs=True, prepend=True))
             handles.append(child.register_forward_pre_hook(self._enter(name), with_kwargs=True, prepend=True))
             handles.append(child.register_forward_hook(self._leave(name), with_kwargs=True))
         try:
@@ -77,14 +104,18 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
+        name = getattr(func, "__name__", str(func)).removesuffix(".default")  # of an operator, as the unpacking of a saved tensor
+        if name in _LEAVES_TORCH:
+            self._reads.append(len(self.ops))
         if name in _READS_VALUE and isinstance(args[0], torch.Tensor) and self._is_unknown(args[0]):
             value = _READS_VALUE[name]
             if name == "item" and not args[0].is_floating_point():
                 value = False if args[0].dtype == torch.bool else 1
+            if name == "__bool__" and self._loop is not None and not self.num_blocks and len(self._reads) > _PATIENCE:
+                value = True  # it may be a loop that waits for it
             self._note(f"{self._where()} reads a value of a tensor ({name}); the dry run assumes {value}")
             return value
-        output = func(*args, **kwargs)
+        output = func(*args, **kwargs) if func is not torch.autograd.grad else _no_gradients(*args, **kwargs)
         if name == "__iter__":
             output = list(output)
         if self._inside_layer == 0 and name not in ("__get__", "__set__"):
@@ -104,33 +135,64 @@ class Recorder(TorchFunctionMode):
         outputs = tensors_in(output)
         if name == "__setitem__":
             outputs = [args[0]]
-        if not outputs:
+        if not outputs and (name not in _ATTACHES or _is_of_torch(args)):
             return
         inputs = tensors_in((args, kwargs))
+        for tensor in inputs:
+            self._record_custom_function(tensor)
         read = parameters or tuple(self._names[id(t)] for t in inputs if id(t) in self._names)
         numbers = tuple(self._number(t) for t in inputs if id(t) not in self._names)
-        depends = bool(read) or any(self.values[n].depends_on_parameters for n in numbers)
-        is_batch = name in _RESHAPES and bool(numbers) and all(self.values[n].is_batch for n in numbers)
+        depends = bool(read) or any(self.numbering.values[n].depends_on_parameters for n in numbers)
+        is_batch = name in _RESHAPES and bool(numbers) and all(self.numbering.values[n].is_batch for n in numbers)
         made = tuple(
             self._number(t, Value(tuple(t.shape), t.is_floating_point(), depends, self.phase, is_batch))
             for t in outputs
             if id(t) not in self._names
         )
+        is_write = len(outputs) == 1 and bool(args) and outputs[0] is args[0] and (name.endswith("_") or kwargs.get("inplace"))
+        self._append(
+            name, numbers, made, read, layer, plain_arguments(args, kwargs), bool(is_write) and self.numbering.has_views(outputs[0])
+        )
+
+    def _append(
+        self,
+        name: str,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        parameters: tuple[str, ...],
+        layer: str | None,
+        arguments: tuple[Any, ...],
+        writes_view: bool = False,
+    ) -> None:
         module = self._stack[-1] if self._stack else ""
-        self.ops.append(Op(name, module, self.phase, numbers, made, read, layer, _plain(args, kwargs)))
+        block = self._open_blocks[0] if self._open_blocks else ""
+        self.ops.append(Op(name, module, self.phase, inputs, outputs, parameters, layer, arguments, block, writes_view))
+
+    def _record_custom_function(self, tensor: torch.Tensor) -> None:
+        """Record the backward of the user's ``autograd.Function`` that made a tensor, once; its forward was seen.
+
+        ``apply`` stands for the call: it passes the value on and gives its gradient, with which the backward runs.
+        """
+        function = custom_function(tensor)
+        if function is None or self._number(tensor) in self._custom:
+            return
+        with unseen_by_modes():
+            gradient = torch.ones_like(tensor)
+            backward = backward_call(tensor, gradient)
+        number = self._number(tensor)
+        value = replace(self.numbering.values[number], depends_on_parameters=True, phase=self.phase)
+        after = self._number(tensor, value)
+        self._custom.add(after)
+        self._append("apply", (number,), (after, self._number(gradient, value)), (), None, (function.__name__,))
+        try:
+            with self, torch.no_grad():
+                backward()
+        except Exception as error:
+            what = f"the autograd.Function {function.__name__}, whose backward cannot be run dry ({error})"
+            self._append("opaque", (after,), (), (), None, (what,))
 
     def _number(self, tensor: torch.Tensor, new: Value | None = None) -> int:
-        """The number of a tensor's newest version; ``new`` makes one."""
-        key = id(tensor)
-        if new is None and key in self._numbers:
-            return self._numbers[key]
-        if new is None:  # seen for the first time: there before the step, unless a function that torch does not show made it
-            made = tensor.requires_grad
-            new = Value(tuple(tensor.shape), tensor.is_floating_point(), made, self.phase if made else -1)
-        self._alive.append(tensor)
-        self.values.append(new)
-        self._numbers[key] = len(self.values) - 1
-        return self._numbers[key]
+        return self.numbering.number(tensor, self.phase, new)
 
     # ------------------------------------------------------------------ modules
 
@@ -140,9 +202,23 @@ class Recorder(TorchFunctionMode):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if block is not None:
                 self._enter_block(block, name, args, kwargs)
+            elif self._loop is not None and not self._stack:
+                self._loop.enter(name, len(self.ops), is_complete=len(self._calls) == self.num_blocks)
+            if block is not None or name in self._other_blocks:
+                self._open_blocks.append(name)
             self._stack.append(name)
-            if layer_kind(module) is not None:
-                self._inside_layer += 1
+
+        return hook
+
+    def _enter_layer(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._inside_layer += 1
+
+    def _leave_layer(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            kind = layer_kind(module)
+            self._inside_layer -= 1
+            if self._inside_layer == 0 and kind is not None:
+                self._record_layer(name, kind, module, args, kwargs, output)
 
         return hook
 
@@ -150,14 +226,16 @@ class Recorder(TorchFunctionMode):
         block = self._block_numbers.get(name)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            kind = layer_kind(module)
-            if kind is not None:
-                self._inside_layer -= 1
-                if self._inside_layer == 0:
-                    self._record_layer(name, kind, module, args, kwargs, output)
+            if has_backward_hook(module):
+                seen = tuple(self._number(tensor) for tensor in tensors_in((args, kwargs, output)))
+                self._append("opaque", seen, (), (), None, (f"a backward hook of {type(module).__name__}",))
             self._stack.pop()
+            if block is not None or name in self._other_blocks:
+                self._open_blocks.pop()
             if block is not None:
                 self._leave_block(block, name, output)
+            elif name in self._other_blocks:
+                self._leaving.update(self._number(tensor) for tensor in tensors_in(output))
 
         return hook
 
@@ -171,6 +249,9 @@ class Recorder(TorchFunctionMode):
         self._record(kind, args, kwargs, output, layer=name, parameters=parameters)
 
     def _enter_block(self, index: int, name: str, args: Any, kwargs: Any) -> None:
+        if self._loop is not None and index == 0 and len(self._calls) in (0, self.num_blocks):
+            self._loop.enter_blocks(len(self.ops))
+            self._first_calls, self._calls = self._first_calls or self._calls, []
         if index != len(self._calls):
             after = f"after {self._calls[-1].path}" if self._calls else "first"
             self.chain_fault = self.chain_fault or f"its blocks do not run once each, in order ({name} ran {after})"
@@ -196,25 +277,32 @@ class Recorder(TorchFunctionMode):
 
     def _follow_blocks(self) -> None:
         """After a whole run: the blocks as a chain, or why they are none."""
-        if len(self._calls) < self.num_blocks:
-            self.chain_fault = self.chain_fault or f"the step runs {len(self._calls)} of its {self.num_blocks} blocks"
+        calls, ops = self._first_calls or self._calls, self.ops[: self._end_of_first_pass]
+        if len(calls) < self.num_blocks:
+            self.chain_fault = self.chain_fault or f"the step runs {len(calls)} of its {self.num_blocks} blocks"
         if self.chain_fault is None:
             try:
-                self._blocks = follow_blocks(self._calls, self.ops, self.values)
+                self._blocks = follow_blocks(calls, ops, self.numbering.values)
             except NoChain as fault:
                 self.chain_fault = str(fault)
+
+    @property
+    def _end_of_first_pass(self) -> int:
+        """Operations of the run, or of its first pass where there were two."""
+        return len(self.ops) if self._loop is None or self._loop.end is None else self._loop.end
 
     # ------------------------------------------------------------------ counting
 
     def _count_flops(self) -> None:
         total = self._flop_counter.get_total_flops()
-        self.flops[self.phase] += total - self._counted_flops
+        if not self._first_calls:
+            self.flops[self.phase] += total - self._counted_flops
         self._counted_flops = total
 
     def _count_saved(self, tensor: torch.Tensor) -> torch.Tensor:
-        key = storage_key(tensor)
-        if key not in self._storages:
-            self._storages.add(key)
+        place = place_of(tensor)
+        if place is not None and place[0] not in self._storages:
+            self._storages.add(place[0])
             self.saved_bytes[self.phase] += tensor.untyped_storage().nbytes()
         return tensor
 
@@ -234,8 +322,9 @@ class Recorder(TorchFunctionMode):
             chain=self.chain if self._blocks else None,
             chains_seen=chains_seen,
             blocks=self._blocks,
-            ops=tuple(self.ops),
-            values=tuple(self.values),
+            ops=tuple(self.ops[: self._end_of_first_pass]),
+            again=tuple(self.ops[self._end_of_first_pass :]),
+            values=tuple(self.numbering.values),
             layers=self.layers,
             parameters=self.parameters,
             flops=tuple(self.flops),
@@ -243,43 +332,16 @@ class Recorder(TorchFunctionMode):
             batch_size=batch_size,
             notes=tuple(self.notes),
             error=error,
+            leaving=frozenset(self._leaving),
+            first_read=min((read for read in self._reads if read <= self._end_of_first_pass), default=None),
         )
 
 
-def layer_kind(module: nn.Module) -> LayerKind | None:
-    """What kind of splittable layer a module is, or None; one with other parameters than a weight and a bias is none."""
-    if module._parameters.get("weight") is None or module._parameters.keys() - {"weight", "bias"}:
-        return None  # parametrized, quantized, or with an adapter of its own
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__):
-        return "conv1d"
-    return None
+def _no_gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    """What stands for ``torch.autograd.grad``, which does not run below a `FlopCounterMode`."""
+    return tuple(torch.zeros_like(tensor) for tensor in tensors_in(inputs))
 
 
-def _parameters(module: nn.Module) -> dict[str, ParameterInfo]:
-    aliases: dict[int, list[str]] = {}
-    tensors = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-        tensors[id(parameter)] = parameter
-    return {
-        names[0]: ParameterInfo(names[0], tuple(p.shape), p.element_size(), p.requires_grad, tuple(names))
-        for key, names in aliases.items()
-        for p in (tensors[key],)
-    }
-
-
-def _plain(args: Any, kwargs: Any) -> tuple[Any, ...]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return "<tensor>"
-        if isinstance(value, (tuple, list)):
-            return tuple(plain(item) for item in value)
-        if value is None or isinstance(value, (bool, int, float, str, slice, type(Ellipsis))):
-            return value
-        return str(value) if isinstance(value, (torch.dtype, torch.device, torch.memory_format)) else type(value).__name__
-
-    return tuple(plain(a) for a in args) + tuple((key, plain(value)) for key, value in sorted(kwargs.items()))
+def _is_of_torch(args: tuple[Any, ...]) -> bool:
+    """Whether a hook is one of torch's own, such as those that count operations by module."""
+    return any(getattr(argument, "__module__", "").startswith("torch.") for argument in args[1:])

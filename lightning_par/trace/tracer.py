@@ -16,8 +16,10 @@ from lightning_par.errors import ModelError
 from lightning_par.private.torch import FakeTensorMode, is_data_dependent
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.nested import map_tensors
+from lightning_par.trace.bound import bound_parameters
 from lightning_par.trace.chain import find_chain
 from lightning_par.trace.copying import copy_module
+from lightning_par.trace.loop import PassesSeen
 from lightning_par.trace.record import Trace
 from lightning_par.trace.recorder import Recorder
 
@@ -37,8 +39,9 @@ def trace_step(
 ) -> Trace:
     """Run one step of a copy of ``module`` on fake tensors and record it. No memory for weights, no side effect.
 
-    A step that fails on fake tensors (its control flow or shapes depend on values) is run on copies of the real ones. A
-    chain whose blocks do not run once each in order is none; the trace says why in ``chains_seen``.
+    A step that fails on fake tensors (its control flow or shapes depend on values) is run on copies of the real ones. One
+    that is not trained and goes on calling its blocks, as to generate tokens, is left when it has run them twice. A chain whose
+    blocks do not run once each in order is none; the trace says why in ``chains_seen``.
 
     Args:
         module: the user's LightningModule, untouched.
@@ -69,7 +72,7 @@ def trace_step(
         raise error
     if step == "training_step" and error is None and getattr(module, "automatic_optimization", True):
         _check_loss(output, type(module).__name__)
-    return replace(recorder.finish(step, seen, batch_size, error), is_real=is_real)
+    return replace(recorder.finish(step, seen, batch_size, error), is_real=is_real, bound=bound_parameters(module))
 
 
 def _run(
@@ -94,12 +97,14 @@ def _run_once(
         if prepare is not None:
             prepare(twin)
         inputs = map_tensors(lambda tensor: copied(tensor.detach()), batch)
-        recorder = Recorder(twin, chain, inputs)
+        recorder = Recorder(twin, chain, inputs, may_loop=not training)
         twin.train(training)
         output, failure = None, None
         with torch.set_grad_enabled(training), FlopCounterMode(display=False) as flops, recorder.running(flops):
             try:
                 output = getattr(twin, step)(inputs, 0)
+            except PassesSeen:
+                pass
             except Exception as error:
                 failure = error
     return recorder, output, failure

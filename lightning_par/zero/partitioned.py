@@ -21,7 +21,7 @@ from lightning_par.private.deepspeed import ZeroEngine, mark_stepped, start_zero
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.zero.bucket import set_gradient
 from lightning_par.zero.mpu import MeshUnit
-from lightning_par.zero.states import OptimizerStates
+from lightning_par.zero.states import Fragment, OptimizerStates
 
 BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32; DeepSpeed's default is ten times that, allocated at every step
 # on a flat piece of many parameters these would compute something else, or DeepSpeed rebuilds them without their groups
@@ -91,10 +91,10 @@ class DeepSpeedStates(OptimizerStates):
                 set_gradient(parameter, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
         self.engine.flush()
 
-    def gradients(self, optimizer: Optimizer | None = None) -> Iterator[tuple[Tensor, nn.Parameter, bool]]:
-        for fragment, parameter in self.engine.fragments():
+    def gradients(self, optimizer: Optimizer | None = None) -> Iterator[Fragment]:
+        for gradient, parameter, start in self.engine.fragments():
             if parameter in self._shapes:  # the stand-in is nobody's
-                yield fragment, parameter, True
+                yield Fragment(gradient, parameter, start, is_counted=True)
 
     def step(self, optimizer: Optimizer | None = None) -> None:
         for i, group in zip(self._sources, self.engine.inner.param_groups, strict=False):

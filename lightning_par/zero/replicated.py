@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_par.errors import CheckpointError
 from lightning_par.runtime.axis import Axis
 from lightning_par.zero.bucket import sum_gradients
-from lightning_par.zero.states import OptimizerStates
+from lightning_par.zero.states import Fragment, OptimizerStates
 
 
 class ReplicatedStates(OptimizerStates):
@@ -45,10 +45,10 @@ class ReplicatedStates(OptimizerStates):
         parameters = self._trainable(optimizer)
         sum_gradients(parameters, [tuple(p.shape) for p in parameters], self.dp, scale=1 / self.dp.size)
 
-    def gradients(self, optimizer: Optimizer | None = None) -> Iterator[tuple[Tensor, nn.Parameter, bool]]:
+    def gradients(self, optimizer: Optimizer | None = None) -> Iterator[Fragment]:
         for parameter in self._trainable(optimizer):
             if parameter.grad is not None:
-                yield parameter.grad, parameter, self.dp.coordinate == 0
+                yield Fragment(parameter.grad, parameter, 0, self.dp.coordinate == 0)
 
     def step(self, optimizer: Optimizer | None = None) -> None:
         for each in self._chosen(optimizer):

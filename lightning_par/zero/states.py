@@ -15,10 +15,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+class Fragment(NamedTuple):
+    """A piece of the gradient of one parameter.
+
+    Attributes:
+        gradient: live, of any shape; padding at its end is zero.
+        parameter: whose.
+        start: where the piece begins in the parameter's local gradient, read flat.
+        is_counted: whether this rank counts it over dp: a replicated gradient counts on dp coordinate 0, a partitioned one on
+            the rank that holds it.
+    """
+
+    gradient: Tensor
+    parameter: nn.Parameter
+    start: int
+    is_counted: bool
 
 
 class OptimizerStates(ABC):
@@ -66,13 +83,8 @@ class OptimizerStates(ABC):
         """Average gradients over dp; then `gradients` is valid. Collective over dp."""
 
     @abstractmethod
-    def gradients(self, optimizer: Optimizer | None = None) -> Iterator[tuple[Tensor, nn.Parameter, bool]]:
-        """This rank's gradient fragments, to be read or changed in place between `reduce` and `step`.
-
-        Yields:
-            A fragment (of any shape, padding is zero), its parameter, and whether this rank counts it over dp: a replicated
-            gradient counts on dp coordinate 0, a partitioned one on the rank that holds it.
-        """
+    def gradients(self, optimizer: Optimizer | None = None) -> Iterator[Fragment]:
+        """This rank's gradient fragments, to be read or changed in place between `reduce` and `step`."""
 
     @abstractmethod
     def step(self, optimizer: Optimizer | None = None) -> None:

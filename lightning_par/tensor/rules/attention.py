@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.random import sharded_stream
 from lightning_par.tensor.registry import NoRule, rule_for
 from lightning_par.tensor.rules.operand import aligned_part, first_sharded
@@ -56,13 +57,24 @@ def _attention(
 def _grouped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
     """Local query, key and value heads, where several query heads in a row share one key head.
 
-    Cut alike, a rank's query heads belong to its key heads. Replicated key heads (fewer than ranks, say) are repeated to
-    one per query head and scattered.
+    Cut alike, a rank's query heads belong to its key heads, and so they do where several ranks hold one key head. Replicated
+    key heads are repeated to one per query head and scattered. Heads that do not divide are not cut at the borders of groups.
     """
     lead = first_sharded((query, key, value))
     heads = query.shape[_HEADS]
-    if isinstance(key, ShardedTensor) != isinstance(value, ShardedTensor):
+    if isinstance(key, ShardedTensor) != isinstance(value, ShardedTensor) or any(
+        isinstance(x, ShardedTensor) and x.is_padded for x in (query, key)
+    ):
         raise NoRule
     if not isinstance(key, ShardedTensor):
         key, value = (x.repeat_interleave(heads // x.shape[_HEADS], _HEADS) for x in (key, value))
-    return [aligned_part(x, _HEADS, (x.shape[_HEADS],), lead.axis) for x in (query, key, value)]
+    return [_heads_of(x, heads, lead.axis) for x in (query, key, value)]
+
+
+def _heads_of(x: torch.Tensor, heads: int, axis: Axis) -> torch.Tensor:
+    """This rank's part of query, key or value heads, which ``heads`` query heads attend with."""
+    if isinstance(x, ShardedTensor) and x.axis.copies > axis.copies:
+        if x.shard_dim == x.ndim + _HEADS and x.shape[_HEADS] == x.axis.size:
+            return x.local  # one head
+        x = x.repeat_interleave(heads // x.shape[_HEADS], _HEADS)
+    return aligned_part(x, _HEADS, (x.shape[_HEADS],), axis)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lightning_par.runtime.collective import reduce_from
+from lightning_par.runtime.parameter import Split
+from lightning_par.tensor.ghost import shielded
 from lightning_par.tensor.registry import NoRule, rule_for, spellings
-from lightning_par.tensor.rules.operand import aligned_part, first_sharded
+from lightning_par.tensor.rules.operand import aligned_part, first_sharded, summed
 from lightning_par.tensor.rules.shape import argument
 from lightning_par.tensor.sharded import ShardedTensor
 
@@ -31,7 +32,7 @@ _FACTORS = {"mat1": "batch1", "mat2": "batch2"}  # addmm has other names for the
 def product(
     function: Callable[..., torch.Tensor], operands: Sequence[torch.Tensor], labels: Sequence[Labels], result: Labels
 ) -> Any:
-    """``function(*operands)``, a product that is linear in each operand.
+    """``function(*operands)``, a product that is linear in each operand. Ghosts count as zeros.
 
     Args:
         function: called on the local parts.
@@ -47,11 +48,12 @@ def product(
             raise NoRule
         # a label that the operand lacks stands left of all its dims, where it broadcasts
         from_right = names.index(cut) - len(names) if cut in names else -len(names) - 1
-        parts.append(lead.local if operand is lead else aligned_part(operand, from_right, lead.segments, lead.axis))
+        parts.append(aligned_part(operand, from_right, lead.segments, lead.axis, ghosts=0))
     value = function(*parts)
     if cut in result:
-        return ShardedTensor(value, result.index(cut), lead.segments, lead.axis)
-    return reduce_from(value, lead.axis)
+        where = Split(result.index(cut), lead.segments)
+        return ShardedTensor(shielded(value, where, lead.axis), where.dim, where.segments, lead.axis)
+    return summed(value, lead.axis)
 
 
 def _matmul_labels(left: int, right: int) -> tuple[Labels, Labels, Labels]:

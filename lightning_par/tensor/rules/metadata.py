@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 import torch
 
 from lightning_par.errors import ModelError
-from lightning_par.tensor.registry import getters, rule_for, spellings
-from lightning_par.tensor.rules.operand import sharded_input
+from lightning_par.tensor.registry import function_name, getters, rule_for, setters, spellings
+from lightning_par.tensor.rules.operand import aligned_part, sharded_input
 from lightning_par.tensor.sharded import ShardedTensor
 
 _FUNCTIONS = """
@@ -39,10 +39,11 @@ def compare(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 @rule_for(torch.Tensor.stride)
 def stride(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Strides of a whole tensor laid out like the local one: those that step over the cut dim are ``axis.size`` times longer."""
+    """Strides of a whole tensor laid out like the local one: those that step over the cut dim are longer."""
     tensor = sharded_input(args)
-    local = tensor.local.stride()
-    strides = tuple(step * tensor.axis.size if step > local[tensor.shard_dim] else step for step in local)
+    local, cut = tensor.local.stride(), tensor.shard_dim
+    whole, own = tensor.shape[cut], tensor._local.shape[cut]
+    strides = tuple(step // own * whole if step > local[cut] else step for step in local)
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return strides if dim is None else strides[dim]
 
@@ -59,6 +60,22 @@ def companion(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     tensor = sharded_input(args)
     result = function(tensor.local)
     return result if result is None else tensor.rewrap(result)
+
+
+@rule_for(*setters("data"))
+def set_data(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """``x.data = y``: the part of ``y`` that belongs to ``x``."""
+    tensor, value = args
+    if not isinstance(tensor, ShardedTensor) or value.shape != tensor.shape:
+        raise ModelError("x.data = y, where one of them is a sharded tensor, needs a sharded x and a y of its shape")
+    with torch.no_grad():
+        tensor.local.data = aligned_part(value, tensor.shard_dim - tensor.ndim, tensor.segments, tensor.axis)
+
+
+@rule_for(*setters("grad real imag"))
+def refuse_setting(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    """What would be set on a gathered copy, and lost."""
+    raise ModelError(f"x.{function_name(function)} = y, where one of them is a sharded tensor: use x.local and y.local")
 
 
 @rule_for(torch.Tensor.retain_grad)

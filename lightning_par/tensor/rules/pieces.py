@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from lightning_par.tensor.copies import axis_with
 from lightning_par.tensor.registry import NoRule, rule_for, spellings
-from lightning_par.tensor.rules.operand import aligned_part, first_sharded, has_out, normalise_dim, sharded_input
-from lightning_par.tensor.rules.segment import take_segments
+from lightning_par.tensor.rules.operand import aligned_part, first_sharded, has_out, normalise_dim, piece_of_cut, sharded_input
 from lightning_par.tensor.rules.shape import argument
 from lightning_par.tensor.sharded import ShardedTensor
 
@@ -23,9 +23,9 @@ def split_sizes(tensor: ShardedTensor, sizes: Sequence[int], dim: int) -> tuple[
     if dim != tensor.shard_dim:
         return tuple(tensor.rewrap(piece) for piece in tensor.local.split(list(sizes), dim))
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    taken = [take_segments(tensor.segments, end - size, end) for size, end in zip(sizes, ends, strict=True)]
-    pieces = tensor.local.split([size // tensor.axis.size for size in sizes], dim)
-    return tuple(ShardedTensor(piece, dim, segments, tensor.axis) for piece, segments in zip(pieces, taken, strict=True))
+    taken = [piece_of_cut(tensor, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    pieces = tensor.local.split([where.stop - where.start for where, _, _ in taken], dim)
+    return tuple(ShardedTensor(piece, dim, segments, axis) for piece, (_, segments, axis) in zip(pieces, taken, strict=True))
 
 
 @rule_for(*spellings("split split_with_sizes"))
@@ -77,6 +77,8 @@ def cat(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if not all(isinstance(operand, ShardedTensor) and operand.shard_dim == dim for operand in operands):
         raise NoRule
     segments = tuple(segment for operand in operands for segment in operand.segments)
+    if any(operand.axis is not axis for operand in operands):
+        axis = axis_with(axis, tuple(count for operand in operands for count in operand.cut.copies or (1,) * len(operand.segments)))
     return ShardedTensor(torch.cat([operand.local for operand in operands], dim), dim, segments, axis)
 
 

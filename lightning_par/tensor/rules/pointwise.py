@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from lightning_par.runtime.parameter import Split
+from lightning_par.tensor.ghost import shielded
 from lightning_par.tensor.registry import NoRule, rule_for, spellings
-from lightning_par.tensor.rules.operand import aligned_part, first_sharded, has_out, sharded_input
+from lightning_par.tensor.rules.operand import aligned_part, first_sharded, has_out, sharded_input, trains_replicated
 from lightning_par.tensor.sharded import ShardedTensor
 
 _UNARY = """
@@ -40,28 +42,44 @@ neg_ pow_ reciprocal_ relu_ remainder_ requires_grad_ round_ rsqrt_ sigmoid_ sin
 zero_ __iand__ __ifloordiv__ __ilshift__ __imod__ __ior__ __ipow__ __irshift__ __ixor__
 """
 
+_DIVIDING = set("div divide floor_divide fmod remainder __floordiv__ __rfloordiv__ __mod__ __rmod__".split())
+
 
 @rule_for(*spellings(_UNARY + _BROADCASTING + _OPERATORS))
 def pointwise(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run on the aligned parts; the result is cut where the operands are, counted from the right."""
-    lead = first_sharded((*args, *kwargs.values()) if kwargs else args)
-    if has_out(kwargs):
+    values = (*args, *kwargs.values()) if kwargs else args
+    lead = first_sharded(values)
+    if has_out(kwargs) or (lead.is_padded and _divides_integers(function, lead)):
         raise NoRule
     from_right, segments, axis = lead.shard_dim - len(lead.shape), lead.segments, lead.axis
-    parts = [value.local if value is lead else aligned_part(value, from_right, segments, axis) for value in args]
-    named = {name: aligned_part(value, from_right, segments, axis) for name, value in kwargs.items()} if kwargs else kwargs
+    is_trained = trains_replicated(lead, values)
+    ghosts = 1 if is_trained else None  # at 1 next to no function has an infinite derivative
+    parts = [
+        lead.local if value is lead and not is_trained else aligned_part(value, from_right, segments, axis, ghosts)
+        for value in args
+    ]
+    named = {name: aligned_part(value, from_right, segments, axis, ghosts) for name, value in kwargs.items()} if kwargs else kwargs
     result = function(*parts, **named)
     if result is lead._local:  # a cast that had nothing to do, or an activation with inplace=True
         return lead
     if not isinstance(result, torch.Tensor):  # where(condition) gives indices
         raise NoRule
-    return ShardedTensor(result, from_right + result.dim(), segments, axis)
+    dim = from_right + result.dim()
+    return ShardedTensor(shielded(result, Split(dim, segments), axis) if is_trained else result, dim, segments, axis)
+
+
+def _divides_integers(function: Callable[..., Any], lead: ShardedTensor) -> bool:
+    """Whether a ghost of zero could end the process."""
+    return not lead.dtype.is_floating_point and function.__name__.rstrip("_") in {name.rstrip("_") for name in _DIVIDING}
 
 
 @rule_for(*spellings(_IN_PLACE))
 def in_place(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Change the local part of the first argument, which must be the sharded one, and give it back."""
     target = sharded_input(args)
+    if trains_replicated(target, args[1:]) or first_sharded((*args, *kwargs.values())) is not target:
+        raise NoRule
     pointwise(function, args, kwargs)
     target.follow_local()
     return target

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lightning_par.runtime.collective import reduce_from
+from lightning_par.tensor.ghost import shielded
 from lightning_par.tensor.registry import NoRule, rule_for, spellings
-from lightning_par.tensor.rules.operand import has_out, normalise_dim, replicated_part, sharded_input
+from lightning_par.tensor.rules.operand import has_out, normalise_dim, replicated_part, sharded_input, summed, trains_replicated
 from lightning_par.tensor.rules.pointwise import pointwise
 from lightning_par.tensor.rules.shape import argument, sizes_of
 from lightning_par.tensor.sharded import ShardedTensor
@@ -19,11 +19,11 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 _DIM_SECOND = """
-all amax amin any argmin argsort count_nonzero cummax cummin cumprod cumsum logcumsumexp log_softmax logsumexp
-mean median nanmean nansum prod softmax softmin sort std sum var std_mean var_mean
+all amax amin any argmin argsort count_nonzero cummax cummin cumprod cumsum logcumsumexp
+mean median nanmean nansum prod softmin sort std sum var std_mean var_mean
 """
 
-_DIM_THIRD = "kthvalue norm roll topk"
+_DIM_THIRD = "kthvalue norm roll"
 
 
 def _dims(tensor: ShardedTensor, dim: Any) -> set[int]:
@@ -75,38 +75,25 @@ def flip(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     return _along(function, args, kwargs, sizes_of(args, kwargs, "dims"))
 
 
-@rule_for(*spellings("max min"))
-def extreme(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """``max(x, y)`` is pointwise, ``max(x, dim)`` a reduction."""
+@rule_for(*spellings("min"))
+def minimum(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """``min(x, y)`` is pointwise, ``min(x, dim)`` a reduction."""
     other = argument(args, kwargs, 1, "other", None)
     return pointwise(function, args, kwargs) if isinstance(other, torch.Tensor) else along_dim(function, args, kwargs)
 
 
 @rule_for(*spellings("sum mean"))
 def sum_or_mean(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Over the cut dim, the partial sums are summed over the axis: the parts are equal, so their means average."""
+    """Over the cut dim, the parts are summed over the axis."""
     tensor = sharded_input(args)
     dim = argument(args, kwargs, 1, "dim", kwargs.get("axis"))
     dims = _dims(tensor, dim)
     if tensor.shard_dim not in dims or has_out(kwargs):
         return _along(function, args, kwargs, dim)
-    part = function(tensor.local, *args[1:], **kwargs)
-    total = reduce_from(part, tensor.axis)
-    return total / tensor.axis.size if function.__name__ == "mean" else total
-
-
-@rule_for(*spellings("argmax"))
-def argmax(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Over the cut dim (predictions from logits): every rank offers its best, and only these are gathered."""
-    tensor = sharded_input(args)
-    dim = argument(args, kwargs, 1, "dim", None)
-    if dim is None or tensor.shard_dim not in _dims(tensor, dim) or len(tensor.segments) > 1:
-        return along_dim(function, args, kwargs)
-    axis, keep = tensor.axis, argument(args, kwargs, 2, "keepdim", False)
-    value, index = tensor.local.detach().max(dim, keepdim=keep)
-    index = index + axis.coordinate * (tensor.shape[dim] // axis.size)
-    best = torch.stack(axis.all_gather(value)).argmax(0, keepdim=True)
-    return torch.stack(axis.all_gather(index)).gather(0, best).squeeze(0)
+    total = summed(function(tensor.filled(0), *args[1:], **kwargs), tensor.axis)
+    if function.__name__ == "sum":
+        return total
+    return total / (tensor.shape[tensor.shard_dim] / tensor.local.shape[tensor.shard_dim])  # it was the mean of each part
 
 
 @rule_for(functional.layer_norm, functional.rms_norm, torch.layer_norm, torch.rms_norm)
@@ -118,7 +105,9 @@ def norm(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         raise NoRule
     rest = [replicated_part(value, tensor.axis) if isinstance(value, torch.Tensor) else value for value in args[1:]]
     named = {k: replicated_part(value, tensor.axis) if isinstance(value, torch.Tensor) else value for k, value in kwargs.items()}
-    return tensor.rewrap(function(tensor.local, *rest, **named))
+    if not trains_replicated(tensor, (*args, *kwargs.values())):
+        return tensor.rewrap(function(tensor.local, *rest, **named))
+    return tensor.rewrap(shielded(function(tensor.filled(0), *rest, **named), tensor.cut, tensor.axis))
 
 
 @rule_for(functional.normalize)

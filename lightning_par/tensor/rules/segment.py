@@ -1,6 +1,6 @@
 """Arithmetic of cut dims: where a cut dim goes in a view, and which segments a slice holds. No tensors.
 
-A dim cut into ``segments`` over ``parts`` ranks gives each rank an equal share of every segment.
+A dim cut into ``segments`` over ``parts`` ranks gives each rank an equal share of every segment, rounded up.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def view_cut(
         start_i, start_j = i, j
         old, i = shape[i], i + 1
         new = 1
-        while old != new:
-            if new < old and j < len(new_shape):
+        while old != new or (start_i == dim and start_j == j):  # a cut dim of size 1 takes a dim with it
+            if new <= old and j < len(new_shape):
                 new, j = new * new_shape[j], j + 1
             elif old < new and i < len(shape):
                 old, i = old * shape[i], i + 1
@@ -53,22 +53,27 @@ def view_cut(
             repeats = math.prod(shape[start_i:dim])
             if repeats * len(segments) > _MAX_SEGMENTS:
                 raise NoRule
-            flat = tuple(segment * inner for segment in segments) * repeats
+            flat = tuple((segment * inner, -(-segment // parts) * inner) for segment in segments) * repeats
             offset, cut = _place(flat, new_shape[start_j:], parts)
             return start_j + offset, cut
     raise NoRule
 
 
-def _place(flat: tuple[int, ...], sizes: Sequence[int], parts: int) -> tuple[int, tuple[int, ...]]:
-    """The dim of ``sizes`` that the cut of a flat range into segments ``flat`` falls on, and the segments along it.
+def _place(flat: tuple[tuple[int, int], ...], sizes: Sequence[int], parts: int) -> tuple[int, tuple[int, ...]]:
+    """The dim of ``sizes`` that the cut of a flat range falls on, and the segments along it.
 
     Either whole rows of the first dim belong to one rank, or all rows are cut alike (one period of ``flat`` each).
+
+    Args:
+        flat: for each segment of the range, its global and its local size.
+        sizes: of the dims that the range is viewed as.
+        parts: ranks.
     """
     if not sizes:
         raise NoRule
-    row = sum(flat) // sizes[0]
-    if all(segment % (row * parts) == 0 for segment in flat):
-        return 0, tuple(segment // row for segment in flat)
+    row = sum(segment for segment, _ in flat) // sizes[0]
+    if all(segment % row == 0 and -(-segment // row // parts) * row == local for segment, local in flat):
+        return 0, tuple(segment // row for segment, _ in flat)
     period = len(flat) // sizes[0]
     if len(flat) % sizes[0] or flat != flat[:period] * sizes[0]:
         raise NoRule
@@ -76,15 +81,15 @@ def _place(flat: tuple[int, ...], sizes: Sequence[int], parts: int) -> tuple[int
     return dim + 1, segments
 
 
-def take_segments(segments: tuple[int, ...], start: int, stop: int) -> tuple[int, ...]:
-    """The segments between two positions along the dim, which must be ends of segments."""
+def take_segments(segments: tuple[int, ...], start: int, stop: int) -> slice:
+    """Which segments lie between two positions along the dim, which must be ends of segments."""
     position, taken = 0, []
-    for segment in segments:
+    for index, segment in enumerate(segments):
         if start <= position and position + segment <= stop:
-            taken.append(segment)
+            taken.append(index)
         elif position < stop and start < position + segment:
             raise NoRule  # part of a segment
         position += segment
     if not taken:
         raise NoRule
-    return tuple(taken)
+    return slice(taken[0], taken[-1] + 1)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
+from lightning_par.runtime.axis import CopiedAxis, finest_axis
+from lightning_par.tensor.copies import MixedAxis, ShareAxis, axis_with, cut_over
 from lightning_par.tensor.registry import NoRule, getters, rule_for, spellings
 from lightning_par.tensor.rules.operand import normalise_dim, sharded_input
 from lightning_par.tensor.rules.segment import resolve_shape, view_cut
@@ -35,13 +38,38 @@ def argument(args: Args, kwargs: Kwargs, position: int, name: str, default: Any)
 def viewed(tensor: ShardedTensor, shape: Sequence[int], via: Callable[..., torch.Tensor]) -> ShardedTensor:
     """``tensor`` in another shape; ``via`` is ``Tensor.view`` or ``Tensor.reshape``."""
     new_shape = resolve_shape(shape, tensor.numel())
-    parts = tensor.axis.size
     if not tensor.numel():
         raise NoRule
-    dim, segments = view_cut(tensor.shape, tensor.shard_dim, tensor.segments, new_shape, parts)
-    local_shape = list(new_shape)
-    local_shape[dim] //= parts
-    return ShardedTensor(via(tensor.local, local_shape), dim, segments, tensor.axis)
+    axis, size = tensor.axis, finest_axis(tensor.axis).size
+    try:
+        parts = 1 if isinstance(axis, MixedAxis) else axis.size
+        dim, segments = view_cut(tensor.shape, tensor.shard_dim, tensor.segments, new_shape, parts)
+    except NoRule:
+        return _viewed_in_groups(tensor, new_shape, via)
+    if isinstance(axis, MixedAxis) and (len(segments) != len(axis.each) or not cut_over(axis, dim, segments).divides(size)):
+        raise NoRule  # placed as if it were whole, and cannot be cut there
+    local = via(tensor.local, cut_over(axis, dim, segments).local_shape(new_shape, size))
+    if isinstance(local, ShardedTensor) and local.shard_dim == dim:  # the two cuts have become one
+        if len(segments) > 1 or len(local.segments) > 1:
+            raise NoRule
+        local, axis = local.local, finest_axis(axis)
+    return ShardedTensor(local, dim, segments, axis)
+
+
+def _viewed_in_groups(tensor: ShardedTensor, shape: tuple[int, ...], via: Callable[..., torch.Tensor]) -> ShardedTensor:
+    """Query heads viewed as ``[..., key heads, groups, ...]`` with fewer key heads than ranks: cut along both dims."""
+    axis = tensor.axis
+    if axis.copies > 1 or isinstance(axis, ShareAxis) or tensor.is_padded:
+        raise NoRule
+    for dim, (heads, groups) in enumerate(pairwise(shape)):
+        if not 1 < heads < axis.size or axis.size % heads or groups * heads % axis.size:
+            continue
+        if view_cut(tensor.shape, tensor.shard_dim, tensor.segments, shape, heads) == (dim, (heads,)):
+            copies = axis.size // heads
+            local = via(tensor.local, (*shape[:dim], 1, groups // copies, *shape[dim + 2 :]))
+            share = ShardedTensor(local, dim + 1, (groups,), ShareAxis(axis, copies))
+            return ShardedTensor(share, dim, (heads,), CopiedAxis(axis, copies))
+    raise NoRule
 
 
 @rule_for(*spellings("view reshape view_as reshape_as"))
@@ -125,11 +153,16 @@ def unsqueeze(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
 
 @rule_for(*spellings("squeeze"))
 def squeeze(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """The cut dim has at least ``axis.size`` elements, so it stays, even where its local part has one."""
+    """A cut dim stays where its local part alone has one element. One that every rank holds whole is as good as any other."""
     tensor = sharded_input(args)
     asked = argument(args, kwargs, 1, "dim", tuple(range(tensor.ndim)))
     dims = {normalise_dim(dim, tensor.ndim) for dim in ((asked,) if isinstance(asked, int) else asked)}
     gone = tuple(sorted(dim for dim in dims if tensor.shape[dim] == 1))
+    if tensor.shard_dim in gone:
+        if tensor.axis.size > 1 or tensor.ndim == len(gone):
+            raise NoRule
+        local = tensor.local.squeeze(gone)
+        return ShardedTensor(local, 0, (local.shape[0],), tensor.axis)
     moved = tensor.shard_dim - sum(dim < tensor.shard_dim for dim in gone)
     return ShardedTensor(tensor.local.squeeze(gone), moved, tensor.segments, tensor.axis)
 
@@ -143,7 +176,9 @@ def expand(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tensor = args[0]
     dim = tensor.shard_dim + len(sizes) - tensor.ndim
     if sizes[dim] not in (-1, tensor.shape[tensor.shard_dim]):
-        raise NoRule
+        if tensor.axis.size > 1:
+            raise NoRule
+        return ShardedTensor(tensor.local.expand(sizes), dim, (sizes[dim],), tensor.axis)  # every rank holds all of it
     sizes[dim] = -1
     return ShardedTensor(tensor.local.expand(sizes), dim, tensor.segments, tensor.axis)
 
@@ -154,17 +189,20 @@ def repeat(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tensor = sharded_input(args)
     times = sizes_of(args, kwargs, "repeats")
     dim = tensor.shard_dim + len(times) - tensor.ndim
-    return ShardedTensor(tensor.local.repeat(*times), dim, tensor.segments * times[dim], tensor.axis)
+    axis = axis_with(tensor.axis, tensor.cut.copies * times[dim])
+    return ShardedTensor(tensor.local.repeat(*times), dim, tensor.segments * times[dim], axis)
 
 
 @rule_for(*spellings("repeat_interleave"))
 def repeat_interleave(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Every element of the cut dim stays with its copies, so each segment grows in place."""
+    """Every element of the cut dim stays with its copies, so each segment grows in place. Ghosts would grow too."""
     tensor = sharded_input(args)
     times, dim = argument(args, kwargs, 1, "repeats", None), argument(args, kwargs, 2, "dim", None)
     if not isinstance(times, int) or dim is None:
         raise NoRule
     dim = normalise_dim(dim, tensor.ndim)
+    if dim == tensor.shard_dim and tensor.is_padded:
+        raise NoRule
     segments = tuple(segment * times for segment in tensor.segments) if dim == tensor.shard_dim else tensor.segments
     return ShardedTensor(tensor.local.repeat_interleave(times, dim), tensor.shard_dim, segments, tensor.axis)
 

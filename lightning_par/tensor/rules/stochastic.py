@@ -27,6 +27,7 @@ def draw(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         raise NoRule
     if function is functional.dropout and not (argument(args, kwargs, 2, "training", True) and argument(args, kwargs, 1, "p", 0.5)):
         return tensor
+    local = tensor.filled(0) if function.__name__ == "bernoulli" else tensor.local  # no probability is left on ghosts
     with sharded_stream(tensor.axis, tensor.device):
-        result = function(tensor.local, *args[1:], **kwargs)
+        result = function(local, *args[1:], **kwargs)
     return tensor if result is tensor._local else tensor.rewrap(result)

@@ -1,0 +1,96 @@
+"""Blocks whose activations are computed again in the backward (arXiv 2205.05198, sections 3 and 5).
+
+    none        autograd keeps all that it needs
+    selective   kept are the costly results: products with weights, fused attention, sums over ranks; see `keep`
+    full        kept are the inputs of the block
+
+It is torch's checkpointing without reentrant autograd: the backward runs on the graph of the forward, and the first tensor
+that it asks a block for runs the block once more, up to the last tensor that is needed. Random generators and autocast are
+then as they were. What a block changes besides (its buffers, objects among its arguments) is changed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from lightning_par.plan import Plan
+from lightning_par.plan.plan import Recompute
+from lightning_par.private.torch import is_compiled
+from lightning_par.recompute.arguments import Arguments
+from lightning_par.recompute.keep import keeping
+from lightning_par.runtime.axis import Axis, GroupAxis
+from lightning_par.runtime.call import change_call
+
+
+def recompute_blocks(module: nn.Module, plan: Plan, stage: int, tp: Axis) -> None:
+    """Change the calls of the stage's blocks to what the plan says of each, in place. Not a collective.
+
+    To be done before the stage is cut: its first block is then computed again from the hidden state that was received.
+
+    Args:
+        module: the module, its layers converted.
+        plan: all decisions.
+        stage: this rank's stage.
+        tp: the axis whose sums selective recomputation keeps.
+    """
+    if plan.chain is None:
+        return
+    bounds, group = plan.stages[stage], tp.group if isinstance(tp, GroupAxis) else None
+    blocks, made = list(module.get_submodule(plan.chain.path).children()), dict[Any, type[nn.Module]]()
+    for block, mode in zip(blocks[bounds.first : bounds.last], plan.chain.recompute[bounds.first : bounds.last], strict=True):
+        if mode != "none":
+            as_written = plan.compilation is None and not any(is_compiled(child) for child in block.modules())
+            kind = (type(block), mode, as_written)
+            if kind in made:
+                block.__class__ = made[kind]  # by its class torch.compile knows that it has compiled an equal block
+            else:
+                change_call(block, _recomputing(*kind, group))
+                made[kind] = type(block)
+
+
+def _recomputing(cls: type[nn.Module], mode: Recompute, as_written: bool, group: dist.ProcessGroup | None) -> Callable[..., Any]:
+    """The call of a block; ``as_written``: nothing in it is compiled, so that its reads can be watched."""
+    contexts = partial(keeping, group) if mode == "selective" else noop_context_fn
+
+    def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return cls.__call__(block, *args, **kwargs)
+        arguments, is_first = Arguments(args, kwargs, as_written), True
+
+        def run(*tensors: torch.Tensor) -> Any:
+            nonlocal is_first
+            if is_first:
+                is_first = False
+                with arguments.first_use() as (args, kwargs):
+                    return cls.__call__(block, *args, **kwargs)
+            with _buffers_put_back(block):
+                args, kwargs = arguments.again(tensors)
+                return cls.__call__(block, *args, **kwargs)
+
+        return checkpoint(run, *arguments.tensors, use_reentrant=False, context_fn=contexts)
+
+    return call
+
+
+@contextmanager
+def _buffers_put_back(block: nn.Module) -> Iterator[None]:
+    """Inside, the block has copies of its buffers: statistics of a batch norm are not updated a second time.
+
+    All of them: torch does not count an update of running statistics as a change of the tensor.
+    """
+    held = [(owner, name, buffer) for owner in block.modules() for name, buffer in owner._buffers.items() if buffer is not None]
+    for owner, name, buffer in held:
+        owner._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for owner, name, buffer in held:
+            owner._buffers[name] = buffer
