@@ -36,10 +36,12 @@ class Restless(nn.Module):
         self.norm, self.scale = nn.LayerNorm(width), nn.Parameter(torch.full((width,), 0.9))
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.mix = nn.Linear(width, width)
+        self.squeeze, self.excite = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.down(F.gelu(self.up(self.norm(x))))
         x = x * self.scale + self.mix(x)  # a parameter and a whole Linear on parts
+        x = x + self.excite(self.squeeze(x.mean(1, keepdim=True)).relu())  # split layers on one token that all ranks have
         x = x + 0.1 * x.flip(1) + x.mean(1, keepdim=True) + 0.1 * x[:, :1]
         return self.norm(x) + x.cumsum(1) / x.shape[1]  # the same norm twice
 
@@ -86,7 +88,7 @@ def test_what_runs_on_parts() -> None:
 
     plan = plan_of(RestlessModel(), "tp2_sp", models.make_batch(0, 4))
     partial = {p.spec.name.removeprefix("blocks.0.") for p in plan.parameters if p.spec.partial and "blocks.1" not in p.spec.name}
-    assert partial >= {"norm.weight", "norm.bias", "down.bias", "mix.weight", "mix.bias"}
+    assert partial >= {"norm.weight", "norm.bias", "down.bias", "excite.bias", "mix.weight", "mix.bias"}
     assert "scale" not in partial  # read by the block itself, whose rule sums its gradient
 
 
