@@ -37,15 +37,18 @@ _ENCODER = dict(**_SIZES, intermediate_size=64, hidden_dropout_prob=0.0, attenti
 _NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 _T5 = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0)
 
-# name of the architecture: its configuration, but for the vocabulary
+# name of the architecture, before the comma: its configuration; a vocabulary is added
 _LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "Llama": _GROUPED,
+    "Llama, one key head": {**_DECODER, "num_key_value_heads": 1},
+    "Llama, 131 tokens": {**_DECODER, "vocab_size": 131},
     "Qwen2": _DECODER,
     "Qwen3": dict(**_GROUPED, head_dim=8),
     "Mistral": dict(**_GROUPED, sliding_window=8),
     "Gemma2": dict(**_DECODER, head_dim=8),
     "Gemma3": dict(**_DECODER, head_dim=8),
     "Phi3": dict(**_DECODER, resid_pdrop=0.0),
+    "Phi3, two key heads": {**_DECODER, "num_key_value_heads": 2, "resid_pdrop": 0.0},
     "Olmo2": _DECODER,
     "Starcoder2": dict(**_DECODER, residual_dropout=0.0, embedding_dropout=0.0),
     "Cohere": _DECODER,
@@ -144,7 +147,8 @@ def _vision_transformer() -> pl.LightningModule:
 
 
 def _of_transformers(name: str, kind: str, wrap: Callable[[nn.Module], pl.LightningModule], config: dict[str, Any]) -> Any:
-    settings = getattr(transformers, f"{name}{'Text' * (name == 'Gemma3')}Config")(vocab_size=VOCABULARY, **config)
+    name = name.partition(",")[0]
+    settings = getattr(transformers, f"{name}{'Text' * (name == 'Gemma3')}Config")(**{"vocab_size": VOCABULARY, **config})
     return _without_key_biases(wrap(getattr(transformers, f"{name}For{kind}")(settings)))
 
 
