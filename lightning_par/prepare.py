@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -78,39 +78,79 @@ def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan,
 
     A region is judged in every block at once, because equal blocks fail alike.
     """
-    tp, kept = plan.layout.tp, {name for name, word in chosen.activations(trace.layers).items() if word == "local"}
+    kept = {name for name, word in chosen.activations(trace.layers).items() if word == "local"}
     plan = _with_global(plan, _unsure(trace, flow) - kept)
-    trace, flow = _both_passes(trace, flow)
-    while True:
-        axis = LocalAxis("tp", tp, 0)
-        local = {layer.name: layer.segments for layer in plan.layers if layer.kind == "column" and layer.activation == "local"}
-        split = trace_step(
-            module,
-            batch,
-            batch_size=trace.batch_size,
-            step=trace.step,
-            chain=trace.chain,
-            prepare=lambda twin, plan=plan, axis=axis: install_tensor_parallel(twin, plan, axis),  # type: ignore[misc]
-            keep_error=True,
-            is_real=trace.is_real,
-        )
-        difference = first_difference(trace, replace(split, ops=split.ops + split.again), flow.columns, local, tp, plan.sequence)
-        if difference is None:
-            _check_views(trace, flow, plan, axis)
-            return with_partial_gradients(plan, trace, flow)
-        index, reason = difference
-        region = {name for column in _near(trace, flow, index) for name in flow.region(column)}
-        failing = _alike(trace, region) & local.keys()
-        if failing & kept:
-            raise PlanError(f"plan.activation={{{min(failing & kept)}: local}}: {reason}: remove the line")
-        if not failing:
-            every = {layer.name for layer in plan.layers if layer.kind != "replicate"}
-            feeding = _alike(trace, region) & flow.kinds.keys() or every
-            raise ModelError(
-                f"tp{tp}: {plan.module} cannot be split: {reason}. Keep the layers that feed it whole with "
-                f"{split_line(feeding, 'replicate')}"
-            ) from split.error
+    runs = _runs(module, batch, trace, flow)
+    while failing := next((names for run in runs if (names := _failing(module, batch, run, plan, kept))), None):
         plan = _with_global(plan, failing)
+    return with_partial_gradients(plan, runs[0].trace, runs[0].flow)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A way through the whole module that the split one must take too."""
+
+    trace: Trace
+    flow: Flow
+    evaluates: bool = False
+
+
+def _runs(module: nn.Module, batch: Any, trace: Trace, flow: Flow) -> list[_Run]:
+    """The run that the plan was made from; and the same in evaluation mode, where the code takes another way then."""
+    runs = [_Run(*_both_passes(trace, flow))]
+    if trace.step == "training_step":
+        size, is_real = trace.batch_size, trace.is_real
+        other = trace_step(module, batch, batch_size=size, keep_error=True, is_real=is_real, evaluates=True)
+        if other.error is None and _way(other) != _way(trace):
+            runs.append(_Run(other, infer_flow(other, flow.kinds), evaluates=True))
+    return runs
+
+
+def _way(trace: Trace) -> list[tuple[str, str]]:
+    return [(op.name, op.module) for op in trace.ops]
+
+
+def _failing(module: nn.Module, batch: Any, run: _Run, plan: Plan, kept: Set[str]) -> frozenset[str]:
+    """The column layers whose plain local outputs a run goes wrong on first; none where it goes right.
+
+    Args:
+        kept: layers whose activations the user's plan section wants local.
+
+    Raises:
+        PlanError: one of these is among them.
+        ModelError: the split module goes wrong, and not by local outputs.
+    """
+    trace, flow, axis = run.trace, run.flow, LocalAxis("tp", plan.layout.tp, 0)
+    local = {layer.name: layer.segments for layer in plan.layers if layer.kind == "column" and layer.activation == "local"}
+    split = trace_step(
+        module,
+        batch,
+        batch_size=trace.batch_size,
+        step=trace.step,
+        chain=None if run.evaluates else trace.chain,
+        prepare=lambda twin: install_tensor_parallel(twin, plan, axis),
+        keep_error=True,
+        is_real=trace.is_real,
+        evaluates=run.evaluates,
+    )
+    both = replace(split, ops=split.ops + split.again)
+    difference = first_difference(trace, both, flow.columns, local, axis.size, plan.sequence)
+    if difference is None:
+        _check_views(trace, flow, plan, axis)
+        return frozenset()
+    index, reason = difference
+    region = {name for column in _near(trace, flow, index) for name in flow.region(column)}
+    failing = _alike(trace, region) & local.keys()
+    if failing & kept:
+        raise PlanError(f"plan.activation={{{min(failing & kept)}: local}}: {reason}: remove the line")
+    if not failing:
+        every = {layer.name for layer in plan.layers if layer.kind != "replicate"}
+        feeding = _alike(trace, region) & flow.kinds.keys() or every
+        raise ModelError(
+            f"tp{axis.size}: {plan.module} cannot be split: {reason}. Keep the layers that feed it whole with "
+            f"{split_line(feeding, 'replicate')}"
+        ) from split.error
+    return failing
 
 
 def _both_passes(trace: Trace, flow: Flow) -> tuple[Trace, Flow]:

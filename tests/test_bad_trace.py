@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_par.errors import ModelError, PlanError
+from lightning_par.install import install
 from lightning_par.plan import LayerPlan, Plan
+from tests.axes import tp_axis
 from tests.models import make_batch
 from tests.parity import check_parity
 from tests.planning import layer_of, plan_of
+from tests.ranks import run_ranks
 from tests.zoo_written import HEADS, WIDTH, Decoder
 
 Run = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -179,6 +182,33 @@ def test_what_reads_values_gets_global_shapes() -> None:
     assert layer_of(plan, "up").activation == "global"
     assert "blocks.0 reads a value of a tensor (__bool__); the dry run assumes False" in plan.notes
     assert any(note.startswith("2 x middle.weight not split over tp: the dry run did not come to it") for note in plan.notes)
+
+
+def squashed(m: Any, z: torch.Tensor) -> torch.Tensor:
+    return m.down(F.gelu(m.up(z)) if m.training else m.up(z).softmax(-1))
+
+
+def fails_in_evaluation(m: Any, z: torch.Tensor) -> torch.Tensor:
+    assert m.training
+    return m.down(F.gelu(m.up(z)))
+
+
+def evaluated(rank: int, world_size: int) -> float:
+    """The loss in evaluation mode, alone or on two ranks."""
+    torch.manual_seed(0)
+    module, batch = code(squashed)(), make_batch(0, 8)
+    module.log = lambda *args: None
+    if world_size > 1:
+        install(module, planned(code(squashed)), 0, tp_axis(), torch.device("cpu"))
+    with torch.no_grad():
+        return float(module.eval().training_step(batch, 0))
+
+
+def test_code_that_evaluates_in_another_way_is_right_there_too() -> None:
+    assert layer_of(planned(code(squashed)), "up").activation == "global"
+    assert layer_of(planned(code(fails_in_evaluation)), "up").activation == "local"
+    alone = evaluated(0, 1)
+    assert run_ranks(evaluated, 2) == pytest.approx([alone] * 2, rel=1e-6)
 
 
 # ---------------------------------------------------------------------- whole, with what it costs

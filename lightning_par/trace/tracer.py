@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def trace_step(
     prepare: Prepare | None = None,
     keep_error: bool = False,
     is_real: bool = False,
+    evaluates: bool = False,
 ) -> Trace:
     """Run one step of a copy of ``module`` on fake tensors and record it. No memory for weights, no side effect.
 
@@ -52,13 +53,15 @@ def trace_step(
         prepare: called with the copy before it runs, to install parallel layers on it.
         keep_error: when the step raises, give the trace up to there with the error in it.
         is_real: do not try fake tensors, an earlier run has failed on them.
+        evaluates: run it in evaluation mode, gradients included; other steps than ``training_step`` always are, without them.
 
     Raises:
         ModelError: the step returned None, or the chosen chain is none.
         PlanError: ``chain`` names nothing.
     """
     path, seen = find_chain(module, chain)
-    recorder, output, error, is_real = _run(module, batch, step, path, prepare, keep_error, is_real)
+    mode = _Mode(step, is_training=step == "training_step" and not evaluates, prepare=prepare)
+    recorder, output, error, is_real = _run(module, batch, mode, path, keep_error, is_real)
     if error is None and recorder.chain_fault is not None:
         assert path is not None
         if chain is not None:
@@ -66,7 +69,7 @@ def trace_step(
                 f"plan.chain={chain} is no chain of blocks: {recorder.chain_fault}. Name another, or leave the line out"
             )
         seen = (*seen, (path, recorder.chain_fault))
-        recorder, output, error, is_real = _run(module, batch, step, None, prepare, keep_error, is_real)
+        recorder, output, error, is_real = _run(module, batch, mode, None, keep_error, is_real)
     if error is not None and not keep_error:
         _explain_dry_run(error, step)
         raise error
@@ -75,34 +78,41 @@ def trace_step(
     return replace(recorder.finish(step, seen, batch_size, error), is_real=is_real, bound=bound_parameters(module))
 
 
+@dataclass(frozen=True)
+class _Mode:
+    step: str
+    is_training: bool
+    prepare: Prepare | None
+
+
 def _run(
-    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Prepare | None, keep_error: bool, is_real: bool
+    module: nn.Module, batch: Any, mode: _Mode, chain: str | None, keep_error: bool, is_real: bool
 ) -> tuple[Recorder, Any, Exception | None, bool]:
     """On fake tensors, and where that fails on real ones, which the last item of the result says."""
     if not is_real:
-        recorder, output, error = _run_once(module, batch, step, chain, prepare, FakeTensorMode(allow_non_fake_inputs=True))
+        recorder, output, error = _run_once(module, batch, mode, chain, FakeTensorMode(allow_non_fake_inputs=True))
         if error is None or (keep_error and not is_data_dependent(error)):
             return recorder, output, error, False
-    return *_run_once(module, batch, step, chain, prepare, None), True
+    return *_run_once(module, batch, mode, chain, None), True
 
 
 def _run_once(
-    module: nn.Module, batch: Any, step: str, chain: str | None, prepare: Prepare | None, fake: FakeTensorMode | None
+    module: nn.Module, batch: Any, mode: _Mode, chain: str | None, fake: FakeTensorMode | None
 ) -> tuple[Recorder, Any, Exception | None]:
     copied = _clone if fake is None else fake.from_tensor
-    training = step == "training_step"
+    has_gradients = mode.step == "training_step"
     with generators_put_back(), _in_the_open(), fake or contextlib.nullcontext():
         twin = copy_module(module, copied, by_reference=[getattr(module, "_trainer", None)])
         _silence(twin)
-        if prepare is not None:
-            prepare(twin)
+        if mode.prepare is not None:
+            mode.prepare(twin)
         inputs = map_tensors(lambda tensor: copied(tensor.detach()), batch)
-        recorder = Recorder(twin, chain, inputs, may_loop=not training)
-        twin.train(training)
+        recorder = Recorder(twin, chain, inputs, may_loop=not has_gradients)
+        twin.train(mode.is_training)
         output, failure = None, None
-        with torch.set_grad_enabled(training), FlopCounterMode(display=False) as flops, recorder.running(flops):
+        with torch.set_grad_enabled(has_gradients), FlopCounterMode(display=False) as flops, recorder.running(flops):
             try:
-                output = getattr(twin, step)(inputs, 0)
+                output = getattr(twin, mode.step)(inputs, 0)
             except PassesSeen:
                 pass
             except Exception as error:
