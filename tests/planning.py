@@ -38,6 +38,17 @@ class Chain(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Unordered(Chain):
+    """Runs its blocks from the last to the first."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in reversed(self.blocks):
+            x = block(x)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
 class Block(nn.Module):
     """The least that tensor parallelism splits: a column layer, a row layer, a residual."""
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_par.errors import ConfigurationError
 from lightning_par.layout import parse_layout
 from tests.models import make_batch
-from tests.planning import Block, Chain, quiet_trainer, tokens
+from tests.planning import Block, Chain, Unordered, quiet_trainer, tokens
 from tests.zoo import ENCODER_DECODERS
 
 MakeModel = Callable[[], pl.LightningModule]
@@ -75,17 +75,6 @@ class Heads(nn.Module):
         q, k, v = (layer(x).unflatten(-1, (-1, 8)).transpose(1, 2) for layer in (self.query, self.key, self.value))
         mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
         return x + self.output(self.dropout(mixed.transpose(1, 2).flatten(2)))
-
-
-class Unordered(Chain):
-    """Runs its blocks from the last to the first."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(tokens)
-        for block in reversed(self.blocks):
-            x = block(x)
-        logits: torch.Tensor = self.head(x)
-        return logits
 
 
 class Reader(Block):

@@ -18,7 +18,7 @@ from lightning_par.errors import ConfigurationError, DataError, LayoutError, Mod
 from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.layout import parse_layout
 from tests.models import llama, make_batch
-from tests.planning import Chain, quiet_trainer, tokens
+from tests.planning import Chain, Unordered, quiet_trainer, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -140,20 +140,11 @@ def test_no_chain() -> None:
         fit("pp2", Plain())
 
 
-class Backwards(Chain):
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(tokens)
-        for block in reversed(self.blocks):
-            x = block(x)
-        logits: torch.Tensor = self.head(x)
-        return logits
-
-
 def test_blocks_that_do_not_run_in_order() -> None:
     with pytest.raises(ModelError, match=r"looked at blocks: its blocks do not run once each, in order \(blocks.1 ran first\)"):
-        fit("pp2", Backwards(Block))
+        fit("pp2", Unordered(Block))
     with pytest.raises(ModelError, match=r"plan.chain=blocks is no chain of blocks: its blocks do not run once each"):
-        fit("pp2", Backwards(Block), plan={"chain": "blocks"})
+        fit("pp2", Unordered(Block), plan={"chain": "blocks"})
 
 
 class Side(Chain):

@@ -30,7 +30,7 @@ from lightning_par.runtime.nested import tensors_in
 from tests.axes import tp_axis
 from tests.models import VOCABULARY, EncoderClassifier, TransformersModel, gpt, gpt2, llama, make_batch
 from tests.parity import Run, check_parity, train_rank
-from tests.planning import Chain, plan_of, tokens
+from tests.planning import Chain, Unordered, plan_of, tokens
 from tests.ranks import run_ranks
 
 MODES = ("none", "selective", "full")
@@ -428,22 +428,11 @@ def test_words_and_patterns_that_are_wrong() -> None:
         plan_with(recompute={"layers.*": "full"})
 
 
-class Backwards(Chain):
-    """Its blocks are no chain."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(tokens)
-        for block in reversed(self.blocks):
-            x = block(x)
-        logits: torch.Tensor = self.head(x)
-        return logits
-
-
 def test_without_a_chain() -> None:
     with pytest.raises(
         ModelError,
-        match=r"recompute=full works block by block, and Backwards has no chain of blocks that the step runs in order \(looked at "
+        match=r"recompute=full works block by block, and Unordered has no chain of blocks that the step runs in order \(looked at "
         r"blocks: .*\): name the container of the blocks with plan.chain=PATH, or use recompute=none",
     ):
-        plan_of(Backwards(Block), "single", overrides={"recompute": {"*": "full"}})
-    assert plan_of(Backwards(Block), "single", overrides={"recompute": {"*": "none"}}).chain is None
+        plan_of(Unordered(Block), "single", overrides={"recompute": {"*": "full"}})
+    assert plan_of(Unordered(Block), "single", overrides={"recompute": {"*": "none"}}).chain is None
