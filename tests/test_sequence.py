@@ -10,12 +10,15 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_par.errors import LayoutError, ModelError
+from lightning_par.install import install_tensor_parallel
 from lightning_par.layout import Layout, parse_layout
 from lightning_par.pipeline.transport import Transport
 from lightning_par.plan import Plan
 from lightning_par.plan.render import render_plan
+from lightning_par.runtime.axis import LocalAxis
 from lightning_par.runtime.parameter import Split
 from lightning_par.tensor import SequenceParallel, ShardedTensor, convert_positionwise
 from tests import models
@@ -90,6 +93,36 @@ def test_what_runs_on_parts() -> None:
     partial = {p.spec.name.removeprefix("blocks.0.") for p in plan.parameters if p.spec.partial and "blocks.1" not in p.spec.name}
     assert partial >= {"norm.weight", "norm.bias", "down.bias", "excite.bias", "mix.weight", "mix.bias"}
     assert "scale" not in partial  # read by the block itself, whose rule sums its gradient
+
+
+def saved_bytes(word: str, depth: int, tp: int) -> int:
+    """What autograd saves in one step of a Llama, parameters left out."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=4
+    )
+    module, batch = models.TransformersModel(LlamaForCausalLM(config)), models.make_batch(0, 4)
+    module.log = lambda *args: None
+    if word != "single":
+        install_tensor_parallel(module, plan_of(module, word, batch), LocalAxis("tp", tp, 0))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    saved: dict[int, torch.Tensor] = {}  # by memory, alive so that none is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module.training_step(batch, 0)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in weights)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_layer_keeps_its_part_of_the_activations_and_two_gathered_inputs(tp: int) -> None:
+    """The inputs of the column layers are kept whole: their weight gradients need them, and gathering them again has a price."""
+    whole, cut = (saved_bytes(word, 3, tp) - saved_bytes(word, 2, tp) for word in ("single", f"tp{tp}_sp"))
+    hidden = 4 * LENGTH * 32 * 4
+    assert cut == whole // tp + 2 * (hidden - hidden // tp)
 
 
 def sent_shapes(rank: int, world_size: int, layout: Layout) -> set[tuple[int, ...]]:
