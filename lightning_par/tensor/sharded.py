@@ -226,10 +226,10 @@ def _refuse_gradient(grad: torch.Tensor) -> NoReturn:
 
 
 def _refuse_function(name: str) -> NoReturn:
-    raise ModelError(
-        f"{name} was applied to a sharded tensor, and autograd.Function has no hook that could shard it: "
-        "call it on x.full_tensor(), or write it with torch functions"
-    )
+    instead = "call it on x.full_tensor(), or write it with torch functions"
+    if name == "CheckpointFunction":  # of torch.utils.checkpoint
+        instead = "checkpoint with use_reentrant=False, or by recompute=full of the strategy"
+    raise ModelError(f"{name} was applied to a sharded tensor, and autograd.Function has no hook that could shard it: {instead}")
 
 
 def _on_gathered(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
