@@ -122,11 +122,10 @@ def _convert_layer(
     if layer.kind == "vocabulary":
         assert isinstance(child, nn.Embedding)
         convert_embedding(child, tp, child.num_embeddings)
-    elif layer.kind in ("column", "row"):
-        kind = "column" if layer.kind == "column" else "row"
+    elif layer.kind == "column" or layer.kind == "row":  # one by one, for mypy
         convert_linear(
             child,
-            kind,  # type: ignore[arg-type]
+            layer.kind,
             tp,
             segments=layer.segments or None,
             copies=layer.copies,

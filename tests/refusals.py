@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_par.errors import ConfigurationError
 from lightning_par.layout import parse_layout
 from tests.models import make_batch
-from tests.planning import Block, Chain, Unordered, quiet_trainer, tokens
+from tests.planning import Block, Chain, Unordered, WithEmbeddings, quiet_trainer, tokens
 from tests.zoo import ENCODER_DECODERS
 
 MakeModel = Callable[[], pl.LightningModule]
@@ -84,17 +84,6 @@ class Reader(Block):
         return super().forward(x) + first
 
 
-class Reading(Chain):
-    """Gives every block the embeddings."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        first = x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, first)
-        logits: torch.Tensor = self.head(x)
-        return logits
-
-
 class Longer(nn.Module):
     """Gives back twice the sequence."""
 
@@ -144,7 +133,7 @@ REFUSALS = (
     Refusal("more stages than blocks", "pp4", lambda: Chain(Block, depth=2)),
     Refusal("blocks in another order", "pp2", lambda: Unordered(Block)),
     Refusal("an encoder and a decoder in a pipeline", "pp2", ENCODER_DECODERS["T5"], lambda: make_batch(0, 4)),
-    Refusal("a second tensor from before the blocks", "pp2", lambda: Reading(Reader)),
+    Refusal("a second tensor from before the blocks", "pp2", lambda: WithEmbeddings(Reader)),
     Refusal("blocks that change the shape", "pp2", lambda: Chain(Longer)),
     Refusal("sp without a chain of blocks", "tp2_sp", lambda: Unordered(Block)),
     Refusal("BatchNorm in microbatches", "pp2", Normed),

@@ -18,7 +18,7 @@ from lightning_par.errors import ConfigurationError, DataError, LayoutError, Mod
 from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.layout import parse_layout
 from tests.models import llama, make_batch
-from tests.planning import Chain, Unordered, quiet_trainer, tokens
+from tests.planning import Chain, Unordered, WithEmbeddings, quiet_trainer, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -147,17 +147,6 @@ def test_blocks_that_do_not_run_in_order() -> None:
         fit("pp2", Unordered(Block), plan={"chain": "blocks"})
 
 
-class Side(Chain):
-    """Each block also reads the embeddings."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        first = x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, first)
-        logits: torch.Tensor = self.head(x)
-        return logits
-
-
 class SideBlock(Block):
     def forward(self, x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return super().forward(x) + first
@@ -169,7 +158,7 @@ def test_side_input_that_crosses_stages() -> None:
         r"blocks, and between pipeline stages only the hidden state of the blocks travels: compute it inside .* use parallel="
     )
     with pytest.raises(ModelError, match=match):
-        fit("pp2", Side(SideBlock))
+        fit("pp2", WithEmbeddings(SideBlock))
 
 
 class TwoOutputs(Block):

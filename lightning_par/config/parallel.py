@@ -12,8 +12,9 @@ from lightning_par.layout import Layout
 
 @dataclass
 class ParallelConfig:
-    """Fields of ``parallel``: those of `Layout`, under its names, what is recomputed and whether blocks are
-    compiled. OmegaConf refuses frozen dataclasses.
+    """Fields of ``parallel``: those of `Layout`, under its names, and two options of the strategy.
+
+    Not `Layout` itself: OmegaConf refuses frozen dataclasses.
 
     Types are checked when Hydra composes; ranges and what depends on the devices by `Layout`.
     """
@@ -42,4 +43,4 @@ def read_layout(parallel: Mapping[str, Any]) -> Layout:
     for key in parallel:
         if key not in known:
             raise LayoutError(f"parallel.{key}: there is no such key; the keys are {', '.join(known)}")
-    return Layout(**{key: value for key, value in parallel.items() if key not in ("recompute", "compile")})
+    return Layout(**{field.name: parallel[field.name] for field in fields(Layout) if field.name in parallel})

@@ -24,7 +24,7 @@ def check_chain(trace: Trace, layout: Layout, module: str) -> None:
     if not trace.blocks:
         raise ModelError(
             f"parallel={layout} needs a chain of blocks, and {module} has none that the step runs in order "
-            f"({_looked(trace, module)}): name the container of the blocks with plan.chain=PATH, or "
+            f"({looked(trace, module)}): name the container of the blocks with plan.chain=PATH, or "
             f"{_use(layout, lambda near: near.pp == 1)}"
         )
     if layout.pp > trace.num_blocks:
@@ -50,7 +50,7 @@ def check_recompute(trace: Trace, chosen: Mapping[str, Recompute], module: str) 
     if mode is not None and trace.step == "training_step":
         raise ModelError(
             f"recompute={mode} works block by block, and {module} has no chain of blocks that the step runs in order "
-            f"({_looked(trace, module)}): name the container of the blocks with plan.chain=PATH, or use recompute=none"
+            f"({looked(trace, module)}): name the container of the blocks with plan.chain=PATH, or use recompute=none"
         )
 
 
@@ -191,7 +191,7 @@ def _phase_name(trace: Trace, phase: int) -> str:
     return f"in {trace.blocks[phase // 2].path}" if phase % 2 else "between or after the blocks"
 
 
-def _looked(trace: Trace, module: str) -> str:
+def looked(trace: Trace, module: str) -> str:
     """Where a chain was looked for, and why each was none."""
     seen = "; ".join(f"{name or module}: {reason}" for name, reason in trace.chains_seen)
     return f"looked at {seen or 'no ModuleList or Sequential at all'}"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lightning_par.errors import ConfigurationError, ModelError
+from lightning_par.plan.check import looked
 from lightning_par.plan.plan import CompilePlan, Plan
 from lightning_par.plan.tensor_rules import Flow
 from lightning_par.trace import Op, Trace
@@ -48,10 +49,9 @@ def check_compilation(trace: Trace, plan: Plan) -> None:
         ConfigurationError: something in the layout or the plan section that has to see each operation of a block.
     """
     if plan.chain is None:
-        looked = "; ".join(f"{name or plan.module}: {reason}" for name, reason in trace.chains_seen) or "no ModuleList at all"
         raise ModelError(
-            f"compile works block by block, and {plan.module} has no chain of blocks that the step runs in order (looked at "
-            f"{looked}): name the container of the blocks with plan.chain=PATH, or use compile=false"
+            f"compile works block by block, and {plan.module} has no chain of blocks that the step runs in order "
+            f"({looked(trace, plan.module)}): name the container of the blocks with plan.chain=PATH, or use compile=false"
         )
     if "selective" in plan.chain.recompute:
         raise ConfigurationError(
