@@ -5,6 +5,7 @@ A layout is written as one word, tokens joined by ``_`` in any order::
     tp2_pp2_zero1      2-way tensor parallel, 2 pipeline stages, ZeRO stage 1 over what is left of the devices
     dp4_zero3          4 data-parallel replicas, everything sharded
     pp4_mb16           4 stages, every batch cut into 16 microbatches
+    pp4_vp2            8 stages, two on each of 4 ranks
     tp4_sp             4-way tensor parallel, hidden states between the blocks cut along the sequence
     single             one process
 
@@ -17,12 +18,14 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 from lightning_par.errors import LayoutError
 
 TOKENS = {
     "tp": "tensor-parallel size",
-    "pp": "pipeline stages",
+    "pp": "pipeline-parallel size",
+    "vp": "pipeline stages on each rank (virtual stages)",
     "dp": "data-parallel size (default: what is left of the devices)",
     "zero": "ZeRO stage, 0 to 3",
     "mb": "microbatches per batch",
@@ -30,9 +33,11 @@ TOKENS = {
 FLAGS = {"sp": "sequence parallel: hidden states between the blocks are cut along the sequence, over tp"}
 EXAMPLES = (
     "single", "tp2", "tp4", "tp8", "tp2_sp", "pp2", "pp4", "dp2", "dp4_zero1", "dp4_zero2", "dp4_zero3", "tp2_pp2", "tp4_pp2",
-    "tp2_zero1", "pp2_zero1", "pp2_mb8", "tp2_pp2_zero1", "tp2_pp2_dp2_zero3", "tp8_pp4_zero1",
+    "tp2_zero1", "pp2_zero1", "pp2_mb8", "pp4_vp2", "tp2_pp2_zero1", "tp2_pp2_dp2_zero3", "tp8_pp4_zero1",
 )  # fmt: skip
 _TOKEN = re.compile(r"([a-z]+)(\d+)")
+
+Placement: TypeAlias = Literal["loop", "v"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,13 @@ class Layout:
 
     Attributes:
         tp: ranks that share every split layer (tensor parallel).
-        pp: pipeline stages.
+        pp: ranks that share the stages of a pipeline (pipeline parallel).
         dp: data-parallel replicas; ``None`` until the number of devices is known.
         zero: ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters, over dp.
         microbatches: pieces a batch is cut into; ``None`` for twice the stages (or fewer, so that the batch divides).
         sp: whether hidden states between the blocks are cut along the sequence over the tp ranks (sequence parallel).
+        vp: stages on each pp rank (virtual stages).
+        placement: which stages those are, see `pp_of_stage`; follows from the schedule.
     """
 
     tp: int = 1
@@ -54,20 +61,24 @@ class Layout:
     zero: int = 0
     microbatches: int | None = None
     sp: bool = False
+    vp: int = 1
+    placement: Placement = "loop"
 
     def __post_init__(self) -> None:
-        for axis, size in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp), ("mb", self.microbatches)):
+        for axis, size in (("tp", self.tp), ("pp", self.pp), ("vp", self.vp), ("dp", self.dp), ("mb", self.microbatches)):
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise LayoutError(f"{axis}{size}: {TOKENS[axis]} must be an integer of at least 1")
         if self.zero not in (0, 1, 2, 3):
             raise LayoutError(f"zero{self.zero}: the ZeRO stage must be 0, 1, 2 or 3")
         if self.sp and self.tp == 1:
             raise LayoutError("sp cuts the sequence over the tensor-parallel ranks, and tp is 1: add tp2 or more, or leave sp out")
+        if self.vp > 1 and self.pp == 1:
+            raise LayoutError(f"vp{self.vp} gives each pipeline rank several stages, and pp is 1: add pp2 or more, or leave vp out")
 
     def __str__(self) -> str:
         parts = [f"tp{self.tp}"] if self.tp > 1 else []
         parts += ["sp"] if self.sp else []
-        parts += [f"{axis}{size}" for axis, size in (("pp", self.pp), ("dp", self.dp or 1)) if size > 1]
+        parts += [f"{axis}{size}" for axis, size in (("pp", self.pp), ("vp", self.vp), ("dp", self.dp or 1)) if size > 1]
         parts += [f"zero{self.zero}"] if self.zero else []
         parts += [f"mb{self.microbatches}"] if self.microbatches else []
         return "_".join(parts) or "single"
@@ -76,6 +87,24 @@ class Layout:
     def model_size(self) -> int:
         """Ranks that hold one copy of the model: tp x pp."""
         return self.tp * self.pp
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline: pp x vp."""
+        return self.pp * self.vp
+
+    def pp_of(self, stage: int) -> int:
+        """The pp coordinate that runs a stage."""
+        return pp_of_stage(stage, self.pp, self.placement)
+
+    def stages_of(self, pp: int) -> tuple[int, ...]:
+        """The stages that run at a pp coordinate, ascending."""
+        return tuple(stage for stage in range(self.num_stages) if self.pp_of(stage) == pp)
+
+    @property
+    def last_pp(self) -> int:
+        """The pp coordinate of the last stage, where the loss is."""
+        return self.pp_of(self.num_stages - 1)
 
     @property
     def world_size(self) -> int:
@@ -131,6 +160,20 @@ class Coordinate:
         return f"pp {self.pp}, dp {self.dp}, tp {self.tp}"
 
 
+def pp_of_stage(stage: int, pp: int, placement: Placement) -> int:
+    """The pp coordinate that runs a stage, of ``pp`` ranks with any number of stages each.
+
+    ``loop`` goes round the ranks again and again (Megatron-LM, arXiv 2104.04473, section 2.2), ``v`` there and back
+    (arXiv 2405.15362, section 3)::
+
+        pp             0     1     2     3
+        loop, vp 2    0 4   1 5   2 6   3 7
+        v,    vp 2    0 7   1 6   2 5   3 4
+    """
+    turn, place = divmod(stage, pp)
+    return pp - 1 - place if placement == "v" and turn % 2 else place
+
+
 def parse_layout(word: str) -> Layout:
     """Read a layout word.
 
@@ -160,6 +203,7 @@ def parse_layout(word: str) -> Layout:
             zero=sizes.get("zero", 0),
             microbatches=sizes.get("mb"),
             sp="sp" in flags,
+            vp=sizes.get("vp", 1),
         )
     except LayoutError as error:
         raise LayoutError(f"parallel={word}: {error}") from None
@@ -184,7 +228,7 @@ def nearest_layouts(layout: Layout, num_devices: int, count: int = 2, fits: Call
 
     degrees = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     legal = [
-        replace(layout, tp=tp, pp=pp, dp=num_devices // (tp * pp), sp=layout.sp and tp > 1)
+        replace(layout, tp=tp, pp=pp, dp=num_devices // (tp * pp), sp=layout.sp and tp > 1, vp=layout.vp if pp > 1 else 1)
         for tp in degrees
         for pp in degrees
         if num_devices % (tp * pp) == 0

@@ -87,7 +87,7 @@ def test_values_are_typed() -> None:
 
 
 def test_a_key_that_is_forced_in_is_refused() -> None:
-    with pytest.raises(LayoutError, match=r"parallel\.tpp: there is no such key; the keys are tp, pp, dp, zero, microbatches"):
+    with pytest.raises(LayoutError, match=r"parallel\.tpp: there is no such key; the keys are tp, pp, vp, dp, zero, microbatches"):
         read_layout(composed("parallel=tp2", "+parallel.tpp=3").parallel)
 
 

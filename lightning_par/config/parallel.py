@@ -21,12 +21,18 @@ class ParallelConfig:
 
     tp: int = 1
     pp: int = 1
+    vp: int = 1
     dp: int | None = None
     zero: int = 0
     microbatches: int | None = None
     sp: bool = False
     recompute: str = "none"
     compile: Any = False  # true, or the name of a backend
+
+    @classmethod
+    def of(cls, layout: Layout) -> ParallelConfig:
+        """The fields of a layout word. Where stages lie (`Layout.placement`) is no field: it follows from the schedule."""
+        return cls(**{field.name: getattr(layout, field.name) for field in fields(cls) if hasattr(layout, field.name)})
 
 
 def read_layout(parallel: Mapping[str, Any]) -> Layout:

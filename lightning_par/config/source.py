@@ -7,7 +7,6 @@ that `parse_layout` reads. Its scheme is ``par://``; what follows is not used.
 from __future__ import annotations
 
 import builtins
-from dataclasses import asdict
 
 from hydra.core.object_type import ObjectType
 from hydra.errors import MissingConfigException
@@ -55,7 +54,7 @@ class LayoutConfigSource(ConfigSource):
         word = _word(config_path)
         if word is None:
             raise ConfigLoadError(f"Config not found: {config_path}")
-        config = OmegaConf.structured(ParallelConfig(**asdict(parse_layout(word))))
+        config = OmegaConf.structured(ParallelConfig.of(parse_layout(word)))
         return ConfigResult(provider=self.provider, path=f"par://{self.path}", config=config, header={"package": None})
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> builtins.list[str]:
