@@ -1,0 +1,64 @@
+"""The tables of a run: what every rank does in a step of so many microbatches, by the chosen schedule."""
+
+from __future__ import annotations
+
+from lightning_par.layout import Layout
+from lightning_par.pipeline.action import Row, Table
+from lightning_par.pipeline.schedules import SCHEDULES, auto_schedule, build_schedule, forward_only
+from lightning_par.pipeline.simulate import Costs
+
+
+class Tables:
+    """Builds each table once. Every rank builds the same ones by itself.
+
+    Args:
+        schedule: its name.
+        layout: sizes of the axes, with the stages' placement.
+        costs: of each stage, for a schedule that is built from them. Set anew, as to measured ones, they count for every step
+            that comes after.
+    """
+
+    def __init__(self, schedule: str, layout: Layout, costs: Costs) -> None:
+        self.schedule, self._layout, self._costs = schedule, layout, costs
+        self._tables: dict[tuple[bool, int], Table] = {}
+
+    @property
+    def costs(self) -> Costs:
+        return self._costs
+
+    @costs.setter
+    def costs(self, costs: Costs) -> None:
+        self._costs = costs
+        self._tables.clear()
+
+    def training(self, num_microbatches: int) -> Table:
+        """Forwards and backwards of every microbatch on every stage."""
+        return self._table(True, num_microbatches)
+
+    def evaluation(self, num_microbatches: int) -> Table:
+        """Forwards alone."""
+        return self._table(False, num_microbatches)
+
+    def row(self, pp: int, num_microbatches: int, trains: bool) -> Row:
+        """What a pp coordinate does."""
+        return self._table(trains, num_microbatches)[pp]
+
+    def _table(self, trains: bool, num_microbatches: int) -> Table:
+        key = trains, num_microbatches
+        if key not in self._tables:
+            self._tables[key] = self._build(*key)
+        return self._tables[key]
+
+    def _build(self, trains: bool, num_microbatches: int) -> Table:
+        layout = self._layout
+        if not trains:
+            return forward_only(layout.pp, layout.vp, num_microbatches, layout.placement)
+        if self.schedule == "auto":
+            splits = layout.zero < 3
+            return auto_schedule(self._costs, layout.pp, layout.vp, num_microbatches, layout.placement, splits_backward=splits)
+        return build_schedule(self.schedule, layout.pp, layout.vp, num_microbatches)
+
+
+def splits_backward(schedule: str, layout: Layout) -> bool:
+    """Whether a schedule computes weight gradients apart from input gradients."""
+    return SCHEDULES[schedule].splits_backward and layout.zero < 3
