@@ -2,9 +2,10 @@
 
 1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder
 2. convert     planned layers compute on their shards
-3. compile     planned modules are compiled when they are first called
-4. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
-5. cut         blocks of other stages only pass the hidden state on, or end the step
+3. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
+4. compile     planned modules are compiled when they are first called
+5. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
+6. cut         blocks of other stages only pass the hidden state on, or end the step
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from lightning_par.plan import LayerPlan, Plan
 from lightning_par.plan.plan import ChainPlan, ParameterPlan
 from lightning_par.recompute import recompute_blocks
 from lightning_par.runtime.axis import Axis
+from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.parameter import set_spec
+from lightning_par.split_backward import defer_weight_gradients
 from lightning_par.tensor import SequenceParallel, SharedInput, convert_embedding, convert_linear, convert_positionwise
 
 
-def install(module: nn.Module, plan: Plan, stage: int, tp: Axis, device: torch.device) -> Stage:
+def install(
+    module: nn.Module, plan: Plan, stage: int, tp: Axis, device: torch.device, deferred: DeferredGradients | None = None
+) -> Stage:
     """Make ``module`` this rank's part of the plan, in place. Not a collective.
 
     Parameter names, parameter objects and modules stay the user's own. What is left of the module is not moved.
@@ -38,10 +43,13 @@ def install(module: nn.Module, plan: Plan, stage: int, tp: Axis, device: torch.d
         stage: this rank's stage.
         tp: this rank's tensor-parallel axis.
         device: where the module is going to run; placeholders are made there.
+        deferred: where layers leave their weight gradients during an action I; None where the schedule has none.
     """
     shard_parameters(module, plan.parameters, stage, tp, device)
     sequence = _sequence(plan, tp)
     convert_layers(module, plan, stage, tp, sequence)
+    if deferred is not None:
+        defer_weight_gradients(module, deferred)
     compile_modules(module, plan, stage)
     recompute_blocks(module, plan, stage, tp)
     return cut_stage(module, plan, stage, device, sequence)
