@@ -2,9 +2,10 @@
 
 1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder
 2. convert     planned layers compute on their shards
-3. compile     planned modules are compiled when they are first called
-4. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
-5. cut         blocks of other stages only pass the hidden state on, or end the step
+3. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
+4. compile     planned modules are compiled when they are first called
+5. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
+6. cut         blocks of other stages only pass the hidden state on, or end the step
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lightning_par.recompute import recompute_blocks
 from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.parameter import set_spec
+from lightning_par.split_backward import defer_weight_gradients
 from lightning_par.tensor import SequenceParallel, SharedInput, convert_embedding, convert_linear, convert_positionwise, whole_tensor
 
 
@@ -42,11 +44,13 @@ def install(
         pp: this rank's pp coordinate.
         tp: this rank's tensor-parallel axis.
         device: where the module is going to run; placeholders are made there.
-        deferred: keeps the weight gradients that layers put off, where the schedule computes them apart.
+        deferred: where layers leave their weight gradients during an action I; None where the schedule has none.
     """
     shard_parameters(module, plan.parameters, pp, tp, device)
     sequence = _sequence(plan, tp)
     convert_layers(module, plan, pp, tp, sequence)
+    if deferred is not None:
+        defer_weight_gradients(module, deferred)
     compile_modules(module, plan, pp)
     recompute_blocks(module, plan, pp, tp)
     return cut_stages(module, plan, pp, device, sequence)

@@ -17,7 +17,7 @@ from torch import nn
 from lightning_par.errors import ModelError
 from lightning_par.plan.plan import CarriedPlan, ChainPlan
 from lightning_par.runtime.call import change_call
-from lightning_par.runtime.nested import child_at
+from lightning_par.runtime.template import arguments_of, leaf_at
 
 Seen: TypeAlias = dict[CarriedPlan, torch.Tensor]  # what modules returned, that crosses stages
 
@@ -70,19 +70,17 @@ class Blocks:
             return through(*args[:where], hidden, *args[where + 1 :], **kwargs)
         return through(*args, **{**kwargs, where: hidden})
 
-    def pass_over(self, index: int, hidden: torch.Tensor, requires_grad: bool = False) -> Any:
-        """What the call of a block of another rank gives: its input, in the form of its output.
-
-        The hidden state is another object each time: each block's is another value to the code, and may be carried.
-        """
-        hidden = hidden.detach()
+    def pass_over(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], requires_grad: bool = False) -> Any:
+        """What the call of a block of another rank gives: its input, in the form of its output."""
+        hidden, output = self.hidden(index, args, kwargs), self.chain.outputs[index]
         if requires_grad and hidden.is_floating_point():
-            hidden.requires_grad_()
-        return self.chain.outputs[index].build(hidden)
+            hidden = hidden.detach().requires_grad_()
+        return output.build(hidden, output.placeholders(hidden, args, kwargs))
 
     def find(self, carried: Iterable[CarriedPlan], seen: Seen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The tensors that cross where a block is called with these arguments."""
-        return [seen[each] if each.place == "output" else _among(each, args, kwargs) for each in carried]
+        arguments = arguments_of(args, kwargs)
+        return [seen[each] if each.place == "output" else leaf_at(arguments, each.path) for each in carried]
 
     def _call_of(self, index: int, cls: type[nn.Module]) -> Callable[..., Any]:
         def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -104,10 +102,5 @@ def see_output(seen: Seen, carried: Iterable[CarriedPlan], module: str, output: 
     """Note those of ``carried`` that ``module`` returned."""
     for each in carried:
         if each.place == "output" and each.module == module:
-            seen[each] = child_at(output, each.path)
+            seen[each] = leaf_at(output, each.path)
 
-
-def _among(carried: CarriedPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    first, *rest = carried.path
-    found: torch.Tensor = child_at(args[first] if isinstance(first, int) else kwargs[first], rest)
-    return found

@@ -79,7 +79,7 @@ class Lockstep:
         if stage not in self._stages.stages:
             block = self._module.get_submodule(self._blocks.chain.blocks[index])
             keep_length(block, hidden, (args, kwargs))
-            output = self._blocks.pass_over(index, hidden)
+            output = self._blocks.pass_over(index, args, kwargs)
             self.see(self._blocks.chain.blocks[index], output)
             return output
         carry, is_entrance = self._stages.carry, index in self._first

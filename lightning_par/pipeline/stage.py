@@ -203,13 +203,12 @@ class _StageRun:
             return blocks.call_with(index, self._enter(blocks, args, kwargs), through, args, kwargs)
         if cut.first < index < cut.last:
             return through(*args, **kwargs)
-        hidden = blocks.hidden(index, args, kwargs)
         if index >= cut.last:
-            sides = blocks.find(cut.leaving, self.seen, args, kwargs)
+            hidden, sides = blocks.hidden(index, args, kwargs), blocks.find(cut.leaving, self.seen, args, kwargs)
             raise StageExit([self.program.carry.leave(hidden), *map(self.program.whole, sides)])
         if index == cut.first - 1 and self.needs_grad and blocks.chain.trains[cut.first]:
             torch.set_grad_enabled(True)  # until the step ends; see [Note: in the place of]
-        output = blocks.pass_over(index, hidden, requires_grad=index == cut.first - 1 and torch.is_grad_enabled())
+        output = blocks.pass_over(index, args, kwargs, requires_grad=index == cut.first - 1 and torch.is_grad_enabled())
         self.see(blocks.chain.blocks[index], output)
         return output
 

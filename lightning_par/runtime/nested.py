@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,6 @@ def children(node: Any) -> list[tuple[Any, Any]] | None:
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
     return None
-
-
-def child_at(node: Any, path: Sequence[Any]) -> Any:
-    """What lies at a path of keys, each as `children` gives them."""
-    for key in path:
-        node = node[key] if isinstance(node, (Mapping, list, tuple)) else getattr(node, key)
-    return node
 
 
 def rebuild(node: Any, values: list[Any]) -> Any:
