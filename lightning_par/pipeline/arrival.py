@@ -24,25 +24,31 @@ class Arrival:
 
     def __init__(self) -> None:
         self.tensors: list[torch.Tensor] = []
+        self._returns: list[bool] = []
         self._grads: dict[int, torch.Tensor] = {}
 
-    def put(self, held: Sequence[torch.Tensor], received: Sequence[torch.Tensor], needs_grad: bool) -> None:
-        """Make each of ``held`` the one of ``received``; see [Note: in the place of]."""
-        self.tensors = list(held)
+    def put(self, held: Sequence[torch.Tensor], received: Sequence[torch.Tensor], returns: Sequence[bool]) -> None:
+        """Make each of ``held`` the one of ``received``; see [Note: in the place of].
+
+        Args:
+            held: the user's tensors.
+            received: what takes their place.
+            returns: whether the stage before is sent a gradient of each.
+        """
+        self.tensors, self._returns = list(held), list(returns)
         for index, (mine, theirs) in enumerate(zip(held, received, strict=True)):
             zeros = mine.new_zeros(()).expand(mine.shape)
             if mine.grad_fn is not None and torch.is_grad_enabled() and mine._base is None:
                 mine.detach_()
             mine.data = theirs
-            if needs_grad and theirs.is_floating_point():
-                if mine.grad_fn is None:
-                    mine.requires_grad_()
-                else:
-                    mine.register_hook(self._taking(index, zeros))
+            if returns[index] and mine.grad_fn is None:
+                mine.requires_grad_()
+            elif mine.grad_fn is not None:
+                mine.register_hook(self._taking(index, zeros))
 
     def gradients(self) -> list[torch.Tensor]:
-        """Of every floating tensor, what the backward gave it; zeros where it gave nothing."""
-        return [self._gradient(index, tensor) for index, tensor in enumerate(self.tensors) if tensor.is_floating_point()]
+        """What the backward gave each tensor that returns a gradient; zeros where it gave nothing."""
+        return [self._gradient(index, tensor) for index, tensor in enumerate(self.tensors) if self._returns[index]]
 
     def _gradient(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
         found = self._grads.get(index) if tensor.grad_fn is not None else tensor.grad

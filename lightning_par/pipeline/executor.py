@@ -12,7 +12,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_par.errors import ModelError
 from lightning_par.pipeline.action import Action, Row
-from lightning_par.pipeline.stage import Arrival, StageProgram
+from lightning_par.pipeline.arrival import Arrival
+from lightning_par.pipeline.stage import StageProgram, returned
 from lightning_par.pipeline.transport import Like, Transport
 from lightning_par.runtime.deferral import DeferredGradients
 
@@ -60,7 +61,7 @@ class _InFlight:
 
     Attributes:
         arrival: what was received.
-        left: of every floating tensor that left, where its gradient enters the graph and what it is like.
+        left: of every tensor that left and has a gradient, where its gradient enters the graph and what it is like.
     """
 
     arrival: Arrival = field(default_factory=Arrival)
@@ -172,7 +173,8 @@ class Executor:
         else:
             self._send(Action("F", stage + 1, index), leaving, step)
         if torch.is_grad_enabled():
-            kept.left = [(_edge(tensor), _like(tensor)) for tensor in leaving if tensor.is_floating_point()]
+            returns = returned(self._stages.cuts[stage].leaving)
+            kept.left = [(_edge(tensor), _like(tensor)) for tensor, has in zip(leaving, returns, strict=False) if has]
             step.flying[stage, index] = kept
 
     def _backward(self, action: Action, step: _Step) -> None:

@@ -108,7 +108,7 @@ class Lockstep:
         received = self._transport.receive(message, self._transport.receive_header(message, len(held)))
         if like is not hidden:
             held[0] = received[0]
-        Arrival().put(held, received, needs_grad=False)
+        Arrival().put(held, received, [False] * len(held))
         self._arrived = held
 
     def _is_mine(self, stage: int) -> bool:

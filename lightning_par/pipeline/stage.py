@@ -239,7 +239,13 @@ class _StageRun:
         received = receive(held)
         if carried is not hidden:  # the user's object has another form, and its block gets one made of what was received
             held[0] = received[0].detach()
-        self.arrival.put(held, received, self.needs_grad and blocks.chain.trains[self._cut.first])
+        trains = self.needs_grad and blocks.chain.trains[self._cut.first]
+        self.arrival.put(held, received, [trains and returns for returns in returned(self._cut.arriving)])
+
+
+def returned(carried: Sequence[CarriedPlan]) -> list[bool]:
+    """Whether a gradient comes back of each tensor that crosses, the hidden state first."""
+    return [True, *(each.has_gradient for each in carried)]
 
 
 def _cut(plan: Plan, stage: int) -> Cut:
