@@ -14,6 +14,7 @@ from lightning_par.checkpoint import check_layout
 from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.first_batch import first_batch
+from lightning_par.host.timeline import PipelineTimeline
 from lightning_par.layout import Coordinate, Layout, nearest_layouts
 from lightning_par.plan import Plan
 from lightning_par.prepare import prepare_plan
@@ -112,13 +113,15 @@ def check_inference_mode(trainer: Any) -> None:
 
 
 def check_callbacks(trainer: Any) -> None:
-    """Refuse callbacks that would go wrong silently on a split module.
+    """Refuse callbacks that would go wrong silently on a split module, and a timeline of no pipeline.
 
     Raises:
         ConfigurationError: names the callback and what to do instead.
     """
     layout = trainer.strategy.layout
     for callback in trainer.callbacks:
+        if isinstance(callback, PipelineTimeline):
+            callback.check_layout(layout)
         names = {cls.__name__ for cls in type(callback).__mro__}
         if names & {"StochasticWeightAveraging", "WeightAveraging"}:
             raise ConfigurationError(
