@@ -79,22 +79,18 @@ class Engine:
         self._hooks.after_forward, self._hooks.after_backward = self.states.after_forward, self.states.after_backward
         return self.states
 
-    def train(
-        self, program: Program, sizes: Sequence[int], loss_of: Callable[[Any], torch.Tensor], scale: float = 1.0
-    ) -> list[Any]:
+    def train(self, program: Program, weights: Sequence[float], loss_of: Callable[[Any], torch.Tensor]) -> list[Any]:
         """Forward and backward of every microbatch; gradients add up in ``p.grad``. Collective over the replica.
 
         Args:
             program: runs the user's step on the microbatch of an index.
-            sizes: samples in each; a microbatch's loss counts by its share of them.
+            weights: factor of each microbatch's loss in the backward; read on the last stage.
             loss_of: the loss in what the step returned.
-            scale: factor of the whole loss, 1 / accumulated batches.
 
         Returns:
             What the step returned for each microbatch, on the last stage; elsewhere an empty list.
         """
-        table = build_schedule(self.schedule, self.mesh.layout.pp, len(sizes))
-        weights = [scale * size / sum(sizes) for size in sizes]
+        table = build_schedule(self.schedule, self.mesh.layout.pp, len(weights))
         assert self.states is not None, "training needs an owner of the optimizer states"
         with self.streams.step(), self.states.accumulate():
             return self._executor.run(table[self.mesh.coordinate.pp], program, loss_of, weights)

@@ -82,7 +82,8 @@ class Mesh:
 
     @property
     def is_last_stage(self) -> bool:
-        return self.coordinate.pp == self.layout.pp - 1
+        """Whether this rank runs the pipeline's last stage, perhaps among others."""
+        return self.coordinate.pp == self.layout.last_pp
 
     def _axis(self, name: str, every: Iterable[list[int]]) -> GroupAxis:
         """Build all groups of one axis; keep the one that this rank is on (where it is on none, an axis of itself alone)."""
