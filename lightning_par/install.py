@@ -28,7 +28,14 @@ from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.parameter import set_spec
 from lightning_par.split_backward import defer_weight_gradients
-from lightning_par.tensor import SequenceParallel, SharedInput, convert_embedding, convert_linear, convert_positionwise, whole_tensor
+from lightning_par.tensor import (
+    SequenceParallel,
+    SharedInput,
+    convert_embedding,
+    convert_linear,
+    convert_positionwise,
+    whole_tensor,
+)
 
 
 def install(
