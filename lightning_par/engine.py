@@ -5,8 +5,8 @@ Knows nothing of Lightning: it is given a program that runs the user's step on o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 
 from lightning_par.install import install
 from lightning_par.pipeline.executor import Executor, Hooks, Observer
-from lightning_par.pipeline.schedules import default_schedule
+from lightning_par.pipeline.lockstep import Lockstep
+from lightning_par.pipeline.measure import CostMeter
+from lightning_par.pipeline.schedules import AUTO, default_schedule
 from lightning_par.pipeline.simulate import Costs
 from lightning_par.pipeline.tables import Tables, splits_backward
 from lightning_par.pipeline.transport import Transport
@@ -30,6 +32,7 @@ from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
 
 Program = Callable[[int], Any]
+METERED_STEPS = range(3, 6)  # calls of `Engine.train`; the first ones are slower than the rest
 
 
 class Engine:
@@ -67,6 +70,9 @@ class Engine:
         self._hooks = Hooks(before_forward=self.streams.begin, at_entrance=self.streams.enter_stage)
         transport = Transport(layout, mesh.activations, mesh.gradients, device)
         self._executor = Executor(stages, transport, self._hooks, deferred)
+        self._lockstep = Lockstep(module, stages, transport, mesh.pp) if layout.pp > 1 else None
+        self._meter = CostMeter(layout.num_stages, device) if self.tables.schedule == AUTO and layout.pp > 1 else None
+        self._num_trained = 0
         self.states: OptimizerStates | None = None
         Engine._engines[module] = self
 
@@ -112,7 +118,7 @@ class Engine:
         """
         row = self.tables.row(self.mesh.coordinate.pp, len(weights), trains=True)
         assert self.states is not None, "training needs an owner of the optimizer states"
-        with self.streams.step(), self.states.accumulate():
+        with self.streams.step(), self.states.accumulate(), self._metered():
             return self._executor.run(row, program, loss_of, weights, self._static(shapes))
 
     def evaluate(self, program: Program, num_microbatches: int, shapes: Sequence[Hashable] = ()) -> list[Any]:
@@ -121,6 +127,36 @@ class Engine:
         gathered = nullcontext() if self.states is None else self.states.evaluate()
         with self.streams.step(), torch.no_grad(), gathered:
             return self._executor.run(row, program, _no_loss, (), self._static(shapes))
+
+    def evaluate_in_lockstep(self, program: Callable[[], Any]) -> tuple[Any, int]:
+        """A whole step, without gradients, that may call its blocks again and again; see `lightning_par.pipeline.lockstep`.
+
+        Collective over the replica.
+
+        Returns:
+            What the step returned, on every rank; and how often it went through its blocks.
+        """
+        assert self._lockstep is not None, "one rank runs such a step alone"
+        gathered = nullcontext() if self.states is None else self.states.evaluate()
+        with self.streams.step(), torch.no_grad(), gathered:
+            self.streams.begin(0)
+            return self._lockstep.run(program), self._lockstep.num_passes
+
+    @contextmanager
+    def _metered(self) -> Iterator[None]:
+        """Around a training step: some of the first ones tell what each stage costs, where the schedule is made of that.
+
+        Collective over the world after the last of them.
+        """
+        self._num_trained += 1
+        if self._meter is None or self._num_trained not in METERED_STEPS:
+            yield
+            return
+        self.observers.append(self._meter)
+        yield
+        self.observers.remove(self._meter)
+        if self._num_trained == METERED_STEPS[-1]:
+            self.tables.costs, self._meter = self._meter.costs(self.mesh.world), None
 
     def _static(self, shapes: Sequence[Hashable]) -> Sequence[Hashable]:
         """The shapes that a step's follow from; none where code reads values, which may change them."""

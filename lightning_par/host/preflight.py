@@ -17,6 +17,7 @@ from lightning_par.host.first_batch import first_batch
 from lightning_par.host.loss_weight import check_loss_weight
 from lightning_par.host.timeline import PipelineTimeline
 from lightning_par.layout import Coordinate, Layout, nearest_layouts
+from lightning_par.pipeline.schedules import check_schedule
 from lightning_par.plan import Plan
 from lightning_par.prepare import prepare_plan
 from lightning_par.runtime.generator import generators_put_back
@@ -64,6 +65,8 @@ def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any]
             batch = getattr(source if _overrides(source, hook) else twin, hook)(batch, 0)
         count = trainer.strategy.loss_weight
         plan = prepare_plan(twin, batch, layout, overrides, _STEPS[what], counts_targets=count is not None)
+        if what == "fit" and layout.pp > 1:
+            check_schedule(trainer.strategy.schedule, layout.pp, layout.vp, plan.layout.microbatches)
         if what == "fit" and count is not None:
             check_loss_weight(count, twin, batch, plan.layout.microbatches or 1)
         return plan

@@ -33,7 +33,7 @@ from lightning_par.host.preflight import (
 )
 from lightning_par.host.steps import StepRunner
 from lightning_par.layout import Layout, parse_layout
-from lightning_par.pipeline.schedules import build_schedule
+from lightning_par.pipeline.tables import choose_schedule
 from lightning_par.plan import Plan
 from lightning_par.plan.compiled import read_backend
 from lightning_par.plan.override import check_recompute_word
@@ -59,7 +59,9 @@ class HybridParallelStrategy(Host):
         recompute: what of the blocks' activations the backward computes again: ``none``, ``selective`` (what is cheap to make)
             or ``full`` (all but their inputs). A line of ``plan`` says it for single blocks.
         compile: whether torch.compile compiles the blocks: True, or the name of its backend.
-        schedule: the pipeline schedule, ``1f1b`` or ``gpipe``.
+        schedule: the pipeline schedule, one of `lightning_par.pipeline.schedules`, or ``auto``: made for the costs of the
+            stages, first by their FLOPs, and after a few steps by their measured time. By default 1F1B, or interleaved where the
+            layout has several stages on a rank.
         loss_weight: what names or counts the targets of a batch where parts of it have different numbers of them, see
             `lightning_par.host.loss_weight`; parts count by their samples without it.
         timeout_seconds: how long a collective may wait for a rank before it is an error.
@@ -85,17 +87,16 @@ class HybridParallelStrategy(Host):
         plan: Mapping[str, Any] | None = None,
         recompute: str = "none",
         compile: bool | str = False,
-        schedule: str = "1f1b",
+        schedule: str | None = None,
         loss_weight: LossWeight | None = None,
         timeout_seconds: float = 600.0,
         print_plan: bool = True,
     ) -> None:
         super().__init__()
         self._typed = str(layout)
-        self.layout = parse_layout(layout) if isinstance(layout, str) else layout
-        build_schedule(schedule, 1, 1)  # an unknown name is an error here
+        self.schedule, self.layout = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
         check_recompute_word(recompute)
-        self.overrides, self._schedule, self._print_plan = dict(plan or {}), schedule, print_plan
+        self.overrides, self._print_plan = dict(plan or {}), print_plan
         self.loss_weight = read_loss_weight(loss_weight)
         if compile:
             self.overrides["compile"] = read_backend(compile)
@@ -227,7 +228,7 @@ class HybridParallelStrategy(Host):
         plans: list[Any] = [self._plan, torch.initial_seed()]
         dist.broadcast_object_list(plans, src=0, group=self.mesh.world.group)
         self._plan = plans[0]
-        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self._schedule, plans[1])
+        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1])
 
     def setup_optimizers(self, trainer: Any) -> None:
         try:
