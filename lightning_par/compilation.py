@@ -28,9 +28,8 @@ def compile_modules(module: nn.Module, plan: Plan, stage: int) -> None:
     if plan.compilation is None or plan.chain is None:
         return
     bounds, compilation = plan.stages[stage], plan.compilation
-    names = list(module.get_submodule(plan.chain.path)._modules)[bounds.first : bounds.last]
-    held = tuple(f"{plan.chain.path}.{name}" if plan.chain.path else name for name in names)
-    allow_versions(len(names) + _VERSIONS)  # code that reads the number of its block has a version for each
+    held = plan.chain.blocks[bounds.first : bounds.last]
+    allow_versions(len(held) + _VERSIONS)  # code that reads the number of its block has a version for each
     for path in compilation.modules:
         child = module.get_submodule(path)
         if not any(path == block or path.startswith(f"{block}.") for block in held) or is_compiled(child):

@@ -79,18 +79,18 @@ def convert_layers(module: nn.Module, plan: Plan, stage: int, tp: Axis, sequence
 def cut_stage(module: nn.Module, plan: Plan, stage: int, device: torch.device, sequence: SequenceParallel | None = None) -> Stage:
     """Change the calls of the blocks at the borders of a stage and beyond, whose buffers go the way of their parameters."""
     if plan.chain is None or (plan.layout.pp == 1 and sequence is None):
-        return Stage(None, 0, 0, (), (), ())
+        return Stage((), 0, 0, (), ())
     bounds, chain = plan.stages[stage], plan.chain
-    for index, block in enumerate(module.get_submodule(chain.path).children()):
-        for owner in block.modules() if not bounds.first <= index < bounds.last else ():
+    for index, path in enumerate(chain.blocks):
+        for owner in module.get_submodule(path).modules() if not bounds.first <= index < bounds.last else ():
             for name in list(owner._buffers):
                 _take_away(owner, owner._buffers, name, device)
     return _stage(module, chain, bounds.first, bounds.last, sequence)
 
 
 def _stage(module: nn.Module, chain: ChainPlan, first: int, last: int, sequence: SequenceParallel | None) -> Stage:
-    container = module.get_submodule(chain.path)
-    return Stage(container, first, last, chain.carry_argument, chain.carry_output, chain.output_keys, sequence)
+    blocks = [module.get_submodule(path) for path in chain.blocks]
+    return Stage(blocks, first, last, chain.carry_argument, chain.outputs, sequence)
 
 
 def _sequence(plan: Plan, tp: Axis) -> SequenceParallel | None:

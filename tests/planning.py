@@ -89,8 +89,8 @@ def plan_of(module: nn.Module, word: str, batch: Any = None, overrides: Mapping[
 
 def kinds(plan: Plan) -> dict[str, str]:
     """Kind of split by layer, of the first block only and without the path to it."""
-    prefix = f"{plan.chain.path}.0." if plan.chain else ""
-    others = f"{plan.chain.path}." if plan.chain else " "
+    prefix = f"{plan.chain.blocks[0]}." if plan.chain else ""
+    others = f"{plan.chain.paths[0]}." if plan.chain else " "
     return {
         layer.name.removeprefix(prefix): layer.kind
         for layer in plan.layers
@@ -101,4 +101,4 @@ def kinds(plan: Plan) -> dict[str, str]:
 def layer_of(plan: Plan, name: str) -> LayerPlan:
     """The plan of a layer, by its path in the first block."""
     assert plan.chain is not None
-    return next(layer for layer in plan.layers if layer.name == f"{plan.chain.path}.0.{name}")
+    return next(layer for layer in plan.layers if layer.name == f"{plan.chain.blocks[0]}.{name}")

@@ -12,13 +12,14 @@ hidden state as it did in the forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from lightning_par.plan.output import OutputPlan
 from lightning_par.runtime.call import change_call
 
 Receive = Callable[[torch.Tensor], torch.Tensor]
@@ -53,28 +54,27 @@ class Stage:
     """The blocks ``first`` up to ``last`` of a chain, cut out of a module in place; see [Note: the call of a block].
 
     Args:
-        chain: the container of the blocks; None for a module that is one stage.
+        blocks: all blocks; none for a module that is one stage.
         first, last: the stage's blocks, ``last`` excluded.
         carry_argument: where each block takes its hidden state.
-        carry_output, output_keys: where each block's output has it.
+        outputs: what stands for the output of a block that is passed over.
         carry: the form of the hidden state between the blocks; None for the plain whole tensor.
     """
 
     def __init__(
         self,
-        chain: nn.Module | None,
+        blocks: Sequence[nn.Module],
         first: int,
         last: int,
         carry_argument: tuple[Where, ...],
-        carry_output: tuple[tuple[Where, ...], ...],
-        output_keys: tuple[tuple[Where, ...], ...],
+        outputs: tuple[OutputPlan, ...],
         carry: Carry | None = None,
     ) -> None:
         self._receive: Receive | None = None
         self._carry = carry
-        for index, block in enumerate(chain.children() if chain is not None else ()):
+        for index, block in enumerate(blocks):
             if index < first:
-                change_call(block, _passing(carry_argument[index], carry_output[index], output_keys[index]))
+                change_call(block, _passing(carry_argument[index], outputs[index]))
             elif index >= last:
                 change_call(block, self._leaving(carry_argument[index]))
             elif index == first and (first > 0 or carry is not None):
@@ -135,15 +135,12 @@ class Stage:
         return call
 
 
-def _passing(where: Where, carry_output: tuple[Where, ...], keys: tuple[Where, ...]) -> Callable[..., Any]:
+def _passing(where: Where, output: OutputPlan) -> Callable[..., Any]:
     """The call of a block of an earlier stage: gives its input back in the form of the block's output."""
 
     def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = _pick(where, args, kwargs)
-        if not carry_output:
-            return hidden
-        entries = {key: hidden if key == carry_output[0] else None for key in keys}
-        return entries if any(isinstance(key, str) for key in entries) else tuple(entries.values())
+        return output.build(hidden, output.placeholders(hidden, args, kwargs))
 
     return call
 

@@ -44,7 +44,7 @@ def recompute_blocks(module: nn.Module, plan: Plan, stage: int, tp: Axis) -> Non
     if plan.chain is None:
         return
     bounds, group = plan.stages[stage], tp.group if isinstance(tp, GroupAxis) else None
-    blocks, made = list(module.get_submodule(plan.chain.path).children()), dict[Any, type[nn.Module]]()
+    blocks, made = [module.get_submodule(path) for path in plan.chain.blocks], dict[Any, type[nn.Module]]()
     for block, mode in zip(blocks[bounds.first : bounds.last], plan.chain.recompute[bounds.first : bounds.last], strict=True):
         if mode != "none":
             as_written = plan.compilation is None and not any(is_compiled(child) for child in block.modules())
