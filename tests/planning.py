@@ -49,17 +49,6 @@ class Unordered(Chain):
         return logits
 
 
-class WithEmbeddings(Chain):
-    """Gives every block the embeddings besides the hidden state."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        first = x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, first)
-        logits: torch.Tensor = self.head(x)
-        return logits
-
-
 class Block(nn.Module):
     """The least that tensor parallelism splits: a column layer, a row layer, a residual."""
 

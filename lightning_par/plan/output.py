@@ -75,19 +75,19 @@ class OutputPlan:
 def dims_like(shape: tuple[int, ...], hidden: tuple[int, ...]) -> tuple[Dim, ...]:
     """A shape by that of the hidden state, so that it follows from another hidden state's: of other samples, or longer.
 
-    A dim is that of the hidden state in its place where these are equal, else the first equal one, else a share of that in
-    its place, else a number.
+    A dim is that of the hidden state in its place where these are equal, else the first equal one, else a multiple or a share
+    of that in its place where that means the same (the samples, or as many dims), else a number.
     """
-    return tuple(_dim(size, index, hidden) for index, size in enumerate(shape))
+    return tuple(_dim(size, index, hidden, index == 0 or len(shape) == len(hidden)) for index, size in enumerate(shape))
 
 
-def _dim(size: int, index: int, hidden: tuple[int, ...]) -> Dim:
+def _dim(size: int, index: int, hidden: tuple[int, ...], may_share: bool) -> Dim:
     here = hidden[index] if index < len(hidden) else 0
     if size == here:
         return index, 1, 1
     if size > 1 and size in hidden:
         return hidden.index(size), 1, 1
-    if here > 1 and size > 1 and (size % here == 0 or here % size == 0):
+    if may_share and here > 1 and size > 1 and (size % here == 0 or here % size == 0):
         return (index, size // here, 1) if size > here else (index, 1, here // size)
     return -1, size, 1
 
