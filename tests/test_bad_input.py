@@ -121,20 +121,20 @@ def test_key_heads_that_do_not_divide() -> None:
 
 
 class Plain(Chain):
-    """No chain: one container mixes classes, the other is too short."""
+    """No chain: one container is too short, the other does not run as a whole."""
 
     def __init__(self) -> None:
         super().__init__(Block, depth=1)
         self.mixed = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.mixed(super().forward(tokens)[..., :16])
+        return self.mixed[0](super().forward(tokens)[..., :16])
 
 
 def test_no_chain() -> None:
     match = (
         r"parallel=pp2_dp2 needs a chain of blocks, and Plain has none that the step runs in order \(looked at blocks: has 1 "
-        r"module; mixed: mixes Linear, ReLU\): name the container of the blocks with plan.chain=PATH, or use parallel="
+        r"module; mixed: the step runs 1 of its 2 blocks\): name the container of the blocks with plan.chain=PATH, or use parallel="
     )
     with pytest.raises(ModelError, match=match):
         fit("pp2", Plain())
@@ -183,7 +183,7 @@ def test_optimization_that_a_pipeline_cannot_run() -> None:
 @pytest.mark.parametrize(
     ("plan", "match"),
     [
-        ({"chains": "blocks"}, r"plan.chains: unknown line; a plan section has chain, stages, split, segments, activation"),
+        ({"chains": "blocks"}, r"plan.chains: unknown line; a plan section has chain, stages, costs, split, segments, activation"),
         ({"chain": "layers"}, r"plan.chain=layers: no ModuleList or Sequential of that name; the module has: blocks"),
         (
             {"stages": [1, 2]},

@@ -414,8 +414,8 @@ def test_a_value_that_no_module_shows_is_refused() -> None:
     module = Doing(lambda m, x: 2 * x, lambda x, side: x + side)
     match = (
         r"parallel=pp2: the step \(add\) reads a tensor of shape \[4, 6, 16\] that the step \(mul\) made before blocks.1, and "
-        r"between pipeline stages a tensor travels that is an argument of a stage's first block, or that a module returned: make it "
-        r"in a module of its own that the step calls once and that returns it, or pass it to the blocks, or use parallel=dp2 or"
+        r"between pipeline stages a tensor travels that is an argument of a stage's first block, or that a module returned: make "
+        r"it in a module of its own that the step calls once and that returns it, or pass it to the blocks, or use parallel=dp2 or"
     )
     with pytest.raises(ModelError, match=match):
         plan_of(module, "pp2")
@@ -433,9 +433,7 @@ def test_a_change_in_place_of_what_has_travelled_is_refused() -> None:
 
 
 def test_sp_carries_the_hidden_state_alone() -> None:
-    match = (
-        r"parallel=tp2_sp_pp2: .* reads a tensor of shape \[4, 6, 16\] that was computed from the samples before blocks.\d, and "
-    )
+    match = r"parallel=tp2_sp_pp2: .* reads a tensor of shape \[4, 6, 16\] that was computed from the samples before blocks"
     with pytest.raises(ModelError, match=match):
         plan_of(WithEmbeddings(Reader, depth=4), "tp2_sp_pp2")
 
