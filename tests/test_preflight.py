@@ -139,7 +139,7 @@ def test_layers_and_data_made_by_hooks() -> None:
     np.random.seed(0)
     before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
     plan = plan_of_run("tp2_pp2", module)
-    assert plan.chain is not None and plan.chain.path == "model.blocks"
+    assert plan.chain is not None and plan.chain.paths == ("model.blocks",)
     assert module.prepared == 0 and "model" not in module._modules and not hasattr(module, "samples")
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     assert (np.random.get_state()[1] == before[2]).all()
