@@ -67,7 +67,8 @@ def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int], weights: Sequenc
 
     With one microbatch, the output itself. Otherwise, place by place in the nested output:
 
-    - a tensor or numpy array whose dim 0 is the microbatch's size: concatenated along dim 0;
+    - a tensor or numpy array whose dim 0 is the microbatch's size: concatenated along dim 0; so is one whose dim 0 is the same
+      multiple of the size in all (several sequences for each sample), but not where sizes and values are all equal;
     - a floating 0-dim tensor or a float (a mean loss): averaged, weighted;
     - a list of the microbatch's size, one item for each sample: concatenated, unless every tensor inside has that size
       as dim 0, which makes it a container; a tuple likewise, but it is a container when any tensor is inside;
@@ -126,10 +127,12 @@ def _merge(parts: list[Any], sizes: Sequence[int], weights: Sequence[float], pat
     if isinstance(first, torch.Tensor) and first.is_floating_point() and all(part.ndim == 0 for part in parts):
         weighted = [part.double() * (weight / sum(weights)) for part, weight in zip(parts, weights, strict=True) if weight]
         return torch.stack(weighted).sum().to(first.dtype)
-    items = [children(part) for part in parts]
-    if items[0] is not None:
+    if children(first) is not None:
         return _merge_containers(parts, sizes, weights, path)
-    if all(_equal(part, first) for part in parts):
+    is_equal = all(_equal(part, first) for part in parts)
+    if _is_multiple(parts, sizes) and not (is_equal and len(set(sizes)) == 1):
+        return _concatenate(parts, path)
+    if is_equal:
         return first
     raise _not_merged(path, f"({type(first).__name__}) is neither one value for each sample nor a floating mean, and differs")
 
@@ -150,6 +153,13 @@ def _is_per_sample(part: Any, size: int) -> bool:
         inside = list(arrays_in(part))
         return not inside or not all(_is_cut(tensor, size) for tensor in inside)
     return _is_cut(part, size)
+
+
+def _is_multiple(parts: list[Any], sizes: Sequence[int]) -> bool:
+    """Whether all parts have the same number of rows for each sample."""
+    if not isinstance(parts[0], (torch.Tensor, np.ndarray)) or any(part.ndim == 0 for part in parts):
+        return False
+    return len({len(part) / size for part, size in zip(parts, sizes, strict=True)}) == 1 and len(parts[0]) % sizes[0] == 0
 
 
 def _concatenate(parts: list[Any], path: str) -> Any:

@@ -30,7 +30,8 @@ import torch.distributed as dist
 from torchmetrics import Metric
 
 from lightning_par.errors import ConfigurationError
-from lightning_par.host.stage_metric import StageMetrics, from_last_stage
+from lightning_par.host.last_stage import from_last_stage
+from lightning_par.host.stage_metric import StageMetrics
 from lightning_par.runtime.mesh import Mesh
 
 # parameters of LightningModule.log after ``name`` and ``value``, in order (Lightning 2.6)

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_par.errors import ConfigurationError, ReplicaError
+from lightning_par.host.last_stage import from_last_stage
 from lightning_par.runtime.mesh import Mesh
 
 
@@ -94,12 +94,3 @@ class StageMetrics:
             return apply_to_collection(value, torch.Tensor, lambda tensor: tensor.to(metric.device))
 
         return shared_compute
-
-
-def from_last_stage(value: Any, mesh: Mesh) -> Any:
-    """What the last stage passed, on all stages. Collective over pp."""
-    if mesh.pp.size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=mesh.pp.ranks[mesh.layout.last_pp], group=mesh.pp.group)
-    return box[0]

@@ -14,9 +14,9 @@ from lightning_par.engine import Engine
 from lightning_par.errors import ModelError
 from lightning_par.host.batch import merge_outputs, split_batch
 from lightning_par.host.fingerprint import check_same_batch
+from lightning_par.host.last_stage import output_from_last_stage
 from lightning_par.host.loss_weight import TargetCount, count_targets
 from lightning_par.host.stage_log import StageLog
-from lightning_par.host.stage_metric import from_last_stage
 from lightning_par.runtime.nested import map_tensors
 from lightning_par.tensor import ShardedTensor
 
@@ -93,7 +93,7 @@ class StepRunner:
         pieces = self._cut(step, batch, (self.engine.plan.layout.microbatches or 1) if self.mesh.layout.pp > 1 else 1)
         with nullcontext() if step == "predict_step" else self._log.step():
             outputs = self.engine.evaluate(self._program(step, pieces, args, kwargs), len(pieces))
-        return from_last_stage(_merge(outputs, pieces), self.mesh)
+        return output_from_last_stage(_merge(outputs, pieces), self.mesh, self.engine.device)
 
     def close(self) -> None:
         """Undo what logging did to the module."""
@@ -150,7 +150,7 @@ class StepRunner:
             summary[1] = float(others is not None)
         mesh.world.all_reduce(summary)
         loss = summary[0].float()
-        return {"loss": loss, **from_last_stage(others, mesh)} if float(summary[1]) else loss
+        return {"loss": loss, **output_from_last_stage(others, mesh, self.engine.device)} if float(summary[1]) else loss
 
     def _check_batch(self, step: str, batch: Any) -> None:
         seen = self._num_seen[step] = self._num_seen.get(step, 0) + 1
