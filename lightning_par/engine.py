@@ -79,6 +79,11 @@ class Engine:
         self._hooks.after_forward, self._hooks.after_backward = self.states.after_forward, self.states.after_backward
         return self.states
 
+    @property
+    def runs_last_stage(self) -> bool:
+        """Whether the stage whose step runs on this rank right now is the pipeline's last."""
+        return self.mesh.is_last_stage
+
     def train(self, program: Program, weights: Sequence[float], loss_of: Callable[[Any], torch.Tensor]) -> list[Any]:
         """Forward and backward of every microbatch; gradients add up in ``p.grad``. Collective over the replica.
 

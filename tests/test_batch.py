@@ -123,6 +123,12 @@ def test_several_rows_for_each_sample_are_concatenated() -> None:
         merge_outputs([rows(6), rows(4)], [2, 1])
 
 
+def test_a_list_of_samples_is_one_where_any_microbatch_shows_it() -> None:
+    merged = merge_outputs([[rows(1)], [rows(2)], [rows(3)]], [1, 1, 1])  # the first could be a container of one tensor
+    assert [len(each) for each in merged] == [1, 2, 3]
+    assert [len(each) for each in merge_outputs([[rows(1)], [rows(1)]], [1, 1])] == [2]
+
+
 def test_a_mean_is_weighted_by_what_is_counted() -> None:
     outputs = [{"loss": torch.tensor(1.0), "top": 2.0}, {"loss": torch.tensor(5.0), "top": 4.0}, {"loss": torch.tensor(torch.nan)}]
     outputs[2]["top"] = float("nan")
