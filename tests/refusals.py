@@ -116,7 +116,7 @@ REFUSALS = (
     Refusal("BatchNorm in microbatches", "pp2", Normed),
     Refusal("manual optimization in a pipeline", "pp2", Manual),
     Refusal("several optimizers in a pipeline", "pp2", lambda: TwoOptimizers(Block)),
-    Refusal("a batch that does not split", "pp2_mb4", batch=lambda: tokens(6)),
+    Refusal("more microbatches than samples", "pp2_mb4", batch=lambda: tokens(3)),
     Refusal("another precision", "tp2", trainer={"precision": "bf16-mixed"}),
     Refusal("BatchNorm over all ranks", "dp2", Normed, trainer={"sync_batchnorm": True}),
     Refusal("recomputation without a chain of blocks", "tp2", lambda: Unordered(Block), plan={"recompute": {"*": "full"}}),

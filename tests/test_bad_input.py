@@ -233,11 +233,67 @@ def test_plan_sections(plan: dict[str, Any], match: str) -> None:
 # ---------------------------------------------------------------------- the data
 
 
-def test_batch_that_does_not_split_into_the_microbatches() -> None:
-    with pytest.raises(
-        DataError, match=r"a batch of 6 samples does not split into 4 equal microbatches: use mb2 or mb3, or another batch"
-    ):
-        fit("pp2_mb4", data=loader(tokens(6)))
+def test_more_microbatches_than_samples() -> None:
+    match = r"parallel=pp2_dp2_mb4: a batch of 3 samples cannot be cut into 4 microbatches: use mb3 or less, or a larger batch"
+    with pytest.raises(DataError, match=match):
+        fit("pp2_mb4", data=loader(tokens(3)))
+
+
+class Labelled(Chain):
+    """Has labels, and a weight for each position."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        logits = self(batch["tokens"]).mean(1)
+        return F.cross_entropy(logits, batch["labels"]) + (logits.mean() * batch["positions"]).sum()
+
+
+def labelled(rows: int, positions: int = 6) -> dict[str, torch.Tensor]:
+    return {**tokens(8), "labels": torch.zeros(rows, dtype=torch.long), "positions": torch.ones(positions)}
+
+
+def test_parts_of_a_batch_with_different_numbers_of_samples() -> None:
+    match = (
+        r"batch\['labels'\] has 7 rows, and batch\['tokens'\] 8: all tensors of a batch must have its samples along dim 0, and "
+        r"training_step fails \(ValueError: Expected input batch_size \(8\) to match target batch_size \(7\).*\): correct"
+    )
+    with pytest.raises(DataError, match=match):
+        fit("pp2_dp2", Labelled(Block), loader(labelled(7)))
+
+
+def test_an_error_of_the_step_itself_stays_what_it_is() -> None:
+    with pytest.raises(KeyError, match="labels"):
+        fit("pp2_dp2", Labelled(Block), loader({**tokens(8), "positions": torch.ones(5)}))
+
+
+class PerSample(Chain):
+    """Weighs the samples by a part of the batch that has a row for each of them, and more."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        weights = batch["weights"].reshape(8, 2).sum(1)
+        return (self(batch["tokens"]).mean((1, 2)) * weights).sum()
+
+
+def test_a_part_that_fits_the_whole_batch_only() -> None:
+    match = (
+        r"training_step runs on the whole batch of 8 samples and fails on a microbatch of 2 \(RuntimeError: .*\): "
+        r"batch\['weights'\] has 16 rows, not the number of samples, and goes whole to every microbatch: give it one "
+        r"row for each sample, or use one"
+    )
+    with pytest.raises(DataError, match=match):
+        fit("pp2_dp2", PerSample(Block), loader({**tokens(8), "weights": torch.ones(16)}))
+
+
+class PerToken(Chain):
+    """Returns a loss for each token."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> Any:
+        return {"loss": self(batch["tokens"]).square().mean(-1)}
+
+
+def test_a_loss_that_is_no_scalar() -> None:
+    match = r"PerToken.training_step returned a loss of shape \(4, 6\), and the backward starts from one number: .* loss.mean\(\)"
+    with pytest.raises(ModelError, match=match):
+        fit("pp2_dp2", PerToken(Block))
 
 
 def test_data_that_can_be_read_only_once() -> None:

@@ -199,3 +199,17 @@ def test_inference_mode_is_refused_where_it_would_spoil_gathered_parameters(word
     expected = pytest.raises(ConfigurationError, match=r"Trainer\(inference_mode=False\)") if is_refused else nullcontext()
     with expected:
         check_inference_mode(trainer)
+
+
+class Masked(Model):
+    """Reads a mask of all positions."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return (self(batch["tokens"]).mean(-1) @ batch["mask"]).mean()
+
+
+def test_what_goes_whole_to_every_microbatch_is_noted() -> None:
+    batch = {**tokens(8), "mask": torch.ones(6, 6)}
+    (note,) = plan_of_run("pp2", Masked(), DataLoader([batch], batch_size=None)).notes
+    assert note == "batch['mask'] has 6 rows, and the batch has 8 samples: it goes whole to every microbatch"
+    assert plan_of_run("dp4", Masked(), DataLoader([batch], batch_size=None)).notes == ()

@@ -134,17 +134,17 @@ def check_batch_statistics(trace: Trace, layout: Layout) -> None:
 def resolve_microbatches(layout: Layout, batch_size: int) -> int:
     """Microbatches of a batch: as the layout says, else twice the stages or the next smaller number that divides the batch.
 
+    A number that does not divide the batch makes microbatches whose sizes differ by one.
+
     Raises:
-        DataError: the layout's number does not divide the batch.
+        DataError: the layout asks for more than there are samples.
     """
-    divisors = [count for count in range(1, batch_size + 1) if batch_size % count == 0]
     if layout.microbatches is None:
-        return 1 if layout.pp == 1 else max(count for count in divisors if count <= 2 * layout.pp)
-    if layout.microbatches not in divisors:
-        near = sorted(divisors, key=lambda count: abs(count - (layout.microbatches or 1)))[:2]
+        return 1 if layout.pp == 1 else max(count for count in range(1, 2 * layout.pp + 1) if batch_size % count == 0)
+    if layout.microbatches > batch_size:
         raise DataError(
-            f"parallel={layout}: a batch of {batch_size} samples does not split into {layout.microbatches} equal microbatches: "
-            f"use {' or '.join(f'mb{count}' for count in sorted(near))}, or another batch size"
+            f"parallel={layout}: a batch of {batch_size} samples cannot be cut into {layout.microbatches} microbatches: use "
+            f"mb{batch_size} or less, or a larger batch"
         )
     return layout.microbatches
 
