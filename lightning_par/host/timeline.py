@@ -91,12 +91,12 @@ class PipelineTimeline(Host):
         self._clock = CudaClock() if trainer.strategy.root_device.type == "cuda" else WallClock()
         trainer.strategy.barrier("timeline")
         self._clock.zero()
-        trainer.strategy.engine.clock = self._clock
+        trainer.strategy.engine.observers.append(self._clock)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep what was recorded; draw it after the last of the steps. Collective over the world."""
         if self._clock is not None:
-            trainer.strategy.engine.clock = None
+            trainer.strategy.engine.observers.remove(self._clock)
             rounds = split_rounds(self._clock.spans())
             for number, spans in enumerate(rounds):
                 step = self._step + (f", run {number}" if len(rounds) > 1 else "")
@@ -122,7 +122,7 @@ class PipelineTimeline(Host):
         ranks = gather(self._recordings, trainer.strategy.mesh.world.group)
         self._recordings = []
         if ranks is not None:
-            plan, schedule = trainer.strategy.plan, trainer.strategy.engine.schedule
+            plan, schedule = trainer.strategy.plan, trainer.strategy.schedule
             picture = picture_of(f"{plan.module}: {schedule}, {plan.layout}", plan.layout, ranks)
             write_picture(picture, Path(folder))
             rank_zero_info(f"PipelineTimeline: {Path(folder) / 'timeline.html'}")
