@@ -200,15 +200,15 @@ def test_choices_theme_and_size(address: str) -> None:
 
 
 def test_thousands_of_actions_on_sixty_four_ranks_do_not_lag(tmp_path: Path) -> None:
-    picture = run_picture(Layout(pp=64, vp=2, dp=1, microbatches=128), "interleaved", steps=1)
+    picture = run_picture(Layout(pp=64, vp=2, dp=1, microbatches=256), "interleaved", steps=1)
     (tmp_path / "timeline.html").write_text(html_page(picture), encoding="utf-8")
     milliseconds: list[float] = []
 
     async def visit(page: Page) -> None:
         chart = Chart(page)
         state = await chart.state()
-        assert state["actions"] == state["total"] == str(64 * 512)
-        assert int(state["bars"]) < 64 * 1400, "at most one bar for each pixel of a lane"
+        assert state["actions"] == state["total"] == str(64 * 1024)
+        assert int(state["bars"]) <= 64 * (1000 - float(state["left"])), "at most one bar for each pixel of a lane"
         timed = (
             "(async () => { const start = performance.now(); for (let turn = 0; turn < 10; turn++) {"
             "document.getElementById(turn < 5 ? 'zoom-in' : 'zoom-out').click(); await new Promise(requestAnimationFrame); }"
@@ -216,5 +216,5 @@ def test_thousands_of_actions_on_sixty_four_ranks_do_not_lag(tmp_path: Path) -> 
         )
         milliseconds.append(await page.value(timed))
 
-    browse((tmp_path / "timeline.html").as_uri(), 1400, 900, visit)
-    assert milliseconds[0] < 250  # about 30 on an idle core, without a graphics card
+    browse((tmp_path / "timeline.html").as_uri(), 1000, 900, visit)
+    assert milliseconds[0] < 250  # about 50 on a busy core, without a graphics card
