@@ -209,7 +209,7 @@ def test_a_training_that_ends_before_the_steps_says_so() -> None:
 
 
 def _training(rank: int, world_size: int, folder: str) -> None:
-    trainer = quiet_trainer("pp2_mb4", callbacks=[PipelineTimeline(steps=[1], folder=folder)], max_steps=3)
+    trainer = quiet_trainer("pp2_mb4", world_size, callbacks=[PipelineTimeline(steps=[1], folder=folder)], max_steps=3)
     trainer.fit(Chain(Block), [tokens(8)] * 3)
 
 
