@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from lightning_par import ConfigurationError, Layout, PipelineTimeline
 from lightning_par.pipeline.action import Action, Row
@@ -210,7 +211,7 @@ def test_a_training_that_ends_before_the_steps_says_so() -> None:
 
 def _training(rank: int, world_size: int, folder: str) -> None:
     trainer = quiet_trainer("pp2_mb4", world_size, callbacks=[PipelineTimeline(steps=[1], folder=folder)], max_steps=3)
-    trainer.fit(Chain(Block), [tokens(8)] * 3)
+    trainer.fit(Chain(Block), DataLoader([{"tokens": row} for row in tokens(24)["tokens"]], batch_size=8))  # type: ignore[arg-type]
 
 
 def test_a_training_draws_its_timeline(tmp_path: Path) -> None:
