@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lightning_par import ConfigurationError, Layout, PipelineTimeline
+from lightning_par.host.timeline import write
 from lightning_par.pipeline.action import Action, Row
 from lightning_par.pipeline.clock import Clock, CudaClock, WallClock
 from lightning_par.pipeline.schedules import build_schedule
 from lightning_par.pipeline.simulate import Span
 from tests.planning import Block, Chain, quiet_trainer, tokens
 from tests.ranks import run_ranks
-from tests.test_picture import page_data
+from tests.test_picture import page_data, run_picture
 
 F0, F1, B0 = Action("F", 1, 0), Action("F", 1, 1), Action("B", 1, 0)
 
@@ -116,7 +117,7 @@ def test_the_callback_is_of_the_namespace_in_use(root: str) -> None:
     assert made["callback"].steps == {3}
 
 
-@pytest.mark.parametrize("steps", [[], [-1], [1.5]])
+@pytest.mark.parametrize("steps", [[], [-1], [1.5], 5, "5"])
 def test_steps_that_name_none_are_refused(steps: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"PipelineTimeline\(steps=.*counted from 0: give at least one, such as \[5, 6\]"):
         PipelineTimeline(steps=steps)
@@ -209,9 +210,16 @@ def test_a_training_that_ends_before_the_steps_says_so() -> None:
         callback.on_train_end(SimpleNamespace(global_step=3), None)
 
 
+def test_a_folder_that_cannot_be_written_does_not_end_a_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    picture = run_picture(Layout(pp=2, dp=1, microbatches=2), "1f1b")
+    with pytest.warns(UserWarning, match=r"file/below cannot be written \(Not a directory\), so there is no picture: name another"):
+        write(picture, tmp_path / "file" / "below")
+
+
 def _training(rank: int, world_size: int, folder: str) -> None:
     trainer = quiet_trainer("pp2_mb4", world_size, callbacks=[PipelineTimeline(steps=[1], folder=folder)], max_steps=3)
-    trainer.fit(Chain(Block), DataLoader([{"tokens": row} for row in tokens(24)["tokens"]], batch_size=8))  # type: ignore[arg-type]
+    trainer.fit(Chain(Block), DataLoader([{"tokens": row} for row in tokens(24)["tokens"]], batch_size=8))
 
 
 def test_a_training_draws_its_timeline(tmp_path: Path) -> None:
