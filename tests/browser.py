@@ -142,6 +142,6 @@ def browse(address: str, width: int, height: int, visit: Callable[[Page], Awaita
     async def run() -> None:
         async with Page(address, width, height) as page:
             await visit(page)
-            assert not page.errors
+            assert not page.errors, page.errors
 
     asyncio.run(run())

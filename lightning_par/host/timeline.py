@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.namespace import bind, root_in_use
 from lightning_par.layout import Layout
-from lightning_par.picture import write_picture
+from lightning_par.picture import Picture, write_picture
 from lightning_par.picture.recording import Recording, picture_of, split_rounds
 from lightning_par.pipeline.clock import Clock, CudaClock, WallClock
 
@@ -50,12 +50,12 @@ class PipelineTimeline(Host):
 
     def __init__(self, steps: Sequence[int] = (5, 6), folder: str | Path | None = None) -> None:
         super().__init__()
-        self.steps = frozenset(steps)
-        if not self.steps or not all(isinstance(step, int) and step >= 0 for step in self.steps):
+        if not isinstance(steps, Iterable) or not steps or not all(isinstance(step, int) and step >= 0 for step in steps):
             raise ConfigurationError(
                 f"PipelineTimeline(steps={steps!r}): which optimizer steps are recorded, counted from 0: give at least one, "
                 "such as [5, 6]"
             )
+        self.steps = frozenset(steps)
         self._folder = folder
         self._clock: Clock[Any] | None = None  # of the batch that is being recorded
         self._step = ""
@@ -118,14 +118,24 @@ class PipelineTimeline(Host):
                 f"{trainer.global_step}, and none of steps={sorted(self.steps)} is between: choose steps that it runs"
             )
             return
-        folder = self._folder or Path(trainer.log_dir or trainer.default_root_dir, "timeline")  # every rank asks: it is broadcast
+        folder = Path(self._folder or Path(trainer.log_dir or trainer.default_root_dir, "timeline"))  # log_dir is broadcast
         ranks = gather(self._recordings, trainer.strategy.mesh.world.group)
         self._recordings = []
         if ranks is not None:
             plan, schedule = trainer.strategy.plan, trainer.strategy.schedule
-            picture = picture_of(f"{plan.module}: {schedule}, {plan.layout}", plan.layout, ranks)
-            write_picture(picture, Path(folder))
-            rank_zero_info(f"PipelineTimeline: {Path(folder) / 'timeline.html'}")
+            write(picture_of(f"{plan.module}: {schedule}, {plan.layout}", plan.layout, ranks), folder)
+
+
+def write(picture: Picture, folder: Path) -> None:
+    """Draw into ``folder``; a training does not end because that fails."""
+    try:
+        page, *_ = write_picture(picture, folder)
+    except OSError as error:
+        rank_zero_warn(
+            f"PipelineTimeline: {folder} cannot be written ({error.strerror}), so there is no picture: name another folder"
+        )
+    else:
+        rank_zero_info(f"PipelineTimeline: {page}")
 
 
 def gather(recordings: list[Recording], group: dist.ProcessGroup) -> list[list[Recording]] | None:

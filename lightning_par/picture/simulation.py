@@ -10,8 +10,8 @@ from lightning_par.errors import ConfigurationError
 from lightning_par.layout import Layout, parse_layout
 from lightning_par.picture.bubble import schedule_bubbles
 from lightning_par.picture.picture import Lane, Panel, Picture
-from lightning_par.pipeline.schedules import SCHEDULES, build_schedule, check_schedule, default_chunks, default_schedule
 from lightning_par.pipeline.simulate import Costs, Timeline, simulate
+from lightning_par.pipeline.tables import Tables, choose_schedule
 
 TIMES = {"forward": 1.0, "input": 1.0, "weight": 1.0, "transfer": 0.0}  # keys of costs, and what they are when left out
 _KEYS = ("parallel", "schedule", *TIMES)
@@ -59,13 +59,10 @@ def read_simulation(words: Sequence[str]) -> Simulation:
     layout = parse_layout(values["parallel"])
     if layout.pp == 1:
         raise ConfigurationError(f"parallel={values['parallel']} has no pipeline to simulate (pp 1): add pp2 or more")
-    schedule = values.get("schedule") or default_schedule(layout.vp)
-    chunks = default_chunks(schedule) if layout.vp == 1 else layout.vp
     microbatches = layout.microbatches or 2 * layout.pp
-    check_schedule(schedule, layout.pp, chunks, microbatches)
-    layout = Layout(pp=layout.pp, vp=chunks, microbatches=microbatches, placement=SCHEDULES[schedule].placement)
-    table = build_schedule(schedule, layout.pp, layout.vp, microbatches)
-    timeline = simulate(table, _costs(values, layout))
+    schedule, layout = choose_schedule(values.get("schedule"), Layout(pp=layout.pp, vp=layout.vp, microbatches=microbatches))
+    costs = _costs(values, layout)
+    timeline = simulate(Tables(schedule, layout, costs).training(microbatches), costs)
     return Simulation(layout, schedule, timeline, _picture(layout, schedule, timeline))
 
 

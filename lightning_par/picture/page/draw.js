@@ -76,7 +76,7 @@ function draw() {
   pen.textBaseline = "middle";
   pen.fillStyle = colours.text;
   panel.lanes.forEach((lane, row) => pen.fillText(laneLabel(lane), 0, laneTop(row) + (height - GAP) / 2));
-  Object.assign(canvas.dataset, shown, { from: view.from, to: view.to, total: panel.lanes.reduce((sum, lane) => sum + lane.count, 0) });
+  Object.assign(canvas.dataset, shown, { left, from: view.from, to: view.to, total: panel.lanes.reduce((sum, lane) => sum + lane.count, 0) });
 }
 
 function drawAxis() {
