@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  before the fork: else each rank spends seconds on it
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -24,15 +25,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Gemma2ForCausalLM, GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
 from transformers.pytorch_utils import Conv1D
 
+from lightning_par.errors import ConfigurationError
 from lightning_par.install import install
+from lightning_par.layout import parse_layout
 from lightning_par.pipeline.stage import Stage
+from lightning_par.plan.check import check_split_backward
 from lightning_par.runtime.axis import Axis, LocalAxis
 from lightning_par.runtime.deferral import DeferredGradients, Note
+from lightning_par.runtime.mesh import Mesh
 from lightning_par.split_backward import DeferredLinear, defer_weight_gradients
+from lightning_par.zero.partitioned import DeepSpeedStates
 from tests import models
 from tests.axes import tp_axis
 from tests.planning import Block, Chain, plan_of, tokens
 from tests.ranks import run_ranks
+from tests.zero_model import Case, Model, build_mesh, build_optimizer, loss_of, microbatches
 
 WIDTH, CPU, ALONE, EAGER = 16, torch.device("cpu"), LocalAxis("tp", 1, 0), "aot_eager"
 KEY = (0, 0)
@@ -446,6 +453,59 @@ def test_what_is_held_between_the_actions() -> None:
         module(torch.randn(2, WIDTH)).sum().backward()
     deferred.forget()
     assert all(storage.expired() for storage in module.kept)
+
+
+# ---------------------------------------------------------------------- ZeRO
+
+
+def under_zero(rank: int, world_size: int) -> None:
+    for stage in (1, 2):
+        case = Case(pp=1, dp=2, tp=1, zero=stage, is_tied=False)
+        whole, split = (weights_after(case, build_mesh(case), deferred) for deferred in (None, DeferredGradients()))
+        assert not differing(whole, split), stage
+
+
+def weights_after(case: Case, mesh: Mesh, deferred: DeferredGradients | None, num_steps: int = 3) -> Gradients:
+    """The weights after some steps, each of several microbatches."""
+    model = Model(case, 0, mesh.tp)
+    if deferred is not None:
+        defer_weight_gradients(model, deferred)
+    states = DeepSpeedStates(model, [build_optimizer(model)], case.zero, mesh)
+    for step in range(num_steps):
+        (batch,) = microbatches(case, step, mesh.dp.coordinate)
+        with states.accumulate():
+            early, _ = backwards(
+                lambda index, batch=batch: one_loss(case, model, states, *batch[index]), model, deferred, len(batch)
+            )
+        assert (early["chain.0.up.weight"] is None) == (deferred is not None)
+        states.reduce()
+        states.step()
+        states.zero_grad()
+    weights: Gradients = {name: p.detach().clone() for name, p in states.full_parameters()}
+    states.close()
+    return weights
+
+
+def one_loss(case: Case, model: Model, states: DeepSpeedStates, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = model(ids)
+    states.after_forward()
+    return loss_of(case, logits, targets)
+
+
+def test_partitioned_states() -> None:
+    run_ranks(under_zero, 2)
+
+
+@pytest.mark.parametrize(
+    ("word", "schedule", "instead"), [("pp2_zero3", "zb-h1", "1f1b"), ("pp2_vp2_dp2_zero3", "interleaved-zb", "interleaved")]
+)
+def test_zero_3_is_refused(word: str, schedule: str, instead: str) -> None:
+    layout = parse_layout(word)
+    rule = f"schedule={schedule} computes weight gradients after the backward of their layer, and zero3 has released the weights"
+    with pytest.raises(ConfigurationError, match=f"parallel={word}: {rule} by then: use zero2, or schedule={instead}$"):
+        check_split_backward(layout, schedule, splits_backward=True)
+    check_split_backward(layout, instead, splits_backward=False)
+    check_split_backward(parse_layout("pp2_zero2"), schedule, splits_backward=True)
 
 
 # ---------------------------------------------------------------------- layers split over tp
