@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from lightning_par.host.last_stage import output_from_last_stage
 from lightning_par.host.loss import give_no_gradient, loss_of
 from lightning_par.host.loss_weight import TargetCount, count_targets
 from lightning_par.host.stage_log import StageLog
-from lightning_par.runtime.nested import map_tensors
+from lightning_par.runtime.nested import map_tensors, tensors_in
 from lightning_par.tensor import ShardedTensor
 
 NUM_CHECKED_BATCHES = 3  # of each hook, compared between the ranks of a replica
@@ -53,6 +53,7 @@ class StepRunner:
         self._log = StageLog(self.module, self.mesh)
         self._num_seen: dict[str, int] = {}
         self._has_warned = False
+        self._may_loop = True  # whether predict_step may call its blocks again and again
         self._last: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None  # what was predicted last
 
     def train(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float) -> Any:
@@ -78,7 +79,7 @@ class StepRunner:
             return output
 
         with self._log.step():
-            outputs = self.engine.train(program, [scale * share for share in shares], loss_of)
+            outputs = self.engine.train(program, [scale * share for share in shares], loss_of, _shapes("training_step", pieces))
         return self._training_output(outputs, pieces, shares)
 
     def run_whole(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -95,10 +96,23 @@ class StepRunner:
         if step == "predict_step" and self._gathers:
             self._count_predicting(1)
             self._last = (batch, args, kwargs)
+        if step == "predict_step" and self.mesh.layout.pp > 1 and self._may_loop:
+            return self._predict_in_lockstep(batch, args, kwargs)
         pieces = self._cut(step, batch, (self.engine.plan.layout.microbatches or 1) if self.mesh.layout.pp > 1 else 1)
         with nullcontext() if step == "predict_step" else self._log.step():
-            outputs = self.engine.evaluate(self._program(step, pieces, args, kwargs), len(pieces))
+            outputs = self.engine.evaluate(self._program(step, pieces, args, kwargs), len(pieces), _shapes(step, pieces))
         return output_from_last_stage(_merge(outputs, pieces), self.mesh, self.engine.device)
+
+    def _predict_in_lockstep(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``predict_step`` on a whole batch by all stages together; if it ran its blocks once, the next ones go through the pipeline.
+
+        A step that generates tokens runs them once for each.
+        """
+        pieces = self._cut("predict_step", batch, 1)
+        run = self._program("predict_step", pieces, args, kwargs)
+        output, num_passes = self.engine.evaluate_in_lockstep(lambda: run(0))
+        self._may_loop = num_passes > 1
+        return output_from_last_stage(_merge([output], pieces), self.mesh, self.engine.device)
 
     def end_predictions(self) -> None:
         """Go on with the last batch, in vain, while other replicas have batches and need this one's parameters."""

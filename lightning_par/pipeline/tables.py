@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lightning_par.errors import ConfigurationError
 from lightning_par.layout import Layout
 from lightning_par.pipeline.action import Row, Table
 from lightning_par.pipeline.schedules import (
@@ -17,6 +16,7 @@ from lightning_par.pipeline.schedules import (
     forward_only,
 )
 from lightning_par.pipeline.simulate import Costs
+from lightning_par.plan.check import check_split_backward
 
 
 class Tables:
@@ -91,9 +91,5 @@ def choose_schedule(name: str | None, layout: Layout) -> tuple[str, Layout]:
         return default_schedule(1), layout
     layout = replace(layout, vp=max(layout.vp, chunks))
     check_schedule(chosen, layout.pp, layout.vp, layout.microbatches)
-    if chosen != AUTO and SCHEDULES[chosen].splits_backward and layout.zero == 3:
-        raise ConfigurationError(
-            f"schedule={chosen} computes weight gradients after the backward, and with zero3 a layer's weights are given back "
-            f"when its backward ends: use zero2, or schedule={default_schedule(layout.vp)}"
-        )
+    check_split_backward(layout, chosen, splits_backward(chosen, layout))
     return chosen, replace(layout, placement="loop" if chosen == AUTO else SCHEDULES[chosen].placement)

@@ -34,10 +34,10 @@ def check_chain(trace: Trace, layout: Layout, module: str) -> None:
             f"parallel={layout} asks for {layout.num_stages} stages{product}, and {trace.chain_name} has {trace.num_blocks} "
             f"blocks: every stage needs one, {_fewer_stages(layout, trace.num_blocks)}"
         )
-    if trace.again:
+    if trace.again and trace.step != "predict_step":
         raise ModelError(
             f"parallel={layout}: {trace.step} of {module} calls the blocks of {trace.chain_name} again and again (model.generate "
-            f"does, for each token), and a pipeline stage runs its blocks once for each microbatch: "
+            f"does, for each token), which a pipeline does in predict_step alone: generate there with trainer.predict, or "
             f"{_use(layout, lambda near: near.pp == 1)}"
         )
 

@@ -71,7 +71,7 @@ class ChainPlan:
         carry_argument: position or keyword of the hidden state among a block's arguments, by block.
         outputs: what stands for a block's output on a stage that does not run it, by block.
         recompute: what of a block's activations the backward computes again, see `lightning_par.recompute.block`.
-        has_gradients: whether a block is called with gradients enabled, by block: not in evaluation, nor in reentrant checkpointing.
+        has_gradients: whether a block is called with gradients enabled, by block; not so in reentrant checkpointing.
         keeps_shape: whether every block leaves the hidden state in the shape and dtype in which the first one got it.
         is_static: whether the code reads no value of a tensor before the end of the blocks, so that shapes follow from those of
             the batch.
