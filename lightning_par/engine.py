@@ -94,6 +94,12 @@ class Engine:
         return self.states
 
     @property
+    def runs_last_stage(self) -> bool:
+        """Whether the stage whose step runs on this rank right now is the pipeline's last."""
+        stage = self._executor.running
+        return self.mesh.is_last_stage if stage is None else stage == self.plan.layout.num_stages - 1
+
+    @property
     def observers(self) -> list[Observer]:
         """Who sees the actions of this rank, as a clock does."""
         return self._executor.observers

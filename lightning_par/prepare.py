@@ -51,7 +51,16 @@ def prepare_plan(
     """
     chosen = Overrides.parse(overrides)
     size, is_cut = batch_size_of(batch), layout.model_size > 1 or chosen.compile is not None
-    trace = trace_step(module, batch, batch_size=size, step=step, chain=chosen.chain, keep_error=not is_cut)
+    trace = trace_step(
+        module,
+        batch,
+        batch_size=size,
+        step=step,
+        chain=chosen.chain,
+        may_join=_may_join(layout),
+        may_mix=_may_mix(layout),
+        keep_error=not is_cut,
+    )
     plan = build_plan(trace, layout, type(module).__name__, chosen)
     if step == "training_step":
         plan = replace(plan, notes=plan.notes + cautions(trace, plan.layout, batch, counts_targets))
@@ -74,6 +83,16 @@ def _with_compilation(plan: Plan, trace: Trace, flow: Flow, chosen: Overrides) -
     return replace(plan, compilation=compilation, notes=(*plan.notes, note))
 
 
+def _may_join(layout: Layout) -> bool:
+    """Whether several containers of blocks may be one chain: not under sp, because their sequences differ in length."""
+    return not layout.sp
+
+
+def _may_mix(layout: Layout) -> bool:
+    """Whether blocks of several classes may be a chain: in a pipeline, where there would be none otherwise."""
+    return layout.pp > 1
+
+
 def batch_size_of(batch: Any) -> int:
     """Samples of a batch: the first dim of its first tensor that has one."""
     return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim), 1)
@@ -86,7 +105,7 @@ def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan,
     """
     kept = {name for name, word in chosen.activations(trace.layers).items() if word == "local"}
     plan = _with_global(plan, _unsure(trace, flow) - kept)
-    runs = _runs(module, batch, trace, flow)
+    runs = _runs(module, batch, trace, flow, plan.layout)
     while failing := next((names for run in runs if (names := _failing(module, batch, run, plan, kept))), None):
         plan = _with_global(plan, failing)
     return with_partial_gradients(plan, runs[0].trace, runs[0].flow)
@@ -101,12 +120,21 @@ class _Run:
     evaluates: bool = False
 
 
-def _runs(module: nn.Module, batch: Any, trace: Trace, flow: Flow) -> list[_Run]:
+def _runs(module: nn.Module, batch: Any, trace: Trace, flow: Flow, layout: Layout) -> list[_Run]:
     """The run that the plan was made from; and the same in evaluation mode, where the code takes another way then."""
     runs = [_Run(*_both_passes(trace, flow))]
     if trace.step == "training_step":
         size, is_real = trace.batch_size, trace.is_real
-        other = trace_step(module, batch, batch_size=size, keep_error=True, is_real=is_real, evaluates=True)
+        other = trace_step(
+            module,
+            batch,
+            batch_size=size,
+            may_join=_may_join(layout),
+            may_mix=_may_mix(layout),
+            keep_error=True,
+            is_real=is_real,
+            evaluates=True,
+        )
         if other.error is None and _way(other) != _way(trace):
             runs.append(_Run(other, infer_flow(other, flow.kinds), evaluates=True))
     return runs
@@ -133,7 +161,9 @@ def _failing(module: nn.Module, batch: Any, run: _Run, plan: Plan, kept: Set[str
         batch,
         batch_size=trace.batch_size,
         step=trace.step,
-        chain=None if run.evaluates else trace.chain,
+        chain=None if run.evaluates else trace.chains or None,
+        may_join=_may_join(plan.layout),
+        may_mix=_may_mix(plan.layout),
         prepare=lambda twin: install_tensor_parallel(twin, plan, axis),
         keep_error=True,
         is_real=trace.is_real,

@@ -49,17 +49,6 @@ class Unordered(Chain):
         return logits
 
 
-class WithEmbeddings(Chain):
-    """Gives every block the embeddings besides the hidden state."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        first = x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, first)
-        logits: torch.Tensor = self.head(x)
-        return logits
-
-
 class Block(nn.Module):
     """The least that tensor parallelism splits: a column layer, a row layer, a residual."""
 
@@ -90,8 +79,8 @@ def plan_of(module: nn.Module, word: str, batch: Any = None, overrides: Mapping[
 
 def kinds(plan: Plan) -> dict[str, str]:
     """Kind of split by layer, of the first block only and without the path to it."""
-    prefix = f"{plan.chain.path}.0." if plan.chain else ""
-    others = f"{plan.chain.path}." if plan.chain else " "
+    prefix = f"{plan.chain.blocks[0]}." if plan.chain else ""
+    others = f"{plan.chain.paths[0]}." if plan.chain else " "
     return {
         layer.name.removeprefix(prefix): layer.kind
         for layer in plan.layers
@@ -102,4 +91,4 @@ def kinds(plan: Plan) -> dict[str, str]:
 def layer_of(plan: Plan, name: str) -> LayerPlan:
     """The plan of a layer, by its path in the first block."""
     assert plan.chain is not None
-    return next(layer for layer in plan.layers if layer.name == f"{plan.chain.path}.0.{name}")
+    return next(layer for layer in plan.layers if layer.name == f"{plan.chain.blocks[0]}.{name}")

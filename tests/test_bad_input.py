@@ -18,7 +18,7 @@ from lightning_par.errors import ConfigurationError, DataError, LayoutError, Mod
 from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.layout import parse_layout
 from tests.models import llama, make_batch
-from tests.planning import Chain, Unordered, WithEmbeddings, quiet_trainer, tokens
+from tests.planning import Chain, Unordered, quiet_trainer, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -121,20 +121,20 @@ def test_key_heads_that_do_not_divide() -> None:
 
 
 class Plain(Chain):
-    """No chain: one container mixes classes, the other is too short."""
+    """No chain: one container is too short, the other does not run as a whole."""
 
     def __init__(self) -> None:
         super().__init__(Block, depth=1)
         self.mixed = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.mixed(super().forward(tokens)[..., :16])
+        return self.mixed[0](super().forward(tokens)[..., :16])
 
 
 def test_no_chain() -> None:
     match = (
         r"parallel=pp2_dp2 needs a chain of blocks, and Plain has none that the step runs in order \(looked at blocks: has 1 "
-        r"module; mixed: mixes Linear, ReLU\): name the container of the blocks with plan.chain=PATH, or use parallel="
+        r"module; mixed: the step runs 1 of its 2 blocks\): name the container of the blocks with plan.chain=PATH, or use parallel="
     )
     with pytest.raises(ModelError, match=match):
         fit("pp2", Plain())
@@ -145,57 +145,6 @@ def test_blocks_that_do_not_run_in_order() -> None:
         fit("pp2", Unordered(Block))
     with pytest.raises(ModelError, match=r"plan.chain=blocks is no chain of blocks: its blocks do not run once each"):
         fit("pp2", Unordered(Block), plan={"chain": "blocks"})
-
-
-class SideBlock(Block):
-    def forward(self, x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return super().forward(x) + first
-
-
-def test_side_input_that_crosses_stages() -> None:
-    match = (
-        r"parallel=pp2_dp2: blocks.1 \(\w+\) reads a tensor of shape \[4, 6, 16\] that was computed with parameters before the "
-        r"blocks, and between pipeline stages only the hidden state of the blocks travels: compute it inside .* use parallel="
-    )
-    with pytest.raises(ModelError, match=match):
-        fit("pp2", WithEmbeddings(SideBlock))
-
-
-class TwoOutputs(Block):
-    def forward(self, pair: Any, side: torch.Tensor) -> Any:  # type: ignore[override]
-        return super().forward(pair), side + self.q(pair)
-
-
-class Pairs(Chain):
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = side = self.embedding(tokens)
-        for block in self.blocks:
-            x, side = block(x, side)
-        logits: torch.Tensor = self.head(x + side)
-        return logits
-
-
-def test_blocks_returning_several_tensors() -> None:
-    with pytest.raises(
-        ModelError, match=r"parallel=pp2_dp2: blocks.0 returns 2 tensors that later code reads, .*: return one tensor, or use"
-    ):
-        fit("pp2", Pairs(TwoOutputs))
-
-
-class Doubling(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x, self.layer(x[..., None])[..., 0]], 1)
-
-
-def test_blocks_that_change_the_shape() -> None:
-    with pytest.raises(
-        ModelError, match=r"blocks.0 turns a hidden state of shape \[4, 6, 16\] into \[4, 12, 16\], and a pipeline needs"
-    ):
-        fit("pp2", Chain(Doubling))
 
 
 class NoLoss(Chain):
@@ -234,7 +183,7 @@ def test_optimization_that_a_pipeline_cannot_run() -> None:
 @pytest.mark.parametrize(
     ("plan", "match"),
     [
-        ({"chains": "blocks"}, r"plan.chains: unknown line; a plan section has chain, stages, split, segments, activation"),
+        ({"chains": "blocks"}, r"plan.chains: unknown line; a plan section has chain, stages, costs, split, segments, activation"),
         ({"chain": "layers"}, r"plan.chain=layers: no ModuleList or Sequential of that name; the module has: blocks"),
         (
             {"stages": [1, 2]},
@@ -284,11 +233,67 @@ def test_plan_sections(plan: dict[str, Any], match: str) -> None:
 # ---------------------------------------------------------------------- the data
 
 
-def test_batch_that_does_not_split_into_the_microbatches() -> None:
-    with pytest.raises(
-        DataError, match=r"a batch of 6 samples does not split into 4 equal microbatches: use mb2 or mb3, or another batch"
-    ):
-        fit("pp2_mb4", data=loader(tokens(6)))
+def test_more_microbatches_than_samples() -> None:
+    match = r"parallel=pp2_dp2_mb4: a batch of 3 samples cannot be cut into 4 microbatches: use mb3 or less, or a larger batch"
+    with pytest.raises(DataError, match=match):
+        fit("pp2_mb4", data=loader(tokens(3)))
+
+
+class Labelled(Chain):
+    """Has labels, and a weight for each position."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        logits = self(batch["tokens"]).mean(1)
+        return F.cross_entropy(logits, batch["labels"]) + (logits.mean() * batch["positions"]).sum()
+
+
+def labelled(rows: int, positions: int = 6) -> dict[str, torch.Tensor]:
+    return {**tokens(8), "labels": torch.zeros(rows, dtype=torch.long), "positions": torch.ones(positions)}
+
+
+def test_parts_of_a_batch_with_different_numbers_of_samples() -> None:
+    match = (
+        r"batch\['labels'\] has 7 rows, and batch\['tokens'\] 8: all tensors of a batch must have its samples along dim 0, and "
+        r"training_step fails \(ValueError: Expected input batch_size \(8\) to match target batch_size \(7\).*\): correct"
+    )
+    with pytest.raises(DataError, match=match):
+        fit("pp2_dp2", Labelled(Block), loader(labelled(7)))
+
+
+def test_an_error_of_the_step_itself_stays_what_it_is() -> None:
+    with pytest.raises(KeyError, match="labels"):
+        fit("pp2_dp2", Labelled(Block), loader({**tokens(8), "positions": torch.ones(5)}))
+
+
+class PerSample(Chain):
+    """Weighs the samples by a part of the batch that has a row for each of them, and more."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        weights = batch["weights"].reshape(8, 2).sum(1)
+        return (self(batch["tokens"]).mean((1, 2)) * weights).sum()
+
+
+def test_a_part_that_fits_the_whole_batch_only() -> None:
+    match = (
+        r"training_step runs on the whole batch of 8 samples and fails on a microbatch of 2 \(RuntimeError: .*\): "
+        r"batch\['weights'\] has 16 rows, not the number of samples, and goes whole to every microbatch: give it one "
+        r"row for each sample, or use one"
+    )
+    with pytest.raises(DataError, match=match):
+        fit("pp2_dp2", PerSample(Block), loader({**tokens(8), "weights": torch.ones(16)}))
+
+
+class PerToken(Chain):
+    """Returns a loss for each token."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> Any:
+        return {"loss": self(batch["tokens"]).square().mean(-1)}
+
+
+def test_a_loss_that_is_no_scalar() -> None:
+    match = r"PerToken.training_step returned a loss of shape \(4, 6\), and the backward starts from one number: .* loss.mean\(\)"
+    with pytest.raises(ModelError, match=match):
+        fit("pp2_dp2", PerToken(Block))
 
 
 def test_data_that_can_be_read_only_once() -> None:

@@ -113,6 +113,29 @@ def test_outputs_are_merged_by_what_they_are() -> None:
     assert [tensor.shape[0] for tensor in merged["pair"]] == [6, 6]
 
 
+def test_several_rows_for_each_sample_are_concatenated() -> None:
+    merged = merge_outputs([rows(6, 2), rows(3, 2) + 9], [2, 1])
+    assert merged.tolist() == [*rows(6, 2).tolist(), *(rows(3, 2) + 9).tolist()]
+    assert len(merge_outputs([torch.zeros(6), torch.zeros(3)], [2, 1])) == 9  # equal, but as many as there are samples
+    assert len(merge_outputs([np.zeros(4), np.ones(4)], [2, 2])) == 8
+    assert len(merge_outputs([torch.zeros(4), torch.zeros(4)], [1, 1])) == 4  # the same thing of the batch every time
+    with pytest.raises(DataError, match=r"output of the step \(Tensor\) is neither one value for each sample"):
+        merge_outputs([rows(6), rows(4)], [2, 1])
+
+
+def test_a_list_of_samples_is_one_where_any_microbatch_shows_it() -> None:
+    merged = merge_outputs([[rows(1)], [rows(2)], [rows(3)]], [1, 1, 1])  # the first could be a container of one tensor
+    assert [len(each) for each in merged] == [1, 2, 3]
+    assert [len(each) for each in merge_outputs([[rows(1)], [rows(1)]], [1, 1])] == [2]
+
+
+def test_a_mean_is_weighted_by_what_is_counted() -> None:
+    outputs = [{"loss": torch.tensor(1.0), "top": 2.0}, {"loss": torch.tensor(5.0), "top": 4.0}, {"loss": torch.tensor(torch.nan)}]
+    outputs[2]["top"] = float("nan")
+    assert merge_outputs(outputs, [2, 2, 2], [3.0, 1.0, 0.0]) == {"loss": 2.0, "top": 2.5}
+    assert merge_outputs(outputs[:2], [3, 1], [0.0, 0.0]) == {"loss": 2.0, "top": 2.5}  # nothing is counted: by samples
+
+
 def test_a_model_output_keeps_its_type() -> None:
     outputs = [
         CausalLMOutput(loss=torch.tensor(v), logits=torch.full((n, 2), v), hidden_states=(rows(n), rows(n)))

@@ -113,7 +113,7 @@ def compiled(module: nn.Module, word: str) -> tuple[set[str], str]:
     """The modules that a plan compiles, of the first block, and its note."""
     plan = plan_of(module, word, models.make_batch(0, 2), {"compile": True})
     assert plan.compilation is not None and plan.chain is not None and Plan.from_dict(plan.to_dict()) == plan
-    first = f"{plan.chain.path}.0"
+    first = plan.chain.blocks[0]
     return {name.removeprefix(first) for name in plan.compilation.modules if name.startswith(first)}, plan.notes[-1]
 
 

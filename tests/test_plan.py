@@ -457,7 +457,7 @@ def test_the_chain_can_be_chosen() -> None:
             return logits
 
     chosen = plan_of(Two(), "pp2", overrides={"chain": "small"}).chain
-    assert chosen is not None and chosen.path == "small"
+    assert chosen is not None and chosen.paths == ("small",)
 
 
 @pytest.mark.parametrize("word", ["single", "tp2", "tp2_pp2", "pp2_dp2_zero1_mb2"])

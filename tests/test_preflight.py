@@ -139,7 +139,7 @@ def test_layers_and_data_made_by_hooks() -> None:
     np.random.seed(0)
     before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
     plan = plan_of_run("tp2_pp2", module)
-    assert plan.chain is not None and plan.chain.path == "model.blocks"
+    assert plan.chain is not None and plan.chain.paths == ("model.blocks",)
     assert module.prepared == 0 and "model" not in module._modules and not hasattr(module, "samples")
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     assert (np.random.get_state()[1] == before[2]).all()
@@ -199,3 +199,17 @@ def test_inference_mode_is_refused_where_it_would_spoil_gathered_parameters(word
     expected = pytest.raises(ConfigurationError, match=r"Trainer\(inference_mode=False\)") if is_refused else nullcontext()
     with expected:
         check_inference_mode(trainer)
+
+
+class Masked(Model):
+    """Reads a mask of all positions."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return (self(batch["tokens"]).mean(-1) @ batch["mask"]).mean()
+
+
+def test_what_goes_whole_to_every_microbatch_is_noted() -> None:
+    batch = {**tokens(8), "mask": torch.ones(6, 6)}
+    (note,) = plan_of_run("pp2", Masked(), DataLoader([batch], batch_size=None)).notes
+    assert note == "batch['mask'] has 6 rows, and the batch has 8 samples: it goes whole to every microbatch"
+    assert plan_of_run("dp4", Masked(), DataLoader([batch], batch_size=None)).notes == ()

@@ -302,3 +302,34 @@ def share_metrics(rank: int, world_size: int) -> None:
 
 def test_a_metric_of_the_last_stage_computes_on_every_rank() -> None:
     run_ranks(share_metrics, 2)
+
+
+def run_stages(rank: int, world_size: int) -> tuple[list[Any], float, bool]:
+    """Two stages on each of two ranks, there and back: the first and the last are both on rank 0."""
+    mesh = Mesh(Layout(pp=2, dp=1, vp=2, placement="v"), timedelta(seconds=20))
+    module = user_module(ROOTS[0])
+    own = dict(vars(module.error))
+    replayed: list[Any] = []
+
+    class Seen(StageLog):
+        def _replay(self, name: str, entry: Any) -> None:
+            replayed.append((name, entry.values, entry.weights, entry.batch_size))
+
+    log = Seen(module, mesh)
+    with log.step():
+        for is_last in (False, True) if rank == 0 else (True,):
+            for microbatch, size in enumerate((3, 2)):
+                log.begin(microbatch, size, weight=size * 10.0, is_last=is_last)
+                module.error(torch.full((size,), microbatch + 1.0), torch.zeros(size))  # as before the blocks, in every stage
+                module.log("early", float(microbatch), reduce_fx="sum")
+    value = float(module.error.compute())
+    log.close()
+    assert all(vars(module.error)[name] == own[name] for name in ("update", "compute"))
+    return replayed, value, mesh.is_last_stage
+
+
+def test_of_several_stages_on_a_rank_the_last_one_counts() -> None:
+    for rank, (replayed, value, is_last) in enumerate(run_ranks(run_stages, 2)):
+        assert is_last == (rank == 0)
+        assert replayed == [("early", [1.0], [50.0], 5)]
+        assert value == pytest.approx((3 * 1 + 2 * 4) / 5)

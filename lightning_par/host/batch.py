@@ -67,10 +67,12 @@ def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int], weights: Sequenc
 
     With one microbatch, the output itself. Otherwise, place by place in the nested output:
 
-    - a tensor or numpy array whose dim 0 is the microbatch's size: concatenated along dim 0;
+    - a tensor or numpy array whose dim 0 is the microbatch's size: concatenated along dim 0; so is one whose dim 0 is the same
+      multiple of the size in all (several sequences for each sample), but not where sizes and values are all equal;
     - a floating 0-dim tensor or a float (a mean loss): averaged, weighted;
     - a list of the microbatch's size, one item for each sample: concatenated, unless every tensor inside has that size
-      as dim 0, which makes it a container; a tuple likewise, but it is a container when any tensor is inside;
+      as dim 0 in all microbatches, which makes it a container; a tuple likewise, but it is a container when any tensor is
+      inside. Of microbatches of one sample each, ``[tensor]`` with one row is taken for a container;
     - a container: merged item by item, keeping its type and keys;
     - anything else, ``None`` included: kept if it is the same for all microbatches.
 
@@ -121,15 +123,17 @@ def _merge(parts: list[Any], sizes: Sequence[int], weights: Sequence[float], pat
         return sum(part * weight for part, weight in zip(parts, weights, strict=True) if weight) / sum(weights)
     if any(type(part) is not type(first) for part in parts):
         raise _not_merged(path, "is " + " and ".join(sorted({type(part).__name__ for part in parts})))
-    if all(_is_per_sample(part, size) for part, size in zip(parts, sizes, strict=True)):
+    if _are_per_sample(parts, sizes):
         return _concatenate(parts, path)
     if isinstance(first, torch.Tensor) and first.is_floating_point() and all(part.ndim == 0 for part in parts):
         weighted = [part.double() * (weight / sum(weights)) for part, weight in zip(parts, weights, strict=True) if weight]
         return torch.stack(weighted).sum().to(first.dtype)
-    items = [children(part) for part in parts]
-    if items[0] is not None:
+    if children(first) is not None:
         return _merge_containers(parts, sizes, weights, path)
-    if all(_equal(part, first) for part in parts):
+    is_equal = all(_equal(part, first) for part in parts)
+    if _is_multiple(parts, sizes) and not (is_equal and len(set(sizes)) == 1):
+        return _concatenate(parts, path)
+    if is_equal:
         return first
     raise _not_merged(path, f"({type(first).__name__}) is neither one value for each sample nor a floating mean, and differs")
 
@@ -144,12 +148,20 @@ def _merge_containers(parts: list[Any], sizes: Sequence[int], weights: Sequence[
     return rebuild(parts[0], merged)
 
 
-def _is_per_sample(part: Any, size: int) -> bool:
-    """Whether ``part`` of an output has one item for each of the microbatch's ``size`` samples."""
-    if isinstance(part, list) and len(part) == size:
-        inside = list(arrays_in(part))
-        return not inside or not all(_is_cut(tensor, size) for tensor in inside)
-    return _is_cut(part, size)
+def _are_per_sample(parts: list[Any], sizes: Sequence[int]) -> bool:
+    """Whether the parts of an output, of one type, have one item for each of their microbatches' samples."""
+    pairs = list(zip(parts, sizes, strict=True))
+    if all(isinstance(part, list) and len(part) == size for part, size in pairs):
+        inside = [_is_cut(tensor, size) for part, size in pairs for tensor in arrays_in(part)]
+        return not inside or not all(inside)
+    return all(_is_cut(part, size) for part, size in pairs)
+
+
+def _is_multiple(parts: list[Any], sizes: Sequence[int]) -> bool:
+    """Whether all parts have the same number of rows for each sample."""
+    if not isinstance(parts[0], (torch.Tensor, np.ndarray)) or any(part.ndim == 0 for part in parts):
+        return False
+    return len({len(part) / size for part, size in zip(parts, sizes, strict=True)}) == 1 and len(parts[0]) % sizes[0] == 0
 
 
 def _concatenate(parts: list[Any], path: str) -> Any:

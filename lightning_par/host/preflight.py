@@ -14,8 +14,9 @@ from lightning_par.checkpoint import check_layout
 from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.first_batch import first_batch
-from lightning_par.host.loss_weight import check_loss_weight
+from lightning_par.host.loss_weight import TargetCount, check_loss_weight
 from lightning_par.host.timeline import PipelineTimeline
+from lightning_par.host.whole_parts import explain_sizes, note_whole_parts
 from lightning_par.layout import Coordinate, Layout, nearest_layouts
 from lightning_par.pipeline.schedules import check_schedule
 from lightning_par.plan import Plan
@@ -63,13 +64,24 @@ def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any]
         batch = first_batch(loaders if what == "fit" else _first(loaders))
         for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
             batch = getattr(source if _overrides(source, hook) else twin, hook)(batch, 0)
-        count = trainer.strategy.loss_weight
-        plan = prepare_plan(twin, batch, layout, overrides, _STEPS[what], counts_targets=count is not None)
-        if what == "fit" and layout.pp > 1:
-            check_schedule(trainer.strategy.schedule, layout.pp, layout.vp, plan.layout.microbatches)
-        if what == "fit" and count is not None:
-            check_loss_weight(count, twin, batch, plan.layout.microbatches or 1)
-        return plan
+        plan = _plan_checked(twin, batch, layout, overrides, _STEPS[what], trainer.strategy.loss_weight)
+    if what == "fit" and layout.pp > 1:
+        check_schedule(trainer.strategy.schedule, layout.pp, layout.vp, plan.layout.microbatches)
+    return plan
+
+
+def _plan_checked(
+    twin: Any, batch: Any, layout: Layout, overrides: Mapping[str, Any], step: str, count: TargetCount | None
+) -> Plan:
+    """The plan for a batch that can be cut as it says, its targets counted."""
+    try:
+        plan = prepare_plan(twin, batch, layout, overrides, step, counts_targets=count is not None)
+    except Exception as error:
+        explain_sizes(batch, step, error)
+        raise
+    if step == "training_step" and count is not None:
+        check_loss_weight(count, twin, batch, plan.layout.microbatches or 1)
+    return replace(plan, notes=plan.notes + note_whole_parts(twin, batch, plan, step))
 
 
 def check_split(module: Any, layout: Layout) -> Engine | None:

@@ -30,7 +30,8 @@ import torch.distributed as dist
 from torchmetrics import Metric
 
 from lightning_par.errors import ConfigurationError
-from lightning_par.host.stage_metric import StageMetrics, from_last_stage
+from lightning_par.host.last_stage import from_last_stage
+from lightning_par.host.stage_metric import StageMetrics
 from lightning_par.runtime.mesh import Mesh
 
 # parameters of LightningModule.log after ``name`` and ``value``, in order (Lightning 2.6)
@@ -118,14 +119,16 @@ class StageLog:
         self._records: dict[int, _Entries] = {}
         self.begin(0, 1)
 
-    def begin(self, microbatch: int, size: int, weight: float | None = None) -> None:
-        """Forget what an earlier run of this microbatch logged: of a rank's stages, the last one in order counts.
+    def begin(self, microbatch: int, size: int, weight: float | None = None, is_last: bool = True) -> None:
+        """A stage of this rank begins with a microbatch. What it logs counts where it is the pipeline's last.
 
         Args:
             microbatch: its index.
             size: samples in it.
             weight: how much its means count; by default ``size``.
+            is_last: whether the stage is the last one, on a rank that has it.
         """
+        self._metrics.is_muted = not is_last
         self._size, self._weight = size, float(size) if weight is None else weight
         self._calls: dict[str, int] = {}
         self._running: _Entries = {}
@@ -144,6 +147,7 @@ class StageLog:
             with self._metrics.local():
                 yield
         finally:
+            self._metrics.is_muted = False
             del self._module.log
         entries = _fold(self._records[microbatch] for microbatch in sorted(self._records))
         for (name, _), entry in self._exchange(entries).items():
@@ -154,7 +158,9 @@ class StageLog:
         self._metrics.close()
 
     def _record(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Stands in for ``module.log`` on the last stage."""
+        """Stands in for ``module.log`` on the last stage, and on others of its rank."""
+        if self._metrics.is_muted:
+            return
         options = dict(zip(LOG_PARAMETERS, args, strict=False)) | kwargs
         entry = self._entry(name, value, options)
         call = self._calls[name] = self._calls.get(name, -1) + 1

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_par.errors import ConfigurationError, ReplicaError
+from lightning_par.host.last_stage import from_last_stage
 from lightning_par.runtime.mesh import Mesh
 
 
@@ -27,12 +27,16 @@ class StageMetrics:
 
     A metric's ``compute()`` becomes a collective over its dp and pp groups: all ranks call it, in the same order, as
     Lightning does at the end of an epoch. ``reset()`` stays local. Inside `local` only this rank's states count.
+
+    Attributes:
+        is_muted: whether updates are left out: an earlier stage of a rank that has the last one too is running.
     """
 
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
         self._module, self._mesh = module, mesh
         self._is_local = False
-        self._shared: dict[int, tuple[Metric, Callable[..., Any], Any]] = {}
+        self.is_muted = False
+        self._shared: dict[int, tuple[Metric, dict[str, Any]]] = {}
         for metric in module.modules():
             if isinstance(metric, Metric):
                 self.share(metric)
@@ -51,7 +55,8 @@ class StageMetrics:
         """Share one metric; again is no harm. A ``dist_sync_fn`` that the user gave it stays."""
         if id(metric) in self._shared:
             return
-        self._shared[id(metric)] = (metric, metric.compute, metric.dist_sync_fn)
+        names = ("compute", "update", "forward", "dist_sync_fn")
+        self._shared[id(metric)] = (metric, {name: getattr(metric, name) for name in names})
         dp_group = self._mesh.dp.group
 
         def gather(state: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
@@ -61,6 +66,9 @@ class StageMetrics:
         metric.dist_sync_fn = metric.dist_sync_fn or gather
         if self._mesh.pp.size > 1:
             metric.compute = self._computed_on_last_stage(metric, metric.compute)  # type: ignore[method-assign]
+        if self._mesh.layout.vp > 1:
+            metric.update = self._unless_muted(metric.update)  # type: ignore[method-assign]
+            metric.forward = self._unless_muted(metric.forward)  # type: ignore[method-assign]
 
     @contextmanager
     def local(self) -> Iterator[None]:
@@ -73,9 +81,16 @@ class StageMetrics:
 
     def close(self) -> None:
         """Give all metrics their own functions back."""
-        for metric, compute, dist_sync_fn in self._shared.values():
-            metric.compute, metric.dist_sync_fn = compute, dist_sync_fn  # type: ignore[method-assign]
+        for metric, own in self._shared.values():
+            for name, function in own.items():
+                setattr(metric, name, function)
         self._shared.clear()
+
+    def _unless_muted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return torch.zeros(()) if self.is_muted else function(*args, **kwargs)
+
+        return call
 
     def _computed_on_last_stage(self, metric: Metric, compute: Callable[..., Any]) -> Callable[..., Any]:
         def shared_compute(*args: Any, **kwargs: Any) -> Any:
@@ -94,12 +109,3 @@ class StageMetrics:
             return apply_to_collection(value, torch.Tensor, lambda tensor: tensor.to(metric.device))
 
         return shared_compute
-
-
-def from_last_stage(value: Any, mesh: Mesh) -> Any:
-    """What the last stage passed, on all stages. Collective over pp."""
-    if mesh.pp.size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=mesh.pp.ranks[mesh.layout.last_pp], group=mesh.pp.group)
-    return box[0]

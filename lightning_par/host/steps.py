@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from lightning_par.engine import Engine
-from lightning_par.errors import ModelError
 from lightning_par.host.batch import merge_outputs, split_batch
 from lightning_par.host.fingerprint import check_same_batch
+from lightning_par.host.last_stage import output_from_last_stage
+from lightning_par.host.loss import give_no_gradient, loss_of
 from lightning_par.host.loss_weight import TargetCount, count_targets
 from lightning_par.host.stage_log import StageLog
-from lightning_par.host.stage_metric import from_last_stage
 from lightning_par.runtime.nested import map_tensors
 from lightning_par.tensor import ShardedTensor
 
@@ -53,6 +53,7 @@ class StepRunner:
         self._log = StageLog(self.module, self.mesh)
         self._num_seen: dict[str, int] = {}
         self._has_warned = False
+        self._last: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None  # what was predicted last
 
     def train(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float) -> Any:
         """``training_step`` and its backward on every microbatch. Collective over the world.
@@ -73,7 +74,7 @@ class StepRunner:
         def program(index: int) -> Any:
             output = run(index)
             if not shares[index]:
-                _give_no_gradient(loss_of(output))
+                give_no_gradient(loss_of(output))
             return output
 
         with self._log.step():
@@ -88,12 +89,35 @@ class StepRunner:
     def evaluate(self, step: str, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A hook without gradients; the whole batch's output on every rank of the replica. Collective over the replica.
 
-        Without a pipeline the batch stays whole.
+        Without a pipeline the batch stays whole. With parameters in parts (zero3) it is collective over the world, and for
+        ``predict_step``, of which replicas have different numbers of batches, `end_predictions` must follow.
         """
+        if step == "predict_step" and self._gathers:
+            self._count_predicting(1)
+            self._last = (batch, args, kwargs)
         pieces = self._cut(step, batch, (self.engine.plan.layout.microbatches or 1) if self.mesh.layout.pp > 1 else 1)
         with nullcontext() if step == "predict_step" else self._log.step():
             outputs = self.engine.evaluate(self._program(step, pieces, args, kwargs), len(pieces))
-        return from_last_stage(_merge(outputs, pieces), self.mesh)
+        return output_from_last_stage(_merge(outputs, pieces), self.mesh, self.engine.device)
+
+    def end_predictions(self) -> None:
+        """Go on with the last batch, in vain, while other replicas have batches and need this one's parameters."""
+        while self._last is not None and self._count_predicting(0):
+            batch, args, kwargs = self._last
+            pieces = [Microbatch(batch, 1, 1.0)]
+            self.engine.evaluate(self._program("predict_step", pieces, args, kwargs), 1)
+        self._last = None
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether a forward gathers parameters over dp."""
+        return self.engine.states is not None and self.mesh.layout.zero == 3 and self.mesh.dp.size > 1
+
+    def _count_predicting(self, own: int) -> int:
+        """Replicas that are about to predict a batch. Collective over dp."""
+        count = torch.tensor(own, device=self.engine.device)
+        self.mesh.dp.all_reduce(count)
+        return int(count)
 
     def close(self) -> None:
         """Undo what logging did to the module."""
@@ -133,7 +157,8 @@ class StepRunner:
         run = getattr(self.module, step)
 
         def program(index: int) -> Any:
-            self._log.begin(index, pieces[index].size, pieces[index].weight)
+            is_last = self.engine.runs_last_stage or not self.mesh.is_last_stage
+            self._log.begin(index, pieces[index].size, pieces[index].weight, is_last)
             return run(pieces[index].batch, *args, **kwargs)
 
         return program
@@ -150,7 +175,7 @@ class StepRunner:
             summary[1] = float(others is not None)
         mesh.world.all_reduce(summary)
         loss = summary[0].float()
-        return {"loss": loss, **from_last_stage(others, mesh)} if float(summary[1]) else loss
+        return {"loss": loss, **output_from_last_stage(others, mesh, self.engine.device)} if float(summary[1]) else loss
 
     def _check_batch(self, step: str, batch: Any) -> None:
         seen = self._num_seen[step] = self._num_seen.get(step, 0) + 1
@@ -158,48 +183,8 @@ class StepRunner:
             check_same_batch(batch, self.mesh.replica, f"batch {seen - 1} of {step} on replica {self.mesh.coordinate.dp}")
 
 
-def loss_of(output: Any) -> torch.Tensor:
-    """The loss in what ``training_step`` returned.
-
-    Raises:
-        ModelError: there is none, or it is more than one number.
-    """
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, torch.Tensor):
-        raise ModelError(
-            f"training_step returned {'None' if loss is None else type(loss).__name__} for a batch: a parallel run needs the loss "
-            "of every batch; return the loss tensor"
-        )
-    if loss.numel() != 1:
-        raise ModelError(
-            f"training_step returned a loss of shape {tuple(loss.shape)} for a batch, and the backward starts from one number: "
-            "return its mean, loss.mean()"
-        )
-    return loss
-
-
-def _give_no_gradient(loss: torch.Tensor) -> None:
-    """Let the backward of ``loss`` pass zeros on, through its whole graph.
-
-    A mean over no target is undefined, and a gradient of 0 times that is too. The backward itself must run: other stages and
-    replicas wait for what it sends.
-    """
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node.next_functions and node not in seen:  # the ends are the parameters', for all microbatches
-            seen.add(node)
-            node.register_prehook(_zeros)
-            waiting += [following for following, _ in node.next_functions]
-
-
-def _zeros(gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-    return tuple(None if gradient is None else torch.zeros_like(gradient) for gradient in gradients)
-
-
 def _merge(outputs: list[Any], pieces: list[Microbatch]) -> Any:
-    """The outputs of all microbatches as one, logits cut over the vocabulary made whole; None where there are none."""
+    """The outputs of all microbatches as one, without a graph, logits cut over the vocabulary made whole; None of none."""
     if not outputs:
         return None
     whole = [map_tensors(_whole, output) for output in outputs]
@@ -207,4 +192,4 @@ def _merge(outputs: list[Any], pieces: list[Microbatch]) -> Any:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, ShardedTensor) else tensor
+    return tensor.full_tensor().detach() if isinstance(tensor, ShardedTensor) else tensor.detach()

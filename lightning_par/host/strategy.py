@@ -295,6 +295,9 @@ class HybridParallelStrategy(Host):
         """The module's ``predict_step`` through all stages; the whole batch's output on every rank of the replica."""
         return self._running.evaluate("predict_step", batch, args, kwargs)
 
+    def on_predict_end(self) -> None:
+        self._running.end_predictions()
+
     @property
     def _running(self) -> StepRunner:
         assert self._steps is not None, "steps run inside trainer.fit, validate, test or predict"

@@ -1,11 +1,11 @@
-"""What a stage received, in the place of what its own code made of placeholders.
+"""What a stage received for one microbatch, and what it gives back for it.
 
-[Note: in the place of] A tensor that crosses stages may have any readers: later blocks, code between them, code after them.
-So the very tensor object that the user's code holds is made to be the tensor that was received, and every reader sees it.
-For that, code before a later stage's first block runs without gradients: what it makes are leaves, and their ``grad`` is what
-the stage before is sent. Only what is made between the last block that is passed over and the stage's first one has a graph
-(reentrant checkpointing asks for a hidden state that requires a gradient). It is cut off there; where it cannot be, because the
-tensor is a view or is in the hands of reentrant checkpointing already, a hook takes the gradient and passes zeros on.
+[Note: in the place of] The stage's first block is called with the hidden state that was received. Any other tensor that crosses
+may have any readers: later blocks, code between them, code after them. So the very tensor object that the user's code holds is
+made to be the one that was received, and every reader sees it. Where blocks are called with gradients, code before a later
+stage's first block runs without: what it makes are leaves, and their ``grad`` is what the stage before is sent. A tensor that
+has a graph all the same is cut off from it; where it cannot be, because it is a view or in the hands of reentrant
+checkpointing already, a hook takes its gradient and passes zeros on.
 """
 
 from __future__ import annotations
@@ -19,36 +19,46 @@ class Arrival:
     """What a stage received for one microbatch.
 
     Attributes:
-        tensors: the user's tensors, the hidden state first; empty until they have arrived.
+        hidden: the hidden state, a leaf; None until it has arrived.
     """
 
     def __init__(self) -> None:
-        self.tensors: list[torch.Tensor] = []
-        self._returns: list[bool] = []
-        self._grads: dict[int, torch.Tensor] = {}
+        self.hidden: torch.Tensor | None = None
+        self._returning: list[torch.Tensor] = []
+        self._grads: dict[int, torch.Tensor] = {}  # of tensors that have a graph, by their place among these
 
-    def put(self, held: Sequence[torch.Tensor], received: Sequence[torch.Tensor], returns: Sequence[bool]) -> None:
-        """Make each of ``held`` the one of ``received``; see [Note: in the place of].
+    def put(
+        self, received: Sequence[torch.Tensor], held: Sequence[torch.Tensor], returns: Sequence[bool]
+    ) -> None:
+        """Take what has arrived; see [Note: in the place of].
 
         Args:
-            held: the user's tensors.
-            received: what takes their place.
-            returns: whether the stage before is sent a gradient of each.
+            received: the hidden state first.
+            held: the user's tensors, whose place the others take.
+            returns: whether the stage before is sent a gradient, of the hidden state and of each of ``held``.
         """
-        self.tensors, self._returns = list(held), list(returns)
-        for index, (mine, theirs) in enumerate(zip(held, received, strict=True)):
-            zeros = mine.new_zeros(()).expand(mine.shape)
-            if mine.grad_fn is not None and torch.is_grad_enabled() and mine._base is None:
-                mine.detach_()
-            mine.data = theirs
-            if returns[index] and mine.grad_fn is None:
-                mine.requires_grad_()
-            elif mine.grad_fn is not None:
-                mine.register_hook(self._taking(index, zeros))
+        hidden, *others = received
+        self.hidden = hidden.detach().requires_grad_(returns[0])
+        if returns[0]:
+            self._returning.append(self.hidden)
+        for mine, theirs, has_gradient in zip(held, others, returns[1:], strict=True):
+            self._replace(mine, theirs, has_gradient)
 
     def gradients(self) -> list[torch.Tensor]:
         """What the backward gave each tensor that returns a gradient; zeros where it gave nothing."""
-        return [self._gradient(index, tensor) for index, tensor in enumerate(self.tensors) if self._returns[index]]
+        return [self._gradient(index, tensor) for index, tensor in enumerate(self._returning)]
+
+    def _replace(self, mine: torch.Tensor, theirs: torch.Tensor, has_gradient: bool) -> None:
+        zeros = mine.new_zeros(()).expand(mine.shape)
+        if mine.grad_fn is not None and torch.is_grad_enabled() and mine._base is None:
+            mine.detach_()
+        mine.data = theirs
+        if mine.grad_fn is not None:
+            mine.register_hook(self._taking(len(self._returning), zeros))
+        elif has_gradient:
+            mine.requires_grad_()
+        if has_gradient:
+            self._returning.append(mine)
 
     def _gradient(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
         found = self._grads.get(index) if tensor.grad_fn is not None else tensor.grad

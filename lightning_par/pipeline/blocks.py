@@ -85,7 +85,8 @@ class Blocks:
     def _call_of(self, index: int, cls: type[nn.Module]) -> Callable[..., Any]:
         def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self.runner is None:
-                raise ModelError(f"{self.chain.blocks[index]} was called outside of a step: a pipeline runs its blocks inside steps")
+                name = self.chain.blocks[index]
+                raise ModelError(f"{name} was called outside of a step: a pipeline runs its blocks inside steps")
             return self.runner.call_block(index, lambda *args, **kwargs: cls.__call__(block, *args, **kwargs), args, kwargs)
 
         return call

@@ -95,6 +95,7 @@ class Executor:
 
     Attributes:
         observers: who sees the actions.
+        running: the stage whose forward runs now.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Executor:
         self._known: dict[Hashable, list[Like]] = {}  # what was sent or received before, by `_Step.key`
         self._last = len(stages.cuts) - 1
         self.observers: list[Observer] = []
+        self.running: int | None = None
 
     def run(
         self,
@@ -154,7 +156,7 @@ class Executor:
 
     def _forward(self, action: Action, step: _Step) -> None:
         stage, index = action.stage, action.microbatch
-        kept = _InFlight()
+        kept, self.running = _InFlight(), stage
         self.hooks.before_forward(index)
         output, leaving = self._stages.run(
             stage,
@@ -163,8 +165,9 @@ class Executor:
             kept.arrival,
             lambda: self.hooks.at_entrance(index, stage),
         )
+        self.running = None
         self.hooks.after_forward()
-        if stage > 0 and not kept.arrival.tensors:
+        if stage > 0 and kept.arrival.hidden is None:
             raise ModelError(f"the step on microbatch {index} ended before it reached the blocks of stage {stage}{_EVERY_STEP}")
         if stage == self._last:
             step.outputs[index] = output
@@ -217,11 +220,12 @@ class Executor:
         known = None if key is None else self._known.setdefault(key, likes)
         if known is not None and known != likes:
             raise ModelError(
-                f"what stage {message.stage - 1} passes on has shapes {_shapes(likes)} for microbatch {message.microbatch}, and had "
-                f"{_shapes(known)} before for a batch of the same shapes: let the shapes in a step follow from those of its batch, "
-                "so crop and pad in the dataset"
+                f"stage {message.stage - 1} passes on tensors of shape {_shapes(likes)} for microbatch {message.microbatch}, and "
+                f"passed on {_shapes(known)} before, for a microbatch of the same shapes: let all shapes in a step follow from "
+                "those of its batch, so crop and pad in the dataset"
             )
-        self._transport.send(message, leaving, with_header=self._stages.is_told(message.stage) and (known is None or known is likes))
+        is_news = known is None or known is likes
+        self._transport.send(message, leaving, with_header=is_news and self._stages.is_told(message.stage))
 
     def _receive(self, action: Action, held: list[torch.Tensor], step: _Step) -> list[torch.Tensor]:
         """What stage ``action.stage`` gets for a microbatch, in the place of the tensors ``held``."""

@@ -86,7 +86,7 @@ class Lockstep:
         if is_entrance and stage == 0:
             hidden = carry.enter(hidden)
         elif is_entrance:
-            hidden = carry.arrive(carry.leave(hidden) if self._is_mine(stage - 1) else self._arrived[0], hidden)
+            hidden = carry.arrive(carry.leave(hidden) if self._is_mine(stage - 1) else self._hidden, hidden)
         return self._blocks.call_with(index, hidden, through, args, kwargs)
 
     def see(self, module: str, output: Any) -> None:
@@ -103,13 +103,11 @@ class Lockstep:
             held = self._blocks.find(sides, self._seen, args, kwargs)
             self._transport.send(message, [carry.leave(hidden), *map(self._stages.whole, held)], with_header=True)
             return
-        like = carry.like(hidden)
-        held = [like, *self._blocks.find(sides, self._seen, args, kwargs)]
-        received = self._transport.receive(message, self._transport.receive_header(message, len(held)))
-        if like is not hidden:
-            held[0] = received[0]
-        Arrival().put(held, received, [False] * len(held))
-        self._arrived = held
+        held = self._blocks.find(sides, self._seen, args, kwargs)
+        received = self._transport.receive(message, self._transport.receive_header(message, 1 + len(held)))
+        arrival = Arrival()
+        arrival.put(received, held, [False] * len(received))
+        self._hidden = received[0]
 
     def _is_mine(self, stage: int) -> bool:
         return stage in self._stages.stages

@@ -54,7 +54,6 @@ class Plain(Carry):
         return hidden
 
     def like(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The user's own tensor: what is received takes its place."""
         return hidden
 
     def arrive(self, received: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -140,7 +139,7 @@ class StageProgram:
         needs_grad = torch.is_grad_enabled()
         with self._running(_StageRun(self, stage, arrival, receive, needs_grad, at_entrance)):
             try:
-                with torch.set_grad_enabled(needs_grad and stage == 0):  # see [Note: in the place of]
+                with torch.set_grad_enabled(needs_grad and not self.is_bare(stage)):
                     return program(), []
             except StageExit as leaving:
                 return None, leaving.leaving
@@ -161,6 +160,13 @@ class StageProgram:
             yield
         finally:
             self.blocks.runner = None
+
+    def is_bare(self, stage: int) -> bool:
+        """Whether the code before a stage's first block runs without gradients; see [Note: in the place of].
+
+        Not where reentrant checkpointing turns gradients off around the blocks, and on again behind them.
+        """
+        return stage > 0 and self.blocks is not None and self.blocks.chain.has_gradients[self.cuts[stage].first - 1]
 
     def _changed(self) -> list[int]:
         """Blocks inside the only stage of a rank are called as they were."""
@@ -206,9 +212,10 @@ class _StageRun:
         if index >= cut.last:
             hidden, sides = blocks.hidden(index, args, kwargs), blocks.find(cut.leaving, self.seen, args, kwargs)
             raise StageExit([self.program.carry.leave(hidden), *map(self.program.whole, sides)])
-        if index == cut.first - 1 and self.needs_grad and blocks.chain.trains[cut.first]:
-            torch.set_grad_enabled(True)  # until the step ends; see [Note: in the place of]
-        output = blocks.pass_over(index, args, kwargs, requires_grad=index == cut.first - 1 and torch.is_grad_enabled())
+        is_last_passed = index == cut.first - 1
+        if is_last_passed and self.needs_grad and self.program.is_bare(self.stage):
+            torch.set_grad_enabled(True)  # until the step ends
+        output = blocks.pass_over(index, args, kwargs, requires_grad=is_last_passed and self.needs_grad)
         self.see(blocks.chain.blocks[index], output)
         return output
 
@@ -224,23 +231,20 @@ class _StageRun:
         if self.receive is not None:
             self._arrive(blocks, self.receive, hidden, args, kwargs)
         self.at_entrance()
-        return carry.arrive(self.arrival.tensors[0], hidden)
+        assert self.arrival.hidden is not None
+        return carry.arrive(self.arrival.hidden, hidden)
 
     def _arrive(
         self, blocks: Blocks, receive: Receive, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self.arrival.tensors:
+        if self.arrival.hidden is not None:
             raise ModelError(
                 f"the step calls the blocks of stage {self.stage} a second time (model.generate does, for each token), and a "
                 "pipeline stage runs its blocks once for each microbatch: use a layout without pp for such a step"
             )
-        carried = self.program.carry.like(hidden)
-        held = [carried, *blocks.find(self._cut.arriving, self.seen, args, kwargs)]
-        received = receive(held)
-        if carried is not hidden:  # the user's object has another form, and its block gets one made of what was received
-            held[0] = received[0].detach()
-        trains = self.needs_grad and blocks.chain.trains[self._cut.first]
-        self.arrival.put(held, received, [trains and returns for returns in returned(self._cut.arriving)])
+        held = blocks.find(self._cut.arriving, self.seen, args, kwargs)
+        received = receive([self.program.carry.like(hidden), *held])
+        self.arrival.put(received, held, [self.needs_grad and returns for returns in returned(self._cut.arriving)])
 
 
 def returned(carried: Sequence[CarriedPlan]) -> list[bool]:

@@ -11,22 +11,24 @@ from lightning_par.layout import Layout
 from lightning_par.plan.check import (
     check_batch_statistics,
     check_chain,
-    check_crossings,
     check_divides,
     check_one_split,
     check_recompute,
     check_second_derivatives,
     resolve_microbatches,
 )
+from lightning_par.plan.crossing import plan_boundaries
+from lightning_par.plan.cut import cut_chain, unevenness
+from lightning_par.plan.effect import side_effects
+from lightning_par.plan.output import LeafPlan, OutputPlan, dims_like
 from lightning_par.plan.override import Overrides
-from lightning_par.plan.partition import partition_blocks
 from lightning_par.plan.plan import Activation, ChainPlan, Kind, LayerPlan, ParameterPlan, Plan, StagePlan
 from lightning_par.plan.segments import OutputUse, output_use
 from lightning_par.plan.tensor_rules import Flow, infer_flow, read_from_outside
 from lightning_par.plan.vocabulary import agree_on_ties, infer_vocabulary, padded
 from lightning_par.plan.whole import kept_whole
 from lightning_par.runtime.parameter import ParameterSpec, Split
-from lightning_par.trace import Layer, Trace
+from lightning_par.trace import Block, Layer, Trace
 
 BACKWARD_TO_FORWARD = 2  # the gradients of a matrix product are two products of its size
 
@@ -51,24 +53,27 @@ def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides |
     overrides = overrides or Overrides()
     forced = overrides.kinds(trace.layers)
     check_chain(trace, layout, module)
-    if layout.pp > 1:
-        check_crossings(trace, layout)
     resolved = replace(layout, microbatches=resolve_microbatches(layout, trace.batch_size))
     check_batch_statistics(trace, resolved)
     check_second_derivatives(trace, resolved)
     layers = _plan_layers(trace, layout, forced, overrides)
-    counts = _cut(trace, layout, overrides)
+    counts = cut_chain(trace, layout, overrides)
     bounds = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
-    parameters = _plan_parameters(trace, {layer.name: layer for layer in layers}, bounds)
-    stages = tuple(_stage(trace, parameters, layout.tp, index, first, last) for index, (first, last) in enumerate(pairwise(bounds)))
+    boundaries = plan_boundaries(trace, layout, bounds[:-1])
+    held = _held_by_stages(trace, bounds)
+    parameters = _plan_parameters(trace, {layer.name: layer for layer in layers}, held, layout)
+    notes = trace.notes + kept_whole(trace, layers, layout.tp) + padded(trace, layers, layout.tp)
     return Plan(
         layout=resolved,
         module=module,
         chain=_chain(trace, overrides, module),
-        stages=stages,
+        stages=tuple(
+            _stage(trace, parameters, held, layout.tp, stage, first, last) for stage, (first, last) in enumerate(pairwise(bounds))
+        ),
         layers=layers,
         parameters=parameters,
-        notes=trace.notes + kept_whole(trace, layers, layout.tp) + padded(trace, layers, layout.tp),
+        boundaries=boundaries,
+        notes=notes + unevenness(counts, layout) + side_effects(trace, layout),
     )
 
 
@@ -165,45 +170,57 @@ def _chosen_use(layer: Layer, segments: tuple[int, ...]) -> OutputUse:
 # ---------------------------------------------------------------------- stages
 
 
-def _cut(trace: Trace, layout: Layout, overrides: Overrides) -> list[int]:
-    """Blocks on each stage."""
-    if overrides.stages is not None:
-        counts = list(overrides.stages)
-        if len(counts) != layout.pp or sum(counts) != trace.num_blocks or min(counts) < 1:
-            raise PlanError(
-                f"plan.stages={counts}: parallel={layout} needs {layout.pp} numbers of at least 1 (one for each stage) that add "
-                f"up to the {trace.num_blocks} blocks of {trace.chain}: correct them, or leave the line out"
-            )
-        return counts
-    if layout.pp == 1:
-        return [trace.num_blocks]
-    costs = [trace.flops[2 * i + 1] + (trace.flops[2 * i + 2] if i + 1 < trace.num_blocks else 0) for i in range(trace.num_blocks)]
-    return partition_blocks(costs, layout.pp, first=trace.flops[0], last=trace.flops[-1])
-
-
 def _chain(trace: Trace, overrides: Overrides, module: str) -> ChainPlan | None:
-    if trace.chain is None or not trace.blocks:
+    if not trace.blocks:
         check_recompute(trace, overrides.recompute, module)
         return None
     blocks = trace.blocks
     recomputed = overrides.recomputed(block.path for block in blocks)
+    end = next((index for index, op in enumerate(trace.ops) if op.phase == 2 * len(blocks)), len(trace.ops))
+    forms = {_form(trace, number) for block in blocks for number in (block.carry_in, block.carry_out)}
     return ChainPlan(
-        trace.chain,
-        tuple(block.carry_argument for block in blocks),
-        tuple(block.carry_output for block in blocks),
-        tuple(block.output_keys for block in blocks),
-        tuple(recomputed.get(block.path, "none") for block in blocks),
+        paths=trace.chains,
+        blocks=tuple(block.path for block in blocks),
+        carry_argument=tuple(block.carry_argument for block in blocks),
+        outputs=tuple(_output(trace, block) for block in blocks),
+        recompute=tuple(recomputed.get(block.path, "none") for block in blocks),
+        has_gradients=tuple(block.has_gradients for block in blocks),
+        keeps_shape=len(forms) == 1,
+        is_static=not trace.is_real and (trace.first_read is None or trace.first_read >= end),
     )
 
 
-def _stage(trace: Trace, parameters: tuple[ParameterPlan, ...], tp: int, index: int, first: int, last: int) -> StagePlan:
+def _form(trace: Trace, number: int) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a value."""
+    return trace.values[number].shape, trace.values[number].dtype
+
+
+def _output(trace: Trace, block: Block) -> OutputPlan:
+    shape, dtype = _form(trace, block.carry_in)
+    leaves = [
+        LeafPlan(path, dims_like(form[0], shape), "" if form[1] == dtype else form[1], block.passed.get(path))
+        for path, number in block.results.items()
+        for form in [_form(trace, number)]
+    ]
+    return OutputPlan(block.template, block.carry_output, tuple(leaves))
+
+
+def _stage(
+    trace: Trace,
+    parameters: tuple[ParameterPlan, ...],
+    held: Mapping[str, set[int]],
+    tp: int,
+    stage: int,
+    first: int,
+    last: int,
+) -> StagePlan:
     phases = [phase for phase in range(len(trace.flops)) if first <= trace.block_of(phase) < max(last, 1)]
-    held = [parameter for parameter in parameters if index in parameter.spec.stages]
+    read = [parameter for parameter in parameters if any(stage in held[alias] for alias, _ in parameter.aliases)]
     return StagePlan(
         first,
         last,
-        num_parameters=sum(parameter.local_numel(1) for parameter in held),
-        parameter_bytes=sum(parameter.local_numel(tp) * parameter.itemsize for parameter in held),
+        num_parameters=sum(parameter.local_numel(1) for parameter in read),
+        parameter_bytes=sum(parameter.local_numel(tp) * parameter.itemsize for parameter in read),
         flops=sum(trace.flops[phase] for phase in phases),
         saved_bytes=sum(trace.saved_bytes[phase] for phase in phases),
     )
@@ -212,18 +229,18 @@ def _stage(trace: Trace, parameters: tuple[ParameterPlan, ...], tp: int, index: 
 # ---------------------------------------------------------------------- parameters
 
 
-def _plan_parameters(trace: Trace, layers: Mapping[str, LayerPlan], bounds: list[int]) -> tuple[ParameterPlan, ...]:
-    num_stages = len(bounds) - 1
+def _plan_parameters(
+    trace: Trace, layers: Mapping[str, LayerPlan], held: Mapping[str, set[int]], layout: Layout
+) -> tuple[ParameterPlan, ...]:
     splits = _splits(trace, layers)
-    used = _stages_of_aliases(trace, bounds)
+    places = {alias: tuple(sorted({layout.pp_of(stage) for stage in stages})) for alias, stages in held.items()}
     plans = []
     for name, info in trace.parameters.items():
-        every = sorted(set().union(*(used.get(alias, set()) for alias in info.aliases)))
-        stages = tuple(every) or _stages_of_unused(trace, name, bounds) or tuple(range(num_stages))
-        aliases = tuple((alias, tuple(sorted(used.get(alias, set(stages))))) for alias in info.aliases)
+        every = tuple(sorted(set().union(*(places[alias] for alias in info.aliases))))
+        aliases = tuple((alias, places[alias]) for alias in info.aliases)
         split = next((splits[alias] for alias in info.aliases if alias in splits), None)
         check_one_split(info, splits)
-        spec = ParameterSpec(name, info.shape, split, stages)
+        spec = ParameterSpec(name, info.shape, split, every)
         plans.append(ParameterPlan(spec, aliases, info.itemsize, info.requires_grad))
     return tuple(plans)
 
@@ -245,8 +262,11 @@ def _splits(trace: Trace, layers: Mapping[str, LayerPlan]) -> dict[str, Split]:
     return splits
 
 
-def _stages_of_aliases(trace: Trace, bounds: list[int]) -> dict[str, set[int]]:
-    """The stages on which each registered name is read. Code that is no layer may read a tied weight by any name."""
+def _held_by_stages(trace: Trace, bounds: list[int]) -> dict[str, set[int]]:
+    """The stages that hold each registered name: those that read it; where none does, those of its other names.
+
+    Code that is no layer may read a tied weight by any name.
+    """
     used: dict[str, set[int]] = {}
     for op in trace.ops:
         stage = _stage_of_block(trace.block_of(op.phase), bounds)
@@ -254,13 +274,18 @@ def _stages_of_aliases(trace: Trace, bounds: list[int]) -> dict[str, set[int]]:
             names = [name] if op.layer is not None else trace.parameters[trace.canonical(name)].aliases
             for alias in names:
                 used.setdefault(alias, set()).add(stage)
+    for name, info in trace.parameters.items():
+        every = set().union(*(used.get(alias, set()) for alias in info.aliases))
+        every = every or _stages_of_unused(trace, name, bounds) or set(range(len(bounds) - 1))
+        for alias in info.aliases:
+            used.setdefault(alias, every)
     return used
 
 
-def _stages_of_unused(trace: Trace, name: str, bounds: list[int]) -> tuple[int, ...]:
+def _stages_of_unused(trace: Trace, name: str, bounds: list[int]) -> set[int]:
     """A parameter of a block that the step never read stays with its block."""
     owner = next((index for index, block in enumerate(trace.blocks) if name.startswith(f"{block.path}.")), None)
-    return () if owner is None else (_stage_of_block(owner, bounds),)
+    return set() if owner is None else {_stage_of_block(owner, bounds)}
 
 
 def _stage_of_block(block: int, bounds: list[int]) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from lightning_par.errors import DataError, ModelError
+from lightning_par.errors import ConfigurationError, DataError, ModelError
 from lightning_par.layout import Layout, nearest_layouts
 from lightning_par.plan.plan import Recompute
 from lightning_par.plan.segments import OutputUse
@@ -27,15 +28,16 @@ def check_chain(trace: Trace, layout: Layout, module: str) -> None:
             f"({looked(trace, module)}): name the container of the blocks with plan.chain=PATH, or "
             f"{_use(layout, lambda near: near.pp == 1)}"
         )
-    if layout.pp > trace.num_blocks:
+    if layout.num_stages > trace.num_blocks:
+        product = f" (pp {layout.pp} x vp {layout.vp})" if layout.vp > 1 else ""
         raise ModelError(
-            f"parallel={layout} asks for {layout.pp} stages, and {trace.chain} has {trace.num_blocks} blocks: every stage needs "
-            f"one, {_use(layout, lambda near: near.pp <= trace.num_blocks)}"
+            f"parallel={layout} asks for {layout.num_stages} stages{product}, and {trace.chain_name} has {trace.num_blocks} "
+            f"blocks: every stage needs one, {_fewer_stages(layout, trace.num_blocks)}"
         )
     if trace.again:
         raise ModelError(
-            f"parallel={layout}: {trace.step} of {module} calls the blocks of {trace.chain} again and again (model.generate does, "
-            f"for each token), and a pipeline stage runs its blocks once for each microbatch: "
+            f"parallel={layout}: {trace.step} of {module} calls the blocks of {trace.chain_name} again and again (model.generate "
+            f"does, for each token), and a pipeline stage runs its blocks once for each microbatch: "
             f"{_use(layout, lambda near: near.pp == 1)}"
         )
 
@@ -52,39 +54,6 @@ def check_recompute(trace: Trace, chosen: Mapping[str, Recompute], module: str) 
             f"recompute={mode} works block by block, and {module} has no chain of blocks that the step runs in order "
             f"({looked(trace, module)}): name the container of the blocks with plan.chain=PATH, or use recompute=none"
         )
-
-
-def check_crossings(trace: Trace, layout: Layout) -> None:
-    """Between stages only the hidden state travels; all else that a later stage reads must be computable there.
-
-    Raises:
-        ModelError: a block reads something that depends on parameters of another stage, or returns several tensors that
-            later code reads, or the hidden state changes its shape on the way.
-    """
-    instead = _use(layout, lambda near: near.pp == 1)
-    for block in trace.blocks:
-        if block.extra_outputs:
-            raise ModelError(
-                f"parallel={layout}: {block.path} returns {1 + len(block.extra_outputs)} tensors that later code reads, and "
-                f"between pipeline stages only the hidden state travels: return one tensor, or {instead}"
-            )
-        came, left = trace.values[block.carry_in].shape, trace.values[block.carry_out].shape
-        if came != left:
-            raise ModelError(
-                f"parallel={layout}: {block.path} turns a hidden state of shape {list(came)} into {list(left)}, and a pipeline "
-                f"needs blocks that keep the shape: {instead}"
-            )
-    for op in trace.ops:
-        arrives = trace.blocks[op.phase // 2].carry_in if op.phase % 2 else None
-        for number in op.inputs:
-            value = trace.values[number]
-            is_foreign = value.phase >= 0 and trace.block_of(value.phase) != trace.block_of(op.phase)
-            if is_foreign and value.depends_on_parameters and number != arrives:
-                raise ModelError(
-                    f"parallel={layout}: {op.module or 'the step'} ({op.name}) reads a tensor of shape {list(value.shape)} that "
-                    f"was computed with parameters {_phase_name(trace, value.phase)}, and between pipeline stages only the "
-                    f"hidden state of the blocks travels: compute it inside the block that reads it, or {instead}"
-                )
 
 
 def check_divides(layer: Layer, use: OutputUse, layout: Layout, what: str, queries: int = 0) -> None:
@@ -144,6 +113,25 @@ def check_second_derivatives(trace: Trace, layout: Layout) -> None:
         )
 
 
+def check_split_backward(layout: Layout, schedule: str, splits_backward: bool) -> None:
+    """A weight gradient that is computed later is added to a weight that is still there.
+
+    Args:
+        layout: sizes of the axes.
+        schedule: its name.
+        splits_backward: whether it has actions I and W.
+
+    Raises:
+        ConfigurationError: under ZeRO-3 it is not. DeepSpeed gathers a layer's weights for its own backward alone, and between
+            that and the next the parameter is empty.
+    """
+    if splits_backward and layout.zero == 3:
+        raise ConfigurationError(
+            f"parallel={layout}: schedule={schedule} computes weight gradients after the backward of their layer, and zero3 has "
+            f"released the weights by then: use zero2, or schedule={'interleaved' if layout.vp > 1 else '1f1b'}"
+        )
+
+
 def check_batch_statistics(trace: Trace, layout: Layout) -> None:
     """A norm over the samples of a batch gives other results on a part of them.
 
@@ -165,30 +153,32 @@ def check_batch_statistics(trace: Trace, layout: Layout) -> None:
 def resolve_microbatches(layout: Layout, batch_size: int) -> int:
     """Microbatches of a batch: as the layout says, else twice the stages or the next smaller number that divides the batch.
 
+    A number that does not divide the batch makes microbatches whose sizes differ by one.
+
     Raises:
-        DataError: the layout's number does not divide the batch.
+        DataError: the layout asks for more than there are samples.
     """
-    divisors = [count for count in range(1, batch_size + 1) if batch_size % count == 0]
     if layout.microbatches is None:
-        return 1 if layout.pp == 1 else max(count for count in divisors if count <= 2 * layout.pp)
-    if layout.microbatches not in divisors:
-        near = sorted(divisors, key=lambda count: abs(count - (layout.microbatches or 1)))[:2]
+        return 1 if layout.pp == 1 else max(count for count in range(1, 2 * layout.pp + 1) if batch_size % count == 0)
+    if layout.microbatches > batch_size:
         raise DataError(
-            f"parallel={layout}: a batch of {batch_size} samples does not split into {layout.microbatches} equal microbatches: "
-            f"use {' or '.join(f'mb{count}' for count in sorted(near))}, or another batch size"
+            f"parallel={layout}: a batch of {batch_size} samples cannot be cut into {layout.microbatches} microbatches: use "
+            f"mb{batch_size} or less, or a larger batch"
         )
     return layout.microbatches
+
+
+def _fewer_stages(layout: Layout, num_blocks: int) -> str:
+    """What to type instead where there are too few blocks: fewer stages on each rank where these suffice, else fewer ranks."""
+    vp = num_blocks // layout.pp
+    if vp == 0:
+        return _use(layout, lambda near: near.num_stages <= num_blocks)
+    return f"use parallel={replace(layout, vp=vp)}, or {_use(layout, lambda near: near.num_stages <= num_blocks)[4:]}"
 
 
 def _use(layout: Layout, fits: Callable[[Layout], bool]) -> str:
     """What to type instead: the nearest layouts on the same devices that fit."""
     return "use " + " or ".join(f"parallel={near}" for near in nearest_layouts(layout, layout.world_size, fits=fits))
-
-
-def _phase_name(trace: Trace, phase: int) -> str:
-    if phase == 0:
-        return "before the blocks"
-    return f"in {trace.blocks[phase // 2].path}" if phase % 2 else "between or after the blocks"
 
 
 def looked(trace: Trace, module: str) -> str:

@@ -1,8 +1,12 @@
 """The ``plan:`` section of a config: lines that win over what the trace says.
 
 plan:
-  chain: model.layers                       # the container of the blocks
-  stages: [5, 7]                            # blocks on each stage
+  chain: model.layers                       # the container of the blocks, or a list: [encoder.block, decoder.block]
+  stages: [5, 7]                            # blocks on each stage, of pp x vp
+  costs:                                    # seconds of each block, instead of its operations, to cut the chain by
+    "model.layers.*": 0.011
+    first: 0.002                            # of what is before the blocks
+    last: 0.013                             # of what is after them
   split:
     "model.layers.*.mlp.gate_proj": column  # column, row, vocabulary or replicate; * matches any text
   segments:
@@ -17,7 +21,8 @@ plan:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar, get_args
@@ -27,7 +32,8 @@ from lightning_par.plan.compiled import read_backend
 from lightning_par.plan.plan import Activation, Kind, Recompute
 
 T = TypeVar("T")
-_LINES = ("chain", "stages", "split", "segments", "activation", "recompute", "compile")
+_LINES = ("chain", "stages", "costs", "split", "segments", "activation", "recompute", "compile")
+_ENDS = ("first", "last")
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,9 @@ class Overrides:
     """What the user's plan section says.
 
     Attributes:
-        chain: path of the container of the blocks.
+        chain: path of the container of the blocks, or paths of several.
         stages: number of blocks on each stage.
+        costs: seconds by pattern of block names, and for ``first`` and ``last``: what is before and after the blocks.
         split: kind of split, by pattern of layer names.
         segments: sizes of fused parts, by pattern.
         activation: what a column layer gives the user's code, by pattern.
@@ -44,8 +51,9 @@ class Overrides:
         compile: the backend of torch.compile for the blocks; None leaves them as written.
     """
 
-    chain: str | None = None
+    chain: str | tuple[str, ...] | None = None
     stages: tuple[int, ...] | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
     split: Mapping[str, Kind] = field(default_factory=dict)
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     activation: Mapping[str, Activation] = field(default_factory=dict)
@@ -68,9 +76,12 @@ class Overrides:
         _check_words("split", split, get_args(Kind), "a layer is split as")
         _check_words("activation", activation, get_args(Activation), "a column layer's activations are")
         _check_words("recompute", recompute, get_args(Recompute), "what is recomputed of a block is")
-        stages, segments = section.get("stages"), dict(section.get("segments") or {})
+        stages, segments, costs = section.get("stages"), dict(section.get("segments") or {}), dict(section.get("costs") or {})
         if stages is not None and not _are_sizes(stages):
             raise PlanError(f"plan.stages={stages}: write a list with the number of blocks on each stage, such as [5, 7]")
+        for pattern, seconds in costs.items():
+            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+                raise PlanError(f"plan.costs={{{pattern}: {seconds}}}: write the seconds that a block takes, such as 0.011")
         for pattern, sizes in segments.items():
             if not _are_sizes(sizes):
                 raise PlanError(
@@ -78,7 +89,7 @@ class Overrides:
                 )
         whole = {pattern: tuple(sizes) for pattern, sizes in segments.items()}
         backend, counts = read_backend(section.get("compile")), None if stages is None else tuple(stages)
-        return cls(section.get("chain"), counts, split, whole, activation, recompute, backend)
+        return cls(_read_chain(section.get("chain")), counts, costs, split, whole, activation, recompute, backend)
 
     def kinds(self, layers: Iterable[str]) -> dict[str, Kind]:
         """The chosen kind of each layer that a pattern names.
@@ -96,9 +107,35 @@ class Overrides:
         """The chosen activations, of each layer that a pattern names; raises as `kinds`."""
         return _matched("activation", self.activation, list(layers))
 
+    def seconds(self, blocks: Sequence[str]) -> list[float] | None:
+        """The costs of what is before the blocks, of each block, and of what is after them; None where the user gives none.
+
+        Raises:
+            PlanError: a pattern matches no block, or a block has no cost.
+        """
+        if not self.costs:
+            return None
+        patterns = {pattern: seconds for pattern, seconds in self.costs.items() if pattern not in _ENDS}
+        found = _matched("costs", patterns, list(blocks), "block")
+        left_out = [path for path in blocks if path not in found]
+        if left_out:
+            raise PlanError(
+                f"plan.costs has no seconds for {_examples(left_out)}: give every block some, because seconds and the operations "
+                "of the dry run do not compare"
+            )
+        return [self.costs.get("first", 0.0), *(found[path] for path in blocks), self.costs.get("last", 0.0)]
+
     def recomputed(self, blocks: Iterable[str]) -> dict[str, Recompute]:
         """What is computed again of each block that a pattern names; raises as `kinds`."""
         return _matched("recompute", self.recompute, list(blocks), "block")
+
+
+def _read_chain(value: Any) -> str | tuple[str, ...] | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(path, str) for path in value):
+        return tuple(value)
+    raise PlanError(f"plan.chain={value}: write the path of a container of blocks, or a list of paths such as [encoder, decoder]")
 
 
 def check_recompute_word(word: str) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_par.layout import Layout
+from lightning_par.plan.output import LeafPlan, OutputPlan
 from lightning_par.runtime.parameter import ParameterSpec, Split
+from lightning_par.runtime.template import Path
 
 Kind = Literal["column", "row", "vocabulary", "replicate"]
 Activation = Literal["local", "global"]
@@ -44,7 +46,7 @@ class ParameterPlan:
 
     Attributes:
         spec: the record that its shards carry.
-        aliases: every registered name, each with the stages that use it under that name.
+        aliases: every registered name, each with the pp coordinates that use it under that name.
         itemsize: bytes of one element.
     """
 
@@ -64,18 +66,44 @@ class ChainPlan:
     """The chain of blocks and how a hidden state passes through one.
 
     Attributes:
-        path: the container's module path.
+        paths: module paths of the containers, in order of execution.
+        blocks: module paths of all blocks, in order.
         carry_argument: position or keyword of the hidden state among a block's arguments, by block.
-        carry_output: where it is in a block's output, see `lightning_par.trace.Block`.
-        output_keys: keys of a block's output.
+        outputs: what stands for a block's output on a stage that does not run it, by block.
         recompute: what of a block's activations the backward computes again, see `lightning_par.recompute.block`.
+        has_gradients: whether a block is called with gradients enabled, by block: not in evaluation, nor in reentrant checkpointing.
+        keeps_shape: whether every block leaves the hidden state in the shape and dtype in which the first one got it.
+        is_static: whether the code reads no value of a tensor before the end of the blocks, so that shapes follow from those of
+            the batch.
     """
 
-    path: str
+    paths: tuple[str, ...]
+    blocks: tuple[str, ...]
     carry_argument: tuple[int | str, ...]
-    carry_output: tuple[tuple[int | str, ...], ...]
-    output_keys: tuple[tuple[int | str, ...], ...]
+    outputs: tuple[OutputPlan, ...]
     recompute: tuple[Recompute, ...]
+    has_gradients: tuple[bool, ...]
+    keeps_shape: bool
+    is_static: bool
+
+
+@dataclass(frozen=True)
+class CarriedPlan:
+    """A tensor that crosses a stage boundary beside the hidden state; both stages find the same object by it.
+
+    Attributes:
+        module: path of the module whose call shows it: for an argument, the first block of the stage that receives; for an output,
+            a module that is called once, before that block, on every stage.
+        place: among the arguments of that call, or in what it returned.
+        path: where in there, see `lightning_par.runtime.template`; the first key of an argument is its position or keyword. The
+            place of the hidden state itself says that code after the block goes on reading the hidden state that came in.
+        has_gradient: whether a gradient comes back.
+    """
+
+    module: str
+    place: Literal["argument", "output"]
+    path: Path
+    has_gradient: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,12 +134,12 @@ class CompilePlan:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One pipeline stage.
+    """One pipeline stage, of pp x vp.
 
     Attributes:
         first, last: its blocks, from ``first`` up to but not including ``last``.
-        num_parameters: elements of the global parameters that it holds.
-        parameter_bytes: bytes of them on each of its ranks.
+        num_parameters: elements of the global parameters that it reads.
+        parameter_bytes: bytes of them on each of its ranks; a rank holds once what several of its stages read.
         flops: forward operations for the traced batch, over its tp ranks together.
         saved_bytes: activation bytes that autograd keeps for the traced batch, unsplit and with nothing recomputed.
     """
@@ -131,6 +159,7 @@ class Plan:
     Attributes:
         layout: sizes of the axes, dp and microbatches filled in.
         module: class name of the user's module.
+        boundaries: for each stage but the first, what it receives beside the hidden state.
         notes: what the user should know, such as what could not be split.
         sequence: under sequence parallelism, what is cut along the sequence.
         compilation: what is compiled, if anything.
@@ -142,6 +171,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     layers: tuple[LayerPlan, ...]
     parameters: tuple[ParameterPlan, ...]
+    boundaries: tuple[tuple[CarriedPlan, ...], ...] = ()
     notes: tuple[str, ...] = ()
     sequence: SequencePlan | None = None
     compilation: CompilePlan | None = None
@@ -165,14 +195,23 @@ class Plan:
         return cls(
             layout=Layout(**data["layout"]),
             module=data["module"],
-            chain=None if data["chain"] is None else ChainPlan(**_tuples(data["chain"])),
+            chain=None if data["chain"] is None else _chain(data["chain"]),
             stages=tuple(StagePlan(**stage) for stage in data["stages"]),
             layers=tuple(LayerPlan(**_tuples(layer)) for layer in data["layers"]),
             parameters=tuple(_parameter(entry) for entry in data["parameters"]),
+            boundaries=tuple(tuple(CarriedPlan(**_tuples(one)) for one in received) for received in data["boundaries"]),
             notes=tuple(data["notes"]),
             sequence=None if data["sequence"] is None else SequencePlan(**_tuples(data["sequence"])),
             compilation=None if data["compilation"] is None else CompilePlan(**_tuples(data["compilation"])),
         )
+
+
+def _chain(data: dict[str, Any]) -> ChainPlan:
+    data = _tuples(data)
+    outputs = tuple(
+        OutputPlan(**{**output, "leaves": tuple(LeafPlan(**leaf) for leaf in output["leaves"])}) for output in data.pop("outputs")
+    )
+    return ChainPlan(outputs=outputs, **data)
 
 
 def _parameter(data: dict[str, Any]) -> ParameterPlan:

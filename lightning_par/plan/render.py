@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 from itertools import groupby
+from operator import itemgetter
 
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +27,8 @@ def render_plan(plan: Plan, width: int = 132, color: bool = False) -> str:
     console.print(_stages(plan))
     if plan.chain is not None and set(plan.chain.recompute) != {"none"}:
         console.print(f"recompute: {_recompute(plan.chain)}", markup=False)
+    for line in _carried(plan):
+        console.print(line, markup=False)
     if plan.sequence is not None:
         console.print(f"sequence: hidden states cut along dim {plan.sequence.dim}, run on parts: {_modules(plan)}", markup=False)
     console.print(_weights(plan))
@@ -41,33 +44,52 @@ def _stages(plan: Plan) -> Table:
     for heading in ("parameters", "bytes per rank", "forward GFLOP", "saved activations"):
         table.add_column(heading, justify="right")
     for index, stage in enumerate(plan.stages):
-        blocks = "all" if plan.chain is None else f"{plan.chain.path}.{_span(stage.first, stage.last)}"
+        blocks = "all" if plan.chain is None else _spans(plan.chain.blocks[stage.first : stage.last])
         numbers = (
             f"{stage.num_parameters:,}",
             format_bytes(stage.parameter_bytes),
             f"{stage.flops / 1e9:.3g}",
             format_bytes(stage.saved_bytes),
         )
-        table.add_row(str(index), blocks, _ranks(plan, (index,)), *numbers)
+        table.add_row(str(index), blocks, _ranks(plan, (plan.layout.pp_of(index),)), *numbers)
     return table
 
 
 def _recompute(chain: ChainPlan) -> str:
     """``model.layers.0 none, model.layers.[1-3] full``."""
-    first, parts = 0, []
-    for mode, blocks in groupby(chain.recompute):
-        last = first + len(list(blocks))
-        parts.append(f"{chain.path}.{_span(first, last)} {mode}")
-        first = last
+    parts = []
+    for mode, group in groupby(zip(chain.blocks, chain.recompute, strict=True), key=itemgetter(1)):
+        parts.append(f"{_spans([path for path, _ in group])} {mode}")
     return ", ".join(parts)
+
+
+def _carried(plan: Plan) -> Iterator[str]:
+    """What crosses each boundary beside the hidden state: ``into stage 1: encoder.block.0[1], decoder.block.1(bias)``."""
+    for stage, received in enumerate(plan.boundaries, start=1):
+        places = [
+            f"{one.module}({_keys(one.path)})" if one.place == "argument" else f"{one.module}[{_keys(one.path)}]".removesuffix("[]")
+            for one in received
+        ]
+        if places:
+            yield f"into stage {stage}, beside the hidden state: {', '.join(places)}"
+
+
+def _keys(path: Sequence[int | str]) -> str:
+    return ".".join(map(str, path))
 
 
 def _modules(plan: Plan) -> str:
     """The modules that run on parts of the sequence, those of all blocks as one."""
-    assert plan.sequence is not None and plan.chain is not None
-    inside = re.compile(rf"^{re.escape(plan.chain.path)}\.\d+\.")
-    names = dict.fromkeys(inside.sub(f"{plan.chain.path}.*.", name) for name in plan.sequence.modules)
+    assert plan.sequence is not None
+    names = dict.fromkeys(_in_any_block(plan, name) for name in plan.sequence.modules)
     return ", ".join(names) or "none"
+
+
+def _in_any_block(plan: Plan, name: str) -> str:
+    """A name with ``*`` for the number of its block."""
+    paths = () if plan.chain is None else plan.chain.paths
+    prefix = next((f"{path}." if path else "" for path in paths if name.startswith(f"{path}." if path else "")), None)
+    return name if prefix is None else prefix + re.sub(r"^\d+\.", "*.", name[len(prefix) :])
 
 
 def _weights(plan: Plan) -> Table:
@@ -103,8 +125,8 @@ def _grouped(plan: Plan) -> dict[str, list[ParameterPlan]]:
     for parameter in plan.parameters:
         spec = parameter.spec
         name = spec.name
-        if plan.chain is not None and len(spec.stages) == 1:
-            name = re.sub(rf"^{re.escape(plan.chain.path)}\.\d+\.", f"{plan.chain.path}.*.", name)
+        if len(spec.stages) == 1:
+            name = _in_any_block(plan, name)
         groups.setdefault((name, spec.shape, _split(plan, parameter)), []).append(parameter)
     return {_group_name(str(key[0]), group): group for key, group in groups.items()}
 
@@ -131,8 +153,14 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, values))
 
 
-def _span(first: int, last: int) -> str:
-    return f"[{first}-{last - 1}]" if last - first > 1 else str(first)
+def _spans(blocks: Sequence[str]) -> str:
+    """``encoder.block.3, decoder.block.[0-2]`` for blocks in a row."""
+    parts = []
+    for container, group in groupby(blocks, key=lambda path: path.rpartition(".")[0]):
+        names = [path.rpartition(".")[2] for path in group]
+        numbers = f"[{names[0]}-{names[-1]}]" if len(names) > 1 else names[0]
+        parts.append(f"{container}.{numbers}".lstrip("."))
+    return ", ".join(parts)
 
 
 def format_bytes(count: float) -> str:

@@ -45,7 +45,7 @@ def _sequence_dim(trace: Trace, layout: Layout, module: str) -> int:
     if len(shapes) > 1 or len(shape) != 3:
         raise ModelError(
             f"parallel={layout}: sp needs a hidden state [batch, sequence, features] that keeps its shape, and the blocks of "
-            f"{trace.chain} pass on {', '.join(str(list(one)) for one in sorted(shapes))}: {instead}"
+            f"{trace.chain_name} pass on {', '.join(str(list(one)) for one in sorted(shapes))}: {instead}"
         )
     return 0 if shape[0] != trace.batch_size and shape[1] == trace.batch_size else 1
 

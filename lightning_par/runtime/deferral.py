@@ -58,7 +58,7 @@ class DeferredGradients:
     def collecting(self, key: Key) -> Iterator[None]:
         """Around the backward of action I. A backward that fails leaves no notes."""
         assert self._collected is None, f"the backward of {key} runs inside another"
-        self._collected = self._kept.setdefault(key, deque())
+        self._collected = self._kept[key] = deque()  # what an unfinished step has left of this key is nothing
         try:
             yield
         except BaseException:

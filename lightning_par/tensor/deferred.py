@@ -46,8 +46,10 @@ def deferred_linear(
 
 
 class _Linear(torch.autograd.Function):
-    """``dtype`` is what autocast computes in; the weight is cast here, out of sight of its cache, which would keep it without
-    a graph."""
+    """The product. ``dtype`` is what autocast computes in, None without it.
+
+    The weight is cast here: autocast itself would keep what it casts, which has no graph here, for others that read the weight.
+    """
 
     @staticmethod
     def forward(
@@ -61,8 +63,8 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.weight, ctx.bias, ctx.transposed, ctx.deferred = weight, bias, transposed, deferred
         ctx.is_cast = dtype is not None
-        w: torch.Tensor = weight if dtype is None else weight.detach().to(dtype)
-        b = bias if dtype is None or bias is None else bias.detach().to(dtype)
+        w: torch.Tensor = weight if dtype is None else weight.to(dtype)
+        b = bias if dtype is None or bias is None else bias.to(dtype)
         ctx.save_for_backward(x, w)
         y = nn.functional.linear(x, w.t() if transposed else w, b)
         return y if bias is None else y.detach()  # it is a view, which code that goes on in place could not change

@@ -39,6 +39,16 @@ def parameters_of(module: nn.Module) -> dict[str, ParameterInfo]:
     }
 
 
+def state_of(module: nn.Module) -> dict[int, str]:
+    """Paths of the buffers, and of the tensors that are plain attributes of modules, by the id of the tensor."""
+    return {
+        id(tensor): f"{path}.{key}".lstrip(".")
+        for path, child in module.named_modules()
+        for key, tensor in {**vars(child), **child._buffers}.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
 def plain_arguments(args: Any, kwargs: Any) -> tuple[Any, ...]:
     """Arguments of a call as `Op.arguments` has them."""
 

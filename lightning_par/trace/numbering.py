@@ -15,10 +15,15 @@ class Numbering:
 
     Attributes:
         values: what each number stands for.
+        objects: for each number, the first one of the same tensor object.
+        memories: for each number, the first one of a tensor in the same memory.
     """
 
     def __init__(self) -> None:
         self.values: list[Value] = []
+        self.objects: list[int] = []
+        self.memories: list[int] = []
+        self._memories: dict[int, int] = {}  # memory -> the first number in it
         self._numbers: dict[int, int] = {}  # id of a tensor -> number of its newest version
         self._places: dict[Place, int] = {}  # where a tensor's elements are -> number of their newest version
         self._views: dict[int, set[Place]] = {}  # memory -> places in it
@@ -33,19 +38,33 @@ class Numbering:
             return self._places[place]
         if new is None:  # seen for the first time: there before the step, unless a function that torch does not show made it
             made = tensor.requires_grad
-            new = Value(tuple(tensor.shape), tensor.is_floating_point(), made, phase if made else -1, content=_content(tensor))
+            new = value_of(tensor, made, phase if made else -1, content=_content(tensor))
+        number = len(self.values)
         self._alive.append(tensor)
         self.values.append(new)
-        self._numbers[key] = len(self.values) - 1
+        self.objects.append(self.objects[self._numbers[key]] if key in self._numbers else number)
+        self.memories.append(number if place is None else self._memories.setdefault(place[0], number))
+        self._numbers[key] = number
         if place is not None:
-            self._places[place] = self._numbers[key]
+            self._places[place] = number
             self._views.setdefault(place[0], set()).add(place)
-        return self._numbers[key]
+        return number
+
+    def object_of(self, tensor: torch.Tensor) -> int | None:
+        """The first number of this very tensor object; None for one that was not shown."""
+        number = self._numbers.get(id(tensor))
+        return None if number is None else self.objects[number]
 
     def has_views(self, tensor: torch.Tensor) -> bool:
         """Whether another tensor was seen that lies elsewhere in the same memory."""
         place = place_of(tensor)
         return place is not None and len(self._views.get(place[0], ())) > 1
+
+
+def value_of(tensor: torch.Tensor, depends: bool, phase: int, is_batch: bool = False, content: int | None = None) -> Value:
+    """What is known of a tensor's newest version."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Value(tuple(tensor.shape), tensor.is_floating_point(), depends, phase, is_batch, content, dtype)
 
 
 def _content(tensor: torch.Tensor) -> int | None:

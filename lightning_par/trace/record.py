@@ -6,7 +6,8 @@ A step is seen as a chain of n blocks with code around them. *Phases* number its
     code    prologue   block 0   glue   block 1   glue        block n-1  epilogue
 
 Glue and the epilogue run on the stage of the block before them, the prologue on the first block's: a stage ends where the
-first block of the next one is called. Blocks of other containers (the encoder beside a decoder) have no phases of their own.
+first block of the next one is called. Several containers whose blocks run one container after the other, as an encoder's and a
+decoder's, are one chain. Blocks of containers that are no part of it have no phases of their own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
+
+from lightning_par.runtime.template import Path, Template
 
 LayerKind = Literal["linear", "conv1d", "embedding"]
 
@@ -30,6 +33,7 @@ class Value:
         phase: where it was made; -1 for what was there before the step (the batch, buffers).
         is_batch: whether it is a tensor of the batch, or only reshaped from one.
         content: a number for the elements of a tensor that no torch function made, such as one from numpy; None where unknown.
+        dtype: such as ``float32``.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +42,7 @@ class Value:
     phase: int
     is_batch: bool = False
     content: int | None = None
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Op:
         arguments: the arguments that are not tensors, positional then by name; tensors stand as ``"<tensor>"``.
         block: path of the block that was running, of the chain or of another container; empty outside.
         writes_view: whether it changes a tensor in place, and another tensor is a view of the same memory.
+        writes: whether it changes a tensor in place.
     """
 
     name: str
@@ -66,6 +72,7 @@ class Op:
     arguments: tuple[Any, ...] = ()
     block: str = ""
     writes_view: bool = False
+    writes: bool = False
 
     @property
     def named(self) -> dict[str, Any]:
@@ -130,19 +137,40 @@ class Block:
     Attributes:
         path: module path.
         carry_argument: where the hidden state comes in: a position, or the name of a keyword.
-        carry_output: where it comes out: ``()`` for a bare tensor, else the index or key in the returned tuple or dict.
-        output_keys: keys of the returned dict, or indices of the returned tuple; empty for a bare tensor.
+        carry_output: where it comes out: the path in what the block returns, ``()`` for a bare tensor.
         carry_in, carry_out: value numbers.
-        extra_outputs: other returned tensors that later code reads.
+        arguments: value numbers of all tensors among the arguments, by path; a path begins with a position or a keyword.
+        template: what the block returns, see `lightning_par.runtime.template`.
+        results: value numbers of all tensors in it, by path.
+        passed: for each of them that is one of the arguments, the path of that argument.
+        has_gradients: whether it was called with gradients enabled: not inside reentrant checkpointing.
     """
 
     path: str
     carry_argument: int | str
-    carry_output: tuple[int | str, ...]
-    output_keys: tuple[int | str, ...]
+    carry_output: Path
     carry_in: int
     carry_out: int
-    extra_outputs: tuple[int, ...] = ()
+    arguments: Mapping[Path, int]
+    template: Template
+    results: Mapping[Path, int]
+    passed: Mapping[Path, Path]
+    has_gradients: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor in what a module returned, outside of blocks or from a block.
+
+    Attributes:
+        module: its path.
+        path: where the tensor is in the output.
+        phase: in which phase of the step it was returned; for a block, the one after it.
+    """
+
+    module: str
+    path: Path
+    phase: int
 
 
 @dataclass(frozen=True)
@@ -151,7 +179,7 @@ class Trace:
 
     Attributes:
         step: the hook that was run, such as ``training_step``.
-        chain: path of the container of the blocks; None when the module has none.
+        chains: paths of the containers of the blocks, in order of execution; empty when the module has none.
         chains_seen: containers that were looked at, with the reason why each was not taken.
         flops: forward floating-point operations by phase.
         saved_bytes: activation bytes that autograd saved, by phase.
@@ -162,12 +190,17 @@ class Trace:
         first_read: how many operations had run when the code first read the value of a tensor, which may change its way from
             one batch to the next; None when it never did.
         bound: parameters that something besides the forward holds on to, which must stay the tensors that they are; and what.
+        objects: for each value, the number of the first version of the same tensor object.
+        memories: for each value, the number of the first value in the same memory.
+        outputs: for each tensor object, by its first number, the modules that returned it, where each was called once.
+        returned: numbers of the tensors that the step returned.
+        writes: changes in place of buffers and of tensors that are attributes of modules: the path, the function, the phase.
         again: operations of a second pass over the blocks, in a step that is not trained and goes on calling them. What comes
             after is not seen. All else is about the first pass.
     """
 
     step: str
-    chain: str | None
+    chains: tuple[str, ...]
     chains_seen: tuple[tuple[str, str], ...]
     blocks: tuple[Block, ...]
     ops: tuple[Op, ...]
@@ -184,6 +217,16 @@ class Trace:
     first_read: int | None = None
     bound: Mapping[str, str] = field(default_factory=dict)
     again: tuple[Op, ...] = ()
+    objects: tuple[int, ...] = ()
+    memories: tuple[int, ...] = ()
+    outputs: Mapping[int, tuple[Output, ...]] = field(default_factory=dict)
+    returned: tuple[int, ...] = ()
+    writes: tuple[tuple[str, str, int], ...] = ()
+
+    @property
+    def chain_name(self) -> str:
+        """The containers of the blocks, for messages."""
+        return " and ".join(name or "the module" for name in self.chains)
 
     @property
     def num_blocks(self) -> int:

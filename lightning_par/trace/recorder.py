@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,12 +23,14 @@ from lightning_par.private.torch import (
     unseen_by_modes,
 )
 from lightning_par.runtime.nested import tensors_in
-from lightning_par.trace.chain import other_blocks
-from lightning_par.trace.description import layer_kind, parameters_of, plain_arguments
+from lightning_par.runtime.template import arguments_of, describe, tensors_by_path
+from lightning_par.trace.chain import Containers, blocks_of
+from lightning_par.trace.description import layer_kind, parameters_of, plain_arguments, state_of
 from lightning_par.trace.loop import Loop
-from lightning_par.trace.numbering import Numbering
-from lightning_par.trace.passage import BlockCall, NoChain, follow_blocks, output_by_key
-from lightning_par.trace.record import Block, Layer, LayerKind, Op, Trace, Value
+from lightning_par.trace.numbering import Numbering, value_of
+from lightning_par.trace.parts import Parts, by_phase, in_phases, joined
+from lightning_par.trace.passage import BlockCall, NoChain, follow_blocks
+from lightning_par.trace.record import Block, Layer, LayerKind, Op, Output, Trace, Value
 
 _READS_VALUE = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__index__": 1, "__bool__": False}  # what the dry run assumes
 _LEAVES_TORCH = {*_READS_VALUE, "tolist", "numpy", "__array__", "__complex__", "is_nonzero", "equal", "allclose"}
@@ -41,42 +44,52 @@ class Recorder(TorchFunctionMode):
 
     Args:
         module: the copy that will run.
-        chain: path of its container of blocks, or None.
+        containers: of its blocks.
         inputs: the batch, so that its tensors are known as such.
         may_loop: whether the blocks may run again after they have all run; the run then ends as `Loop` says.
     """
 
-    def __init__(self, module: nn.Module, chain: str | None, inputs: Any, may_loop: bool = False) -> None:
+    def __init__(self, module: nn.Module, containers: Containers, inputs: Any, may_loop: bool = False) -> None:
         super().__init__()
-        self.module, self.chain = module, chain
-        blocks = module.get_submodule(chain)._modules if chain is not None else {}
-        self._block_numbers = {f"{chain}.{key}" if chain else key: index for index, key in enumerate(blocks)}
-        self.num_blocks = len(blocks)
-        self._other_blocks = other_blocks(module, chain) if chain is not None else frozenset()
+        self.module, self.containers = module, containers
+        main = containers.main
+        blocks = [] if main is None else blocks_of(module, main)
+        self.num_blocks = len(blocks)  # of the main container
+        others = [(path, blocks_of(module, path)) for path in containers.others]
+        self._sizes = {path: len(names) for path, names in [(main, blocks), *others] if path is not None}
+        self._main_blocks = {path: index for index, path in enumerate(blocks)}
+        self._other_blocks = {name: (path, index) for path, names in others for index, name in enumerate(names)}
         self._open_blocks: list[str] = []
         self._leaving: set[int] = set()
         self._reads: list[int] = []  # operations that had run when the code read the value of a tensor
         self.chain_fault: str | None = None  # why the blocks are no chain
-        self.phase = 0
+        self.parts = Parts()
         self.ops: list[Op] = []
         self.numbering = Numbering()
         self.notes: list[str] = []
         self.layers: dict[str, Layer] = {}
         self.parameters = parameters_of(module)
-        self.flops = [0] * (2 * self.num_blocks + 1)
-        self.saved_bytes = [0] * (2 * self.num_blocks + 1)
+        self.flops, self.saved_bytes = [0], [0]  # by part
         self._custom: set[int] = set()  # numbers of what the user's autograd functions made
         self._names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
+        self._state = state_of(module)  # buffers and the like, by id
+        self._writes: list[tuple[str, str, int]] = []
         self._stack: list[str] = []
         self._inside_layer = 0
         self._calls: list[BlockCall] = []  # of this pass over the blocks
         self._first_calls: list[BlockCall] = []  # of the first pass, once a second has begun
+        self._open_calls: list[BlockCall | None] = []  # None where a call begins no part
+        self._num_main = 0  # calls of the main container's blocks in this pass
+        self._num_called: Counter[str] = Counter()
+        self._outputs: dict[int, list[Output]] = {}
+        self._returned: tuple[int, ...] = ()
         self._loop = Loop() if may_loop else None
+        self._chains: tuple[str, ...] = ()
         self._blocks: tuple[Block, ...] = ()
         self._storages = {storage_key(p) for p in module.parameters()}  # counted, or no activations
         self._counted_flops = 0
         for tensor in tensors_in(inputs):
-            self._number(tensor, Value(tuple(tensor.shape), tensor.is_floating_point(), False, -1, is_batch=True))
+            self._number(tensor, value_of(tensor, False, -1, is_batch=True))
 
     # ------------------------------------------------------------------ running
 
@@ -96,7 +109,6 @@ class Recorder(TorchFunctionMode):
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._count_saved, lambda packed: packed), self:
                 yield
-            self._follow_blocks()
         finally:
             self._count_flops()
             for handle in handles:
@@ -145,14 +157,13 @@ class Recorder(TorchFunctionMode):
         depends = bool(read) or any(self.numbering.values[n].depends_on_parameters for n in numbers)
         is_batch = name in _RESHAPES and bool(numbers) and all(self.numbering.values[n].is_batch for n in numbers)
         made = tuple(
-            self._number(t, Value(tuple(t.shape), t.is_floating_point(), depends, self.phase, is_batch))
-            for t in outputs
-            if id(t) not in self._names
+            self._number(t, value_of(t, depends, self.parts.current, is_batch)) for t in outputs if id(t) not in self._names
         )
         is_write = len(outputs) == 1 and bool(args) and outputs[0] is args[0] and (name.endswith("_") or kwargs.get("inplace"))
-        self._append(
-            name, numbers, made, read, layer, plain_arguments(args, kwargs), bool(is_write) and self.numbering.has_views(outputs[0])
-        )
+        if is_write and id(outputs[0]) in self._state:
+            self._writes.append((self._state[id(outputs[0])], name, self.parts.current))
+        views = bool(is_write) and self.numbering.has_views(outputs[0])
+        self._append(name, numbers, made, read, layer, plain_arguments(args, kwargs), views, bool(is_write))
 
     def _append(
         self,
@@ -163,10 +174,12 @@ class Recorder(TorchFunctionMode):
         layer: str | None,
         arguments: tuple[Any, ...],
         writes_view: bool = False,
+        writes: bool = False,
     ) -> None:
         module = self._stack[-1] if self._stack else ""
         block = self._open_blocks[0] if self._open_blocks else ""
-        self.ops.append(Op(name, module, self.phase, inputs, outputs, parameters, layer, arguments, block, writes_view))
+        part = self.parts.current
+        self.ops.append(Op(name, module, part, inputs, outputs, parameters, layer, arguments, block, writes_view, writes))
 
     def _record_custom_function(self, tensor: torch.Tensor) -> None:
         """Record the backward of the user's ``autograd.Function`` that made a tensor, once; its forward was seen.
@@ -180,7 +193,7 @@ class Recorder(TorchFunctionMode):
             gradient = torch.ones_like(tensor)
             backward = backward_call(tensor, gradient)
         number = self._number(tensor)
-        value = replace(self.numbering.values[number], depends_on_parameters=True, phase=self.phase)
+        value = replace(self.numbering.values[number], depends_on_parameters=True, phase=self.parts.current)
         after = self._number(tensor, value)
         self._custom.add(after)
         self._append("apply", (number,), (after, self._number(gradient, value)), (), None, (function.__name__,))
@@ -192,20 +205,19 @@ class Recorder(TorchFunctionMode):
             self._append("opaque", (after,), (), (), None, (what,))
 
     def _number(self, tensor: torch.Tensor, new: Value | None = None) -> int:
-        return self.numbering.number(tensor, self.phase, new)
+        return self.numbering.number(tensor, self.parts.current, new)
 
     # ------------------------------------------------------------------ modules
 
     def _enter(self, name: str) -> Any:
-        block = self._block_numbers.get(name)
+        is_block = name in self._main_blocks or name in self._other_blocks
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if block is not None:
-                self._enter_block(block, name, args, kwargs)
+            self._num_called[name] += 1
+            if is_block:
+                self._enter_block(name, args, kwargs)
             elif self._loop is not None and not self._stack:
-                self._loop.enter(name, len(self.ops), is_complete=len(self._calls) == self.num_blocks)
-            if block is not None or name in self._other_blocks:
-                self._open_blocks.append(name)
+                self._loop.enter(name, len(self.ops), is_complete=self._num_main == self.num_blocks)
             self._stack.append(name)
 
         return hook
@@ -223,21 +235,25 @@ class Recorder(TorchFunctionMode):
         return hook
 
     def _leave(self, name: str) -> Any:
-        block = self._block_numbers.get(name)
+        is_block = name in self._main_blocks or name in self._other_blocks
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if has_backward_hook(module):
                 seen = tuple(self._number(tensor) for tensor in tensors_in((args, kwargs, output)))
                 self._append("opaque", seen, (), (), None, (f"a backward hook of {type(module).__name__}",))
             self._stack.pop()
-            if block is not None or name in self._other_blocks:
-                self._open_blocks.pop()
-            if block is not None:
-                self._leave_block(block, name, output)
-            elif name in self._other_blocks:
-                self._leaving.update(self._number(tensor) for tensor in tensors_in(output))
+            if is_block:
+                self._leave_block(name, args, kwargs, output)
+            if not self._open_blocks and not self._first_calls:
+                self._note_output(name, output)
 
         return hook
+
+    def _note_output(self, name: str, output: Any) -> None:
+        for path, tensor in tensors_by_path(output):
+            number = self.numbering.object_of(tensor)
+            if number is not None:
+                self._outputs.setdefault(number, []).append(Output(name, path, self.parts.current))
 
     def _record_layer(self, name: str, kind: LayerKind, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         parameters = tuple(f"{name}.{key}" for key, parameter in module._parameters.items() if parameter is not None)
@@ -248,43 +264,77 @@ class Recorder(TorchFunctionMode):
             self.layers[name] = Layer(name, kind, *sizes, f"{name}.weight", bias)
         self._record(kind, args, kwargs, output, layer=name, parameters=parameters)
 
-    def _enter_block(self, index: int, name: str, args: Any, kwargs: Any) -> None:
-        if self._loop is not None and index == 0 and len(self._calls) in (0, self.num_blocks):
+    def _enter_block(self, name: str, args: Any, kwargs: Any) -> None:
+        index = self._main_blocks.get(name)
+        call = None
+        if index is not None:
+            self._enter_main(index, name)
+        if (index is not None and self.chain_fault is None) or (index is None and not self._open_blocks):
+            self._begin_part(name, is_call=True)
+            container, place = self._other_blocks[name] if index is None else (str(self.containers.main), index)
+            arguments = {path: self._number(tensor) for path, tensor in tensors_by_path(arguments_of(args, kwargs))}
+            call = BlockCall(name, container, place, arguments, torch.is_grad_enabled())
+            self._calls.append(call)
+        self._open_calls.append(call)
+        self._open_blocks.append(name)
+
+    def _enter_main(self, index: int, name: str) -> None:
+        """A block of the main container is called."""
+        if self._loop is not None and index == 0 and self._num_main in (0, self.num_blocks):
             self._loop.enter_blocks(len(self.ops))
-            self._first_calls, self._calls = self._first_calls or self._calls, []
-        if index != len(self._calls):
-            after = f"after {self._calls[-1].path}" if self._calls else "first"
+            self._first_calls, self._calls, self._num_main = self._first_calls or self._calls, [], 0
+        if index != self._num_main:
+            last = next((call.path for call in reversed(self._calls) if call.path in self._main_blocks), None)
+            after = "first" if last is None else f"after {last}"
             self.chain_fault = self.chain_fault or f"its blocks do not run once each, in order ({name} ran {after})"
-        if self.chain_fault is None:
-            self._count_flops()
-            self.phase = 2 * index + 1
-            arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-            self._calls.append(BlockCall(name, {k: self._number(a) for k, a in arguments.items() if isinstance(a, torch.Tensor)}))
+        self._num_main += 1
 
-    def _leave_block(self, index: int, name: str, output: Any) -> None:
-        if self.chain_fault is not None:
-            return
+    def _leave_block(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        call = self._open_calls.pop()
+        self._open_blocks.pop()
+        if call is not None:
+            self._begin_part(name, is_call=False)
+            given = {id(tensor): path for path, tensor in reversed(list(tensors_by_path(arguments_of(args, kwargs))))}
+            results = list(tensors_by_path(output))
+            call.template = describe(output)
+            call.results = {path: self._number(tensor) for path, tensor in results}
+            call.passed = {path: given[id(tensor)] for path, tensor in results if id(tensor) in given}
+        if name in self._other_blocks:
+            self._leaving.update(self._number(tensor) for tensor in tensors_in(output))
+
+    def _begin_part(self, block: str, is_call: bool) -> None:
         self._count_flops()
-        self.phase = 2 * index + 2
-        try:
-            outputs = output_by_key(output, name)
-        except NoChain as fault:
-            self.chain_fault = str(fault)
-            return
-        call = self._calls[-1]
-        call.keys = () if None in outputs else tuple(outputs)
-        call.results = {key: self._number(t) for key, t in outputs.items() if isinstance(t, torch.Tensor)}
+        self.parts.begin(block, is_call)
+        self.flops.append(0)
+        self.saved_bytes.append(0)
 
-    def _follow_blocks(self) -> None:
-        """After a whole run: the blocks as a chain, or why they are none."""
-        calls, ops = self._first_calls or self._calls, self.ops[: self._end_of_first_pass]
-        if len(calls) < self.num_blocks:
-            self.chain_fault = self.chain_fault or f"the step runs {len(calls)} of its {self.num_blocks} blocks"
-        if self.chain_fault is None:
+    def returned(self, output: Any) -> None:
+        """After a run that returned ``output``: the blocks as a chain, or why they are none."""
+        self._returned = tuple(self._number(tensor) for tensor in tensors_in(output))
+        main, calls = self.containers.main, self._first_calls or self._calls
+        if main is None:
+            return
+        num_run = sum(call.container == main for call in calls)
+        if num_run < self.num_blocks:
+            self.chain_fault = self.chain_fault or f"the step runs {num_run} of its {self.num_blocks} blocks"
+        sizes = {path: self._sizes[path] for path in (*self.containers.must_join, *self.containers.may_join)}
+        while self.chain_fault is None and not self._blocks:
+            chains = joined(calls, main, sizes)
+            missing = next((path for path in self.containers.must_join if path not in chains), None)
             try:
-                self._blocks = follow_blocks(calls, ops, self.numbering.values)
+                if missing is not None:
+                    raise NoChain(missing, f"the blocks of {missing} do not run once each, in order, before or after others")
+                self._blocks = self._followed([call for call in calls if call.container in chains])
+                self._chains = chains
             except NoChain as fault:
-                self.chain_fault = str(fault)
+                if fault.container in (main, *self.containers.must_join):
+                    self.chain_fault = str(fault)
+                sizes.pop(fault.container, None)
+
+    def _followed(self, calls: list[BlockCall]) -> tuple[Block, ...]:
+        phases = self.parts.phases([call.path for call in calls])
+        ops = in_phases(self.ops[: self._end_of_first_pass], phases)
+        return follow_blocks(calls, ops, in_phases(self.numbering.values, phases), self._returned)
 
     @property
     def _end_of_first_pass(self) -> int:
@@ -296,14 +346,14 @@ class Recorder(TorchFunctionMode):
     def _count_flops(self) -> None:
         total = self._flop_counter.get_total_flops()
         if not self._first_calls:
-            self.flops[self.phase] += total - self._counted_flops
+            self.flops[-1] += total - self._counted_flops
         self._counted_flops = total
 
     def _count_saved(self, tensor: torch.Tensor) -> torch.Tensor:
         place = place_of(tensor)
         if place is not None and place[0] not in self._storages:
             self._storages.add(place[0])
-            self.saved_bytes[self.phase] += tensor.untyped_storage().nbytes()
+            self.saved_bytes[-1] += tensor.untyped_storage().nbytes()
         return tensor
 
     def _note(self, text: str) -> None:
@@ -317,24 +367,38 @@ class Recorder(TorchFunctionMode):
 
     def finish(self, step: str, chains_seen: tuple[tuple[str, str], ...], batch_size: int, error: Exception | None = None) -> Trace:
         """The trace of the run that has ended."""
+        phases, end = self.parts.phases([block.path for block in self._blocks]), self._end_of_first_pass
+        ops = in_phases(self.ops, phases)
         return Trace(
             step=step,
-            chain=self.chain if self._blocks else None,
+            chains=self._chains,
             chains_seen=chains_seen,
             blocks=self._blocks,
-            ops=tuple(self.ops[: self._end_of_first_pass]),
-            again=tuple(self.ops[self._end_of_first_pass :]),
-            values=tuple(self.numbering.values),
+            ops=tuple(ops[:end]),
+            again=tuple(ops[end:]),
+            values=tuple(in_phases(self.numbering.values, phases)),
             layers=self.layers,
             parameters=self.parameters,
-            flops=tuple(self.flops),
-            saved_bytes=tuple(self.saved_bytes),
+            flops=by_phase(self.flops, phases, 2 * len(self._blocks) + 1),
+            saved_bytes=by_phase(self.saved_bytes, phases, 2 * len(self._blocks) + 1),
             batch_size=batch_size,
             notes=tuple(self.notes),
             error=error,
             leaving=frozenset(self._leaving),
-            first_read=min((read for read in self._reads if read <= self._end_of_first_pass), default=None),
+            first_read=min((read for read in self._reads if read <= end), default=None),
+            objects=tuple(self.numbering.objects),
+            memories=tuple(self.numbering.memories),
+            outputs=self._outputs_of_single_calls(phases),
+            returned=self._returned,
+            writes=tuple((path, name, phases[part]) for path, name, part in self._writes),
         )
+
+    def _outputs_of_single_calls(self, phases: list[int]) -> dict[int, tuple[Output, ...]]:
+        return {
+            number: once
+            for number, outputs in self._outputs.items()
+            if (once := tuple(in_phases([out for out in outputs if self._num_called[out.module] == 1], phases)))
+        }
 
 
 def _no_gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:

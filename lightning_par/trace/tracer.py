@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning_par.private.torch import FakeTensorMode, is_data_dependent
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.nested import map_tensors
 from lightning_par.trace.bound import bound_parameters
-from lightning_par.trace.chain import find_chain
+from lightning_par.trace.chain import Containers, find_containers
 from lightning_par.trace.copying import copy_module
 from lightning_par.trace.loop import PassesSeen
 from lightning_par.trace.record import Trace
@@ -32,7 +32,9 @@ def trace_step(
     *,
     batch_size: int,
     step: str = "training_step",
-    chain: str | None = None,
+    chain: str | Sequence[str] | None = None,
+    may_join: bool = True,
+    may_mix: bool = False,
     prepare: Prepare | None = None,
     keep_error: bool = False,
     is_real: bool = False,
@@ -49,7 +51,9 @@ def trace_step(
         batch: one batch as the step gets it.
         batch_size: its number of samples.
         step: the hook to run.
-        chain: container of the blocks, when the user's plan names it.
+        chain: container of the blocks, or all of them, when the user's plan names it.
+        may_join: whether several containers whose blocks run one container after the other are one chain, where none is named.
+        may_mix: whether blocks of several classes are a chain, where no container has blocks of one.
         prepare: called with the copy before it runs, to install parallel layers on it.
         keep_error: when the step raises, give the trace up to there with the error in it.
         is_real: do not try fake tensors, an earlier run has failed on them.
@@ -59,17 +63,19 @@ def trace_step(
         ModelError: the step returned None, or the chosen chain is none.
         PlanError: ``chain`` names nothing.
     """
-    path, seen = find_chain(module, chain)
+    containers = find_containers(module, chain, may_mix)
+    containers = containers if may_join else replace(containers, may_join=())
     mode = _Mode(step, is_training=step == "training_step" and not evaluates, prepare=prepare)
-    recorder, output, error, is_real = _run(module, batch, mode, path, keep_error, is_real)
+    recorder, output, error, is_real = _run(module, batch, mode, containers, keep_error, is_real)
+    seen = containers.seen
     if error is None and recorder.chain_fault is not None:
-        assert path is not None
+        assert containers.main is not None
         if chain is not None:
             raise ModelError(
-                f"plan.chain={chain} is no chain of blocks: {recorder.chain_fault}. Name another, or leave the line out"
+                f"plan.chain={as_typed(chain)} is no chain of blocks: {recorder.chain_fault}. Name another, or leave the line out"
             )
-        seen = (*seen, (path, recorder.chain_fault))
-        recorder, output, error, is_real = _run(module, batch, mode, None, keep_error, is_real)
+        seen = (*seen, (containers.main, recorder.chain_fault))
+        recorder, output, error, is_real = _run(module, batch, mode, Containers(None), keep_error, is_real)
     if error is not None and not keep_error:
         _explain_dry_run(error, step)
         raise error
@@ -86,18 +92,18 @@ class _Mode:
 
 
 def _run(
-    module: nn.Module, batch: Any, mode: _Mode, chain: str | None, keep_error: bool, is_real: bool
+    module: nn.Module, batch: Any, mode: _Mode, containers: Containers, keep_error: bool, is_real: bool
 ) -> tuple[Recorder, Any, Exception | None, bool]:
     """On fake tensors, and where that fails on real ones, which the last item of the result says."""
     if not is_real:
-        recorder, output, error = _run_once(module, batch, mode, chain, FakeTensorMode(allow_non_fake_inputs=True))
+        recorder, output, error = _run_once(module, batch, mode, containers, FakeTensorMode(allow_non_fake_inputs=True))
         if error is None or (keep_error and not is_data_dependent(error)):
             return recorder, output, error, False
-    return *_run_once(module, batch, mode, chain, None), True
+    return *_run_once(module, batch, mode, containers, None), True
 
 
 def _run_once(
-    module: nn.Module, batch: Any, mode: _Mode, chain: str | None, fake: FakeTensorMode | None
+    module: nn.Module, batch: Any, mode: _Mode, containers: Containers, fake: FakeTensorMode | None
 ) -> tuple[Recorder, Any, Exception | None]:
     copied = _clone if fake is None else fake.from_tensor
     has_gradients = mode.step == "training_step"
@@ -107,7 +113,7 @@ def _run_once(
         if mode.prepare is not None:
             mode.prepare(twin)
         inputs = map_tensors(lambda tensor: copied(tensor.detach()), batch)
-        recorder = Recorder(twin, chain, inputs, may_loop=not has_gradients)
+        recorder = Recorder(twin, containers, inputs, may_loop=not has_gradients)
         twin.train(mode.is_training)
         output, failure = None, None
         with torch.set_grad_enabled(has_gradients), FlopCounterMode(display=False) as flops, recorder.running(flops):
@@ -117,6 +123,7 @@ def _run_once(
                 pass
             except Exception as error:
                 failure = error
+        recorder.returned(output)
     return recorder, output, failure
 
 
@@ -135,6 +142,11 @@ def _in_the_open() -> Iterator[None]:
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
     twin = tensor.detach().clone()
     return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+
+def as_typed(chain: str | Sequence[str]) -> str:
+    """A line ``plan.chain`` as the user wrote it."""
+    return chain if isinstance(chain, str) else f"[{', '.join(chain)}]"
 
 
 def _explain_dry_run(error: Exception, step: str) -> None:
