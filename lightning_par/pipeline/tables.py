@@ -16,6 +16,7 @@ from lightning_par.pipeline.schedules import (
     default_schedule,
     forward_only,
 )
+from lightning_par.pipeline.schedules.auto import auto_schedule
 from lightning_par.pipeline.simulate import Costs
 
 
