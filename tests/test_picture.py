@@ -249,6 +249,14 @@ def test_simulate_reads_words(words: str, stages: int, makespan: float) -> None:
     assert simulation.timeline.makespan_seconds == pytest.approx(makespan)
 
 
+def test_simulate_builds_a_table_from_the_costs() -> None:
+    words = ["parallel=pp4_mb8", "forward=[1,1,2,1]", "input=[1,1,2,1]", "weight=[1,1,2,1]"]
+    simulation = read_simulation([*words, "schedule=auto"])
+    named = [read_simulation([*words, f"schedule={name}"]) for name in ("1f1b", "gpipe", "zb-h1")]
+    assert simulation.timeline.makespan_seconds <= min(other.timeline.makespan_seconds for other in named)
+    assert simulation.name == "pp4_mb8-auto"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

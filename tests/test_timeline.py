@@ -217,16 +217,24 @@ def test_a_folder_that_cannot_be_written_does_not_end_a_training(tmp_path: Path)
         write(picture, tmp_path / "file" / "below")
 
 
-def _training(rank: int, world_size: int, folder: str) -> None:
-    trainer = quiet_trainer("pp2_mb4", world_size, callbacks=[PipelineTimeline(steps=[1], folder=folder)], max_steps=3)
-    trainer.fit(Chain(Block), DataLoader([{"tokens": row} for row in tokens(24)["tokens"]], batch_size=8))
+RUNS = {"pp2_mb4": ("1f1b", 1), "pp2_vp2_mb4": ("interleaved", 2)}  # the schedule of each layout, and stages on a rank
+
+
+def _trainings(rank: int, world_size: int, folder: str) -> None:
+    for word in RUNS:
+        trainer = quiet_trainer(word, world_size, callbacks=[PipelineTimeline(steps=[1], folder=f"{folder}/{word}")], max_steps=3)
+        trainer.fit(Chain(Block, depth=4), DataLoader([{"tokens": row} for row in tokens(24)["tokens"]], batch_size=8))
 
 
 def test_a_training_draws_its_timeline(tmp_path: Path) -> None:
-    run_ranks(_training, 2, str(tmp_path))
-    panel = page_data((tmp_path / "timeline.html").read_text())["panels"][0]
-    table = build_schedule("1f1b", 2, 1, 4)
-    assert [[span[1:3] for span in lane["spans"]] for lane in panel["lanes"]] == [
-        [[a.stage, a.microbatch] for a in row] for row in table
-    ]
-    assert panel["lanes"][1]["spans"][0][5] > 0, "the last stage waits for its first activation"
+    run_ranks(_trainings, 2, str(tmp_path))
+    for word, (schedule, num_chunks) in RUNS.items():
+        data = page_data((tmp_path / word / "timeline.html").read_text())
+        assert data["title"] == f"Chain: {schedule}, {word}"
+        [panel] = data["panels"]
+        table = build_schedule(schedule, 2, num_chunks, 4)
+        assert [[span[1:3] for span in lane["spans"]] for lane in panel["lanes"]] == [
+            [[action.stage, action.microbatch] for action in row] for row in table
+        ]
+        assert panel["lanes"][0]["spans"][0][5] == 0
+        assert panel["lanes"][1]["spans"][0][5] > 0, "the second rank waits for its first activation"

@@ -122,7 +122,7 @@ def _head(figure: Any, picture: Picture, panel: Panel, height: float) -> None:
     from matplotlib.patches import Patch
 
     figure.text(_SIDE / _WIDTH, 1 - 0.3 / height, picture.title, fontsize=13, fontweight="bold", color=_TEXT, va="center")
-    time = format_time(panel.limits[1] - panel.limits[0], picture.has_seconds)
+    time = f"makespan {format_time(panel.limits[1] - panel.limits[0], picture.has_seconds)}"
     parts = [part for part in (panel.step, panel.replica, time) if part]
     if any(len(lane.stages) > 1 for lane in panel.lanes):
         parts.append("lighter: a later stage of the rank")

@@ -15,6 +15,7 @@ from lightning_par.pipeline.schedules import (
     default_schedule,
     forward_only,
 )
+from lightning_par.pipeline.schedules.auto import auto_schedule
 from lightning_par.pipeline.simulate import Costs
 from lightning_par.plan.check import check_split_backward
 

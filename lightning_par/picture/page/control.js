@@ -145,7 +145,7 @@ function showPanel() {
   const counts = Math.max(...view.panel.lanes.map((lane) => lane.stages.length));
   tints = Array.from({ length: counts + 1 }, (_, count) => tintsFor(count));
   const { step: batch, replica, length } = view.panel;
-  document.getElementById("summary").textContent = [batch, replica, formatTime(length)].filter(Boolean).join("  ·  ");
+  document.getElementById("summary").textContent = [batch, replica, `makespan ${formatTime(length)}`].filter(Boolean).join("  ·  ");
   choose(null);
   fillLegend();
   fillTable();

@@ -29,10 +29,10 @@ function zoom(factor, x = view.left + plotWidth() / 2) {
 // Lanes fill the window where they can; a canvas that is longer scrolls with the page.
 function fit() {
   const ratio = window.devicePixelRatio || 1, rows = view.panel.lanes.length;
-  view.width = canvas.parentElement.clientWidth;
   view.lane = Math.max(18, Math.min(54, Math.floor((window.innerHeight - 240) / rows)));
   const height = AXIS + rows * view.lane;
   canvas.style.height = `${height}px`;
+  view.width = canvas.parentElement.clientWidth;  // after the height, which may have brought a scroll bar
   canvas.width = Math.round(view.width * ratio);
   canvas.height = Math.round(height * ratio);
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
