@@ -305,6 +305,12 @@ def test_precisions_beside_each_other() -> None:
     assert late == {"exact.weight", "exact.bias"}
 
 
+def test_tensors_without_memory() -> None:
+    module = nn.Sequential(nn.Linear(WIDTH, 8, device="meta"))
+    defer_weight_gradients(module, DeferredGradients())
+    assert module(torch.ones(2, WIDTH, device="meta")).shape == (2, 8)
+
+
 def test_an_output_can_be_changed_in_place() -> None:
     check_alike(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH)))
 

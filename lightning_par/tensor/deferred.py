@@ -16,8 +16,8 @@ def can_defer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 
     Asked at each forward: users freeze weights and add hooks while they train.
     """
-    if not (torch.is_grad_enabled() and weight.requires_grad and type(x) in (torch.Tensor, nn.Parameter)):
-        return False
+    if not (torch.is_grad_enabled() and weight.requires_grad and type(x) in (torch.Tensor, nn.Parameter)) or x.is_meta:
+        return False  # a tensor without memory has no autocast either
     return _is_unwatched(weight) and (bias is None or not bias.requires_grad or _is_unwatched(bias))
 
 
