@@ -50,7 +50,9 @@ class Lockstep:
         self._carried = [carried for cut in stages.cuts for carried in cut.arriving]
         self._seen: Seen = {}
         self._is_after = False  # the last block has run, and no block since
-        self._depth = 0  # modules that are running, of those around the blocks
+        self._num_calls = 0  # of blocks
+        self._open: list[int] = []  # for each running module around the blocks, the calls of blocks before it was entered
+        self._before: set[nn.Module] = set()  # modules that are called before the blocks
         self.num_passes = 0
 
     def run(self, program: Callable[[], Any]) -> Any:
@@ -58,7 +60,9 @@ class Lockstep:
 
         Afterwards ``num_passes`` says how often it called its last block.
         """
-        self._seen, self._is_after, self._depth, self.num_passes = {}, False, 0, 0
+        self._seen, self._is_after, self._num_calls, self.num_passes = {}, False, 0, 0
+        self._open.clear()
+        self._before.clear()
         with self._watching():
             self._blocks.runner = self
             try:
@@ -73,6 +77,7 @@ class Lockstep:
         stage = self._stage_of[index]
         if index in self._first and stage > 0:
             self._cross(stage, index, args, kwargs)
+        self._num_calls += 1
         self._is_after = index == len(self._stage_of) - 1
         self.num_passes += self._is_after
         hidden = self._blocks.hidden(index, args, kwargs)
@@ -130,11 +135,15 @@ class Lockstep:
                 handle.remove()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        self._depth += 1
+        self._open.append(self._num_calls)
+        if self._num_calls == 0:
+            self._before.add(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self._depth -= 1
-        return self._from_last_stage(output) if self._is_after and self._depth == 0 else None
+        is_around = self._open.pop() < self._num_calls
+        if self._open or not self._is_after:
+            return None
+        return self._from_last_stage(output) if is_around or module not in self._before else None
 
     def _from_last_stage(self, output: Any) -> Any:
         """``output`` with the tensors that it has on the last stage. Collective over the pipeline."""
