@@ -320,7 +320,8 @@ def run_stages(rank: int, world_size: int) -> tuple[list[Any], float, bool]:
         for is_last in (False, True) if rank == 0 else (True,):
             for microbatch, size in enumerate((3, 2)):
                 log.begin(microbatch, size, weight=size * 10.0, is_last=is_last)
-                module.error(torch.full((size,), microbatch + 1.0), torch.zeros(size))  # as before the blocks, in every stage
+                error = microbatch + (1.0 if is_last else 5.0)  # before the blocks it would be one and the same
+                module.error(torch.full((size,), error), torch.zeros(size))
                 module.log("early", float(microbatch), reduce_fx="sum")
     value = float(module.error.compute())
     log.close()
