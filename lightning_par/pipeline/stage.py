@@ -169,10 +169,10 @@ class StageProgram:
         return stage > 0 and self.blocks is not None and self.blocks.chain.has_gradients[self.cuts[stage].first - 1]
 
     def _changed(self) -> list[int]:
-        """Blocks inside the only stage of a rank are called as they were."""
-        mine = self.cuts[self.stages[0]]
-        inner = set(range(mine.first + 1, mine.last)) if len(self.stages) == 1 else set()
-        return [index for index in range(self.cuts[-1].last) if index not in inner]
+        """Blocks inside the only stage of a rank are called as they were, but for the last one of all, after which a pass ends."""
+        mine, last = self.cuts[self.stages[0]], self.cuts[-1].last - 1
+        inner = set(range(mine.first + 1, mine.last)) - {last} if len(self.stages) == 1 else set()
+        return [index for index in range(last + 1) if index not in inner]
 
     def _watched(self) -> list[str]:
         """Modules that return what crosses. Blocks that are passed over show it by themselves."""

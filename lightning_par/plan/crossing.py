@@ -61,7 +61,8 @@ class _Crossing:
             if trace.values[number].phase < begin <= self._last_read[number] and not self._is_hidden_only(number, first):
                 needed[trace.objects[number]] = number
         self._check_writes(needed, begin)
-        return tuple(self._found(number, first) for number in needed.values())
+        found = (self._found(number, first) for number in needed.values())
+        return tuple(carried for carried in found if carried is not None)
 
     def _is_hidden_only(self, number: int, first: int) -> bool:
         """Whether a value is the stage's hidden state, and read nowhere but in its first block."""
@@ -69,7 +70,8 @@ class _Crossing:
         places = [path for path, given in block.arguments.items() if given == number]
         return number == block.carry_in and len(places) == 1 and self._last_read[number] == 2 * first + 1
 
-    def _found(self, number: int, first: int) -> CarriedPlan:
+    def _found(self, number: int, first: int) -> CarriedPlan | None:
+        """Where the value is found; None in a step that runs its blocks again, for what every rank keeps of its own blocks (a cache)."""
         trace, block, this = self._trace, self._trace.blocks[first], self._trace.objects[number]
         if number in self._stream:
             self._refuse_sequence(number, first)
@@ -80,6 +82,8 @@ class _Crossing:
         for output in trace.outputs.get(this, ()):
             if output.phase <= 2 * first:
                 return CarriedPlan(output.module, "output", output.path, has_gradient)
+        if trace.again:
+            return None
         self._refuse(number, first)
 
     # ------------------------------------------------------------------ refusals
