@@ -152,7 +152,7 @@ def test_memory_is_used_where_it_helps() -> None:
 
 
 def test_no_room_for_one_microbatch_is_refused() -> None:
-    message = "schedule=auto with room for the activations of 0.5 microbatches: a rank must hold at least one: use a memory cap of 1 or more"
+    message = "schedule=auto with a memory cap of 0.5 microbatches: a rank must hold the activations of at least one: use 1 or more"
     with pytest.raises(ConfigurationError, match=f"^{re.escape(message)}$"):
         auto_schedule(Costs.equal(4), 4, 1, 8, memory_cap=0.5)
 

@@ -26,7 +26,7 @@ from lightning_par.pipeline.schedules import (
     default_schedule,
     forward_only,
 )
-from lightning_par.pipeline.simulate import Costs, Span, peak_in_flight, simulate
+from lightning_par.pipeline.simulate import Costs, Span, Timeline, peak_in_flight, simulate
 from lightning_par.pipeline.validate import check_table
 
 SIZES = tuple(product(range(1, 9), range(1, 5), range(1, 33)))  # p, v, m
@@ -217,8 +217,17 @@ def test_exposed_transfers_are_the_waits_for_what_is_computed_already() -> None:
     # F1 of rank 1 arrives at 2.5 while F0 runs until 3: only the first transfer is exposed
     hidden = simulate(forward_only(2, 1, 2), Costs([1.0, 1.5], [], [], transfer=0.5))
     assert hidden.exposed_transfer_seconds == (0.0, 0.5)
+    # F1 is computed at 2 and arrives at 2.5, while rank 1 waits from 2.25 on: 0.25 of its transfer is exposed
+    partly = simulate(forward_only(2, 1, 2), Costs([1.0, 0.75], [], [], transfer=0.5))
+    assert partly.exposed_transfer_seconds == (0.0, 0.5 + 0.25)
     # from the last stage of the first turn of a v to the next one nothing travels
     assert simulate(forward_only(1, 2, 1, "v"), Costs.equal(2, transfer=9)).makespan_seconds == 2
+
+
+def test_a_measured_timeline_may_begin_late() -> None:
+    timeline = Timeline(((Span(Action("F", 0, 0), 5.0, 7.0),), (Span(Action("F", 1, 0), 7.5, 9.0),)), (0.0, 0.0))
+    assert timeline.makespan_seconds == 4
+    assert timeline.idle_fraction == (0.5, 1 - 1.5 / 4)
 
 
 def test_waits_and_work_fill_the_time_of_a_rank() -> None:

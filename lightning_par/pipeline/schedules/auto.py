@@ -48,8 +48,8 @@ def auto_schedule(
         memory_cap = default_memory_cap(num_ranks, num_chunks, num_microbatches, placement)
     if memory_cap < 1:
         raise ConfigurationError(
-            f"schedule=auto with room for the activations of {memory_cap:g} microbatches: a rank must hold at least one: "
-            "use a memory cap of 1 or more"
+            f"schedule=auto with a memory cap of {memory_cap:g} microbatches: a rank must hold the activations of at least one: "
+            "use 1 or more"
         )
     most_held = int(memory_cap * num_chunks + 1e-6)
     problem = Problem(costs, num_ranks, num_chunks, num_microbatches, placement, most_held, splits_backward)
