@@ -16,6 +16,7 @@ from lightning_par.errors import ModelError, PlanError
 from lightning_par.layout import parse_layout
 from lightning_par.plan import Plan, render_plan
 from lightning_par.plan.plan import CarriedPlan
+from lightning_par.prepare import prepare_plan
 from lightning_par.runtime.template import arguments_of, leaf_at
 from tests.chains import CHAINS, Diffusion, Experts, LongSkips, MakeModel, Pyramid, Reader, Relative, Skip, WithEmbeddings
 from tests.models import gpt, make_batch
@@ -482,11 +483,50 @@ def test_what_is_changed_before_the_blocks_is_said() -> None:
     notes = plan_of(Doing(counts_and_averages, lambda x, side: x), "pp2").notes
     for path, name in (("count", "add_"), ("mean", "lerp_")):
         assert any(
-            note.startswith(f"{path} is changed before the last block ({name}): that happens on every later") for note in notes
+            note.startswith(f"{path} is changed before the last stage's blocks ({name}): that happens on every later")
+            for note in notes
         )
     after = plan_of(Doing(lambda m, x: m, lambda x, m: (m.count.add_(1), x)[1]), "pp2").notes
     assert not any("is changed" in note for note in after)
     assert not any("is changed" in note for note in plan_of(Doing(counts_and_averages, lambda x, side: x), "dp2").notes)
+
+
+def test_values_of_placeholders_that_are_read_are_said() -> None:
+    notes = plan_of(Doing(lambda m, x: bool(x.isnan().any()), lambda x, side: x), "pp2").notes
+    start = "the step reads a value (__bool__) of a tensor of shape [] made with parameters, before the last stage's blocks: later"
+    assert any(note.startswith(start) for note in notes)
+    after = plan_of(Doing(lambda m, x: x.isnan, lambda x, side: x if x.isnan().any() else x + 1), "pp2").notes
+    assert not any("of a placeholder" in note for note in after)
+
+
+def test_logs_of_placeholders_are_refused() -> None:
+    early = Doing(lambda m, x: m.log("norm", x.norm()), lambda x, side: x)
+    match = r"parallel=pp2: training_step logs a tensor of shape \[\] that was computed with parameters before blocks.1, and"
+    with pytest.raises(ModelError, match=match):
+        plan_of(early, "pp2")
+    assert plan_of(early, "tp2").boundaries == ()
+    batch_only = Doing(lambda m, x: m.log("size", torch.ones(())), lambda x, side: x)
+    assert plan_of(batch_only, "pp2").boundaries == ((),)
+
+    class Logging(Doing):
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            first = self.embedding(batch["tokens"])
+            loss = self.head(self.blocks[1](self.blocks[0](first))).mean()
+            self.log_dict({"loss": loss, "first": first})
+            return loss
+
+    assert boundaries(Logging(lambda m, x: None, lambda x, side: x), "pp2") == [["embedding[]"]]
+
+
+def test_what_the_step_returns_is_read() -> None:
+    class Predicting(Chain):
+        def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> Any:
+            first = self.embedding(batch["tokens"])
+            return {"first": first, "last": [self.blocks[1](self.blocks[0](first))]}
+
+    layout = parse_layout("pp2")
+    plan = prepare_plan(Predicting(Block), tokens(), layout.resolve(2), step="predict_step")
+    assert [one.module for one in plan.boundaries[0]] == ["embedding"]
 
 
 def test_todays_models_carry_nothing_more() -> None:

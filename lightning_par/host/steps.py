@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from lightning_par.host.last_stage import output_from_last_stage
 from lightning_par.host.loss import give_no_gradient, loss_of
 from lightning_par.host.loss_weight import TargetCount, count_targets
 from lightning_par.host.stage_log import StageLog
-from lightning_par.runtime.nested import map_tensors, tensors_in
+from lightning_par.runtime.nested import map_tensors
 from lightning_par.tensor import ShardedTensor
 
 NUM_CHECKED_BATCHES = 3  # of each hook, compared between the ranks of a replica

@@ -73,7 +73,7 @@ def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides |
         layers=layers,
         parameters=parameters,
         boundaries=boundaries,
-        notes=notes + unevenness(counts, layout) + side_effects(trace, layout),
+        notes=notes + (side_effects(trace, bounds[-2]) if len(counts) > 1 else ()) + unevenness(counts, layout),
     )
 
 

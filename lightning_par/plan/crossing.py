@@ -35,11 +35,12 @@ def plan_boundaries(trace: Trace, layout: Layout, firsts: Sequence[int]) -> tupl
 
     Raises:
         ModelError: a value that has to travel cannot be found, or is changed in place after it has travelled, or is cut along the
-            sequence; or a block returns a type that no other process knows.
+            sequence, or is logged too early; or a block returns a type that no other process knows.
     """
     if len(firsts) < 2:
         return ()
     _check_types(trace, layout, firsts[-1])
+    _check_logs(trace, layout, firsts[-1])
     crossing = _Crossing(trace, layout)
     return tuple(crossing.into(first) for first in firsts[1:])
 
@@ -51,7 +52,9 @@ class _Crossing:
         self._trace, self._layout = trace, layout
         self._last_read = _last_reads(trace)
         self._stream = hidden_values(trace) if layout.sp else frozenset[int]()
-        self._foreign = [number for number in _foreign(trace) if self._last_read.get(number, -1) > trace.values[number].phase >= 0]
+        self._foreign = [
+            number for number in foreign_values(trace) if self._last_read.get(number, -1) > trace.values[number].phase >= 0
+        ]
 
     def into(self, first: int) -> tuple[CarriedPlan, ...]:
         """What the stage that begins with block ``first`` receives beside the hidden state."""
@@ -93,7 +96,7 @@ class _Crossing:
         raise ModelError(
             f"parallel={self._layout}: {self._reader(number, first)} reads a tensor of shape {list(value.shape)} that {made} made "
             f"before {self._trace.blocks[first].path}, {_RULE}: make it in a module of its own that the step calls once and that "
-            f"returns it, or pass it to the blocks, or {self._instead()}"
+            f"returns it, or pass it to the blocks, or {_instead(self._layout)}"
         )
 
     def _refuse_sequence(self, number: int, first: int) -> NoReturn:
@@ -117,7 +120,7 @@ class _Crossing:
                 raise ModelError(
                     f"parallel={self._layout}: {_place(op)} changes a tensor of shape {list(trace.values[written].shape)} in place "
                     f"that {self._maker(written)} made on an earlier stage: write it without changing that tensor, or "
-                    f"{self._instead()}"
+                    f"{_instead(self._layout)}"
                 )
 
     def _reader(self, number: int, first: int) -> str:
@@ -127,14 +130,12 @@ class _Crossing:
     def _maker(self, number: int) -> str:
         return next((_place(op) for op in self._trace.ops if number in op.outputs), "the step")
 
-    def _instead(self) -> str:
-        near = nearest_layouts(self._layout, self._layout.world_size, fits=lambda one: one.pp == 1)
-        return "use " + " or ".join(f"parallel={layout}" for layout in near)
-
 
 def _last_reads(trace: Trace) -> dict[int, int]:
     """The last phase that reads each value. An argument of a block is read by it, even where only its output shows it."""
     last = dict.fromkeys(trace.returned, 2 * trace.num_blocks)
+    for number, phase in trace.logged:
+        last[number] = max(last.get(number, -1), phase)
     for op in trace.ops:
         for number in op.inputs:
             last[number] = max(last.get(number, -1), op.phase)
@@ -143,7 +144,7 @@ def _last_reads(trace: Trace) -> dict[int, int]:
     return last
 
 
-def _foreign(trace: Trace) -> Iterator[int]:
+def foreign_values(trace: Trace) -> Iterator[int]:
     """The values that only the stage which runs their code can make: of parameters, or made in a block, or made of such."""
     made_of: set[int] = set()
     for op in trace.ops:
@@ -170,6 +171,23 @@ def _check_types(trace: Trace, layout: Layout, num_passed: int) -> None:
                     f"parallel={layout}: {block.path} returns a {kind}, which a pipeline stage that does not run this block "
                     f"has to build: define {kind.rpartition('.')[2]} at the top level of its file"
                 ) from None
+
+
+def _check_logs(trace: Trace, layout: Layout, last: int) -> None:
+    """What counts is what the last stage logs, and until its first block it has placeholders; ``last``: that block."""
+    foreign = set(foreign_values(trace))
+    early = next((number for number, phase in trace.logged if number in foreign and phase <= 2 * last), None)
+    if early is not None:
+        raise ModelError(
+            f"parallel={layout}: {trace.step} logs a tensor of shape {list(trace.values[early].shape)} that was computed with "
+            f"parameters before {trace.blocks[last].path}, and what the last stage logs counts, which has placeholders until then: "
+            f"log it after the blocks, or {_instead(layout)}"
+        )
+
+
+def _instead(layout: Layout) -> str:
+    near = nearest_layouts(layout, layout.world_size, fits=lambda one: one.pp == 1)
+    return "use " + " or ".join(f"parallel={one}" for one in near)
 
 
 def _place(op: Op) -> str:

@@ -19,21 +19,17 @@ class Parts:
     """Counts parts, and knows the phase of each.
 
     Attributes:
-        count: parts that have begun.
+        current: the number of the part that runs.
     """
 
     def __init__(self) -> None:
-        self.count = 1
+        self.current = 0
         self._borders: list[tuple[str, bool]] = []  # what began parts 1, 2, ...: the call of a block, or its end
-
-    @property
-    def current(self) -> int:
-        return self.count - 1
 
     def begin(self, block: str, is_call: bool) -> None:
         """A new part begins with the call of a block, or where it is left."""
         self._borders.append((block, is_call))
-        self.count += 1
+        self.current += 1
 
     def phases(self, blocks: Sequence[str]) -> list[int]:
         """The phase of each part, for a chain of these blocks; see `lightning_par.trace.record`."""
@@ -53,11 +49,11 @@ def in_phases(records: Sequence[_T], phases: Sequence[int]) -> list[_T]:
     return [record if record.phase < 0 else replace(record, phase=phases[record.phase]) for record in records]
 
 
-def by_phase(counts: Sequence[int], phases: Sequence[int], num_phases: int) -> tuple[int, ...]:
+def by_phase(counts: Mapping[int, int], phases: Sequence[int], num_phases: int) -> tuple[int, ...]:
     """Sums by phase of what was counted by part."""
     sums = [0] * num_phases
-    for phase, count in zip(phases, counts, strict=True):
-        sums[phase] += count
+    for part, count in counts.items():
+        sums[phases[part]] += count
     return tuple(sums)
 
 

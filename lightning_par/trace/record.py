@@ -194,6 +194,8 @@ class Trace:
         memories: for each value, the number of the first value in the same memory.
         outputs: for each tensor object, by its first number, the modules that returned it, where each was called once.
         returned: numbers of the tensors that the step returned.
+        logged: numbers of the tensors that the step logged, each with the phase.
+        looked_at: numbers of the tensors whose value the code read, each with the function and the phase.
         writes: changes in place of buffers and of tensors that are attributes of modules: the path, the function, the phase.
         again: operations of a second pass over the blocks, in a step that is not trained and goes on calling them. What comes
             after is not seen. All else is about the first pass.
@@ -221,6 +223,8 @@ class Trace:
     memories: tuple[int, ...] = ()
     outputs: Mapping[int, tuple[Output, ...]] = field(default_factory=dict)
     returned: tuple[int, ...] = ()
+    logged: tuple[tuple[int, int], ...] = ()
+    looked_at: tuple[tuple[int, str, int], ...] = ()
     writes: tuple[tuple[str, str, int], ...] = ()
 
     @property

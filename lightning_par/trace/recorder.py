@@ -23,14 +23,13 @@ from lightning_par.private.torch import (
     unseen_by_modes,
 )
 from lightning_par.runtime.nested import tensors_in
-from lightning_par.runtime.template import arguments_of, describe, tensors_by_path
-from lightning_par.trace.chain import Containers, blocks_of
+from lightning_par.runtime.template import tensors_by_path
+from lightning_par.trace.calls import Calls
+from lightning_par.trace.chain import Containers
 from lightning_par.trace.description import layer_kind, parameters_of, plain_arguments, state_of
-from lightning_par.trace.loop import Loop
 from lightning_par.trace.numbering import Numbering, value_of
-from lightning_par.trace.parts import Parts, by_phase, in_phases, joined
-from lightning_par.trace.passage import BlockCall, NoChain, follow_blocks
-from lightning_par.trace.record import Block, Layer, LayerKind, Op, Output, Trace, Value
+from lightning_par.trace.parts import by_phase, in_phases
+from lightning_par.trace.record import Layer, LayerKind, Op, Output, Trace, Value
 
 _READS_VALUE = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__index__": 1, "__bool__": False}  # what the dry run assumes
 _LEAVES_TORCH = {*_READS_VALUE, "tolist", "numpy", "__array__", "__complex__", "is_nonzero", "equal", "allclose"}
@@ -51,41 +50,27 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, containers: Containers, inputs: Any, may_loop: bool = False) -> None:
         super().__init__()
-        self.module, self.containers = module, containers
-        main = containers.main
-        blocks = [] if main is None else blocks_of(module, main)
-        self.num_blocks = len(blocks)  # of the main container
-        others = [(path, blocks_of(module, path)) for path in containers.others]
-        self._sizes = {path: len(names) for path, names in [(main, blocks), *others] if path is not None}
-        self._main_blocks = {path: index for index, path in enumerate(blocks)}
-        self._other_blocks = {name: (path, index) for path, names in others for index, name in enumerate(names)}
-        self._open_blocks: list[str] = []
-        self._leaving: set[int] = set()
+        self.module = module
+        self.calls = Calls(module, containers, self._number, may_loop)
         self._reads: list[int] = []  # operations that had run when the code read the value of a tensor
-        self.chain_fault: str | None = None  # why the blocks are no chain
-        self.parts = Parts()
         self.ops: list[Op] = []
         self.numbering = Numbering()
         self.notes: list[str] = []
         self.layers: dict[str, Layer] = {}
         self.parameters = parameters_of(module)
-        self.flops, self.saved_bytes = [0], [0]  # by part
+        self.flops: Counter[int] = Counter()  # by part
+        self.saved_bytes: Counter[int] = Counter()
         self._custom: set[int] = set()  # numbers of what the user's autograd functions made
         self._names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
         self._state = state_of(module)  # buffers and the like, by id
         self._writes: list[tuple[str, str, int]] = []
+        self._looked_at: list[tuple[int, str, int]] = []
+        self._logged: list[tuple[int, int]] = []
         self._stack: list[str] = []
         self._inside_layer = 0
-        self._calls: list[BlockCall] = []  # of this pass over the blocks
-        self._first_calls: list[BlockCall] = []  # of the first pass, once a second has begun
-        self._open_calls: list[BlockCall | None] = []  # None where a call begins no part
-        self._num_main = 0  # calls of the main container's blocks in this pass
         self._num_called: Counter[str] = Counter()
         self._outputs: dict[int, list[Output]] = {}
         self._returned: tuple[int, ...] = ()
-        self._loop = Loop() if may_loop else None
-        self._chains: tuple[str, ...] = ()
-        self._blocks: tuple[Block, ...] = ()
         self._storages = {storage_key(p) for p in module.parameters()}  # counted, or no activations
         self._counted_flops = 0
         for tensor in tensors_in(inputs):
@@ -119,11 +104,12 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func)).removesuffix(".default")  # of an operator, as the unpacking of a saved tensor
         if name in _LEAVES_TORCH:
             self._reads.append(len(self.ops))
+            self._looked_at += [(self._number(tensor), name, self.calls.parts.current) for tensor in tensors_in(args)]
         if name in _READS_VALUE and isinstance(args[0], torch.Tensor) and self._is_unknown(args[0]):
             value = _READS_VALUE[name]
             if name == "item" and not args[0].is_floating_point():
                 value = False if args[0].dtype == torch.bool else 1
-            if name == "__bool__" and self._loop is not None and not self.num_blocks and len(self._reads) > _PATIENCE:
+            if name == "__bool__" and self.calls.loop is not None and not self.calls.num_blocks and len(self._reads) > _PATIENCE:
                 value = True  # it may be a loop that waits for it
             self._note(f"{self._where()} reads a value of a tensor ({name}); the dry run assumes {value}")
             return value
@@ -157,11 +143,11 @@ class Recorder(TorchFunctionMode):
         depends = bool(read) or any(self.numbering.values[n].depends_on_parameters for n in numbers)
         is_batch = name in _RESHAPES and bool(numbers) and all(self.numbering.values[n].is_batch for n in numbers)
         made = tuple(
-            self._number(t, value_of(t, depends, self.parts.current, is_batch)) for t in outputs if id(t) not in self._names
+            self._number(t, value_of(t, depends, self.calls.parts.current, is_batch)) for t in outputs if id(t) not in self._names
         )
         is_write = len(outputs) == 1 and bool(args) and outputs[0] is args[0] and (name.endswith("_") or kwargs.get("inplace"))
         if is_write and id(outputs[0]) in self._state:
-            self._writes.append((self._state[id(outputs[0])], name, self.parts.current))
+            self._writes.append((self._state[id(outputs[0])], name, self.calls.parts.current))
         views = bool(is_write) and self.numbering.has_views(outputs[0])
         self._append(name, numbers, made, read, layer, plain_arguments(args, kwargs), views, bool(is_write))
 
@@ -177,8 +163,8 @@ class Recorder(TorchFunctionMode):
         writes: bool = False,
     ) -> None:
         module = self._stack[-1] if self._stack else ""
-        block = self._open_blocks[0] if self._open_blocks else ""
-        part = self.parts.current
+        block = self.calls.open_blocks[0] if self.calls.open_blocks else ""
+        part = self.calls.parts.current
         self.ops.append(Op(name, module, part, inputs, outputs, parameters, layer, arguments, block, writes_view, writes))
 
     def _record_custom_function(self, tensor: torch.Tensor) -> None:
@@ -193,7 +179,7 @@ class Recorder(TorchFunctionMode):
             gradient = torch.ones_like(tensor)
             backward = backward_call(tensor, gradient)
         number = self._number(tensor)
-        value = replace(self.numbering.values[number], depends_on_parameters=True, phase=self.parts.current)
+        value = replace(self.numbering.values[number], depends_on_parameters=True, phase=self.calls.parts.current)
         after = self._number(tensor, value)
         self._custom.add(after)
         self._append("apply", (number,), (after, self._number(gradient, value)), (), None, (function.__name__,))
@@ -205,19 +191,20 @@ class Recorder(TorchFunctionMode):
             self._append("opaque", (after,), (), (), None, (what,))
 
     def _number(self, tensor: torch.Tensor, new: Value | None = None) -> int:
-        return self.numbering.number(tensor, self.parts.current, new)
+        return self.numbering.number(tensor, self.calls.parts.current, new)
 
     # ------------------------------------------------------------------ modules
 
     def _enter(self, name: str) -> Any:
-        is_block = name in self._main_blocks or name in self._other_blocks
+        is_block = self.calls.is_block(name)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._num_called[name] += 1
             if is_block:
-                self._enter_block(name, args, kwargs)
-            elif self._loop is not None and not self._stack:
-                self._loop.enter(name, len(self.ops), is_complete=self._num_main == self.num_blocks)
+                self._count_flops()
+                self.calls.enter(name, args, kwargs, len(self.ops))
+            elif self.calls.loop is not None and not self._stack:
+                self.calls.loop.enter(name, len(self.ops), self.calls.is_complete)
             self._stack.append(name)
 
         return hook
@@ -235,7 +222,7 @@ class Recorder(TorchFunctionMode):
         return hook
 
     def _leave(self, name: str) -> Any:
-        is_block = name in self._main_blocks or name in self._other_blocks
+        is_block = self.calls.is_block(name)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if has_backward_hook(module):
@@ -243,8 +230,9 @@ class Recorder(TorchFunctionMode):
                 self._append("opaque", seen, (), (), None, (f"a backward hook of {type(module).__name__}",))
             self._stack.pop()
             if is_block:
-                self._leave_block(name, args, kwargs, output)
-            if not self._open_blocks and not self._first_calls:
+                self._count_flops()
+                self.calls.leave(name, args, kwargs, output)
+            if not self.calls.open_blocks and self.calls.is_first_pass:
                 self._note_output(name, output)
 
         return hook
@@ -253,7 +241,7 @@ class Recorder(TorchFunctionMode):
         for path, tensor in tensors_by_path(output):
             number = self.numbering.object_of(tensor)
             if number is not None:
-                self._outputs.setdefault(number, []).append(Output(name, path, self.parts.current))
+                self._outputs.setdefault(number, []).append(Output(name, path, self.calls.parts.current))
 
     def _record_layer(self, name: str, kind: LayerKind, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         parameters = tuple(f"{name}.{key}" for key, parameter in module._parameters.items() if parameter is not None)
@@ -264,96 +252,34 @@ class Recorder(TorchFunctionMode):
             self.layers[name] = Layer(name, kind, *sizes, f"{name}.weight", bias)
         self._record(kind, args, kwargs, output, layer=name, parameters=parameters)
 
-    def _enter_block(self, name: str, args: Any, kwargs: Any) -> None:
-        index = self._main_blocks.get(name)
-        call = None
-        if index is not None:
-            self._enter_main(index, name)
-        if (index is not None and self.chain_fault is None) or (index is None and not self._open_blocks):
-            self._begin_part(name, is_call=True)
-            container, place = self._other_blocks[name] if index is None else (str(self.containers.main), index)
-            arguments = {path: self._number(tensor) for path, tensor in tensors_by_path(arguments_of(args, kwargs))}
-            call = BlockCall(name, container, place, arguments, torch.is_grad_enabled())
-            self._calls.append(call)
-        self._open_calls.append(call)
-        self._open_blocks.append(name)
-
-    def _enter_main(self, index: int, name: str) -> None:
-        """A block of the main container is called."""
-        if self._loop is not None and index == 0 and self._num_main in (0, self.num_blocks):
-            self._loop.enter_blocks(len(self.ops))
-            self._first_calls, self._calls, self._num_main = self._first_calls or self._calls, [], 0
-        if index != self._num_main:
-            last = next((call.path for call in reversed(self._calls) if call.path in self._main_blocks), None)
-            after = "first" if last is None else f"after {last}"
-            self.chain_fault = self.chain_fault or f"its blocks do not run once each, in order ({name} ran {after})"
-        self._num_main += 1
-
-    def _leave_block(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
-        call = self._open_calls.pop()
-        self._open_blocks.pop()
-        if call is not None:
-            self._begin_part(name, is_call=False)
-            given = {id(tensor): path for path, tensor in reversed(list(tensors_by_path(arguments_of(args, kwargs))))}
-            results = list(tensors_by_path(output))
-            call.template = describe(output)
-            call.results = {path: self._number(tensor) for path, tensor in results}
-            call.passed = {path: given[id(tensor)] for path, tensor in results if id(tensor) in given}
-        if name in self._other_blocks:
-            self._leaving.update(self._number(tensor) for tensor in tensors_in(output))
-
-    def _begin_part(self, block: str, is_call: bool) -> None:
-        self._count_flops()
-        self.parts.begin(block, is_call)
-        self.flops.append(0)
-        self.saved_bytes.append(0)
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """What ``self.log`` of the module is during the run."""
+        self._logged += [(self._number(tensor), self.calls.parts.current) for tensor in tensors_in((args, kwargs))]
 
     def returned(self, output: Any) -> None:
-        """After a run that returned ``output``: the blocks as a chain, or why they are none."""
+        """After a run, which returned ``output``: the blocks as a chain, or why they are none."""
         self._returned = tuple(self._number(tensor) for tensor in tensors_in(output))
-        main, calls = self.containers.main, self._first_calls or self._calls
-        if main is None:
-            return
-        num_run = sum(call.container == main for call in calls)
-        if num_run < self.num_blocks:
-            self.chain_fault = self.chain_fault or f"the step runs {num_run} of its {self.num_blocks} blocks"
-        sizes = {path: self._sizes[path] for path in (*self.containers.must_join, *self.containers.may_join)}
-        while self.chain_fault is None and not self._blocks:
-            chains = joined(calls, main, sizes)
-            missing = next((path for path in self.containers.must_join if path not in chains), None)
-            try:
-                if missing is not None:
-                    raise NoChain(missing, f"the blocks of {missing} do not run once each, in order, before or after others")
-                self._blocks = self._followed([call for call in calls if call.container in chains])
-                self._chains = chains
-            except NoChain as fault:
-                if fault.container in (main, *self.containers.must_join):
-                    self.chain_fault = str(fault)
-                sizes.pop(fault.container, None)
-
-    def _followed(self, calls: list[BlockCall]) -> tuple[Block, ...]:
-        phases = self.parts.phases([call.path for call in calls])
-        ops = in_phases(self.ops[: self._end_of_first_pass], phases)
-        return follow_blocks(calls, ops, in_phases(self.numbering.values, phases), self._returned)
+        self.calls.follow(self.ops[: self._end_of_first_pass], self.numbering.values, self._returned)
 
     @property
     def _end_of_first_pass(self) -> int:
         """Operations of the run, or of its first pass where there were two."""
-        return len(self.ops) if self._loop is None or self._loop.end is None else self._loop.end
+        loop = self.calls.loop
+        return len(self.ops) if loop is None or loop.end is None else loop.end
 
     # ------------------------------------------------------------------ counting
 
     def _count_flops(self) -> None:
         total = self._flop_counter.get_total_flops()
-        if not self._first_calls:
-            self.flops[-1] += total - self._counted_flops
+        if self.calls.is_first_pass:
+            self.flops[self.calls.parts.current] += total - self._counted_flops
         self._counted_flops = total
 
     def _count_saved(self, tensor: torch.Tensor) -> torch.Tensor:
         place = place_of(tensor)
         if place is not None and place[0] not in self._storages:
             self._storages.add(place[0])
-            self.saved_bytes[-1] += tensor.untyped_storage().nbytes()
+            self.saved_bytes[self.calls.parts.current] += tensor.untyped_storage().nbytes()
         return tensor
 
     def _note(self, text: str) -> None:
@@ -367,29 +293,32 @@ class Recorder(TorchFunctionMode):
 
     def finish(self, step: str, chains_seen: tuple[tuple[str, str], ...], batch_size: int, error: Exception | None = None) -> Trace:
         """The trace of the run that has ended."""
-        phases, end = self.parts.phases([block.path for block in self._blocks]), self._end_of_first_pass
+        blocks, end = self.calls.blocks, self._end_of_first_pass
+        phases = self.calls.parts.phases([block.path for block in blocks])
         ops = in_phases(self.ops, phases)
         return Trace(
             step=step,
-            chains=self._chains,
+            chains=self.calls.chains,
             chains_seen=chains_seen,
-            blocks=self._blocks,
+            blocks=blocks,
             ops=tuple(ops[:end]),
             again=tuple(ops[end:]),
             values=tuple(in_phases(self.numbering.values, phases)),
             layers=self.layers,
             parameters=self.parameters,
-            flops=by_phase(self.flops, phases, 2 * len(self._blocks) + 1),
-            saved_bytes=by_phase(self.saved_bytes, phases, 2 * len(self._blocks) + 1),
+            flops=by_phase(self.flops, phases, 2 * len(blocks) + 1),
+            saved_bytes=by_phase(self.saved_bytes, phases, 2 * len(blocks) + 1),
             batch_size=batch_size,
             notes=tuple(self.notes),
             error=error,
-            leaving=frozenset(self._leaving),
+            leaving=frozenset(self.calls.leaving),
             first_read=min((read for read in self._reads if read <= end), default=None),
             objects=tuple(self.numbering.objects),
             memories=tuple(self.numbering.memories),
             outputs=self._outputs_of_single_calls(phases),
             returned=self._returned,
+            logged=tuple((number, phases[part]) for number, part in self._logged),
+            looked_at=tuple((number, name, phases[part]) for number, name, part in self._looked_at),
             writes=tuple((path, name, phases[part]) for path, name, part in self._writes),
         )
 

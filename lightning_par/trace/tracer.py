@@ -68,13 +68,13 @@ def trace_step(
     mode = _Mode(step, is_training=step == "training_step" and not evaluates, prepare=prepare)
     recorder, output, error, is_real = _run(module, batch, mode, containers, keep_error, is_real)
     seen = containers.seen
-    if error is None and recorder.chain_fault is not None:
+    if error is None and recorder.calls.fault is not None:
         assert containers.main is not None
         if chain is not None:
             raise ModelError(
-                f"plan.chain={as_typed(chain)} is no chain of blocks: {recorder.chain_fault}. Name another, or leave the line out"
+                f"plan.chain={as_typed(chain)} is no chain of blocks: {recorder.calls.fault}. Name another, or leave the line out"
             )
-        seen = (*seen, (containers.main, recorder.chain_fault))
+        seen = (*seen, (containers.main, recorder.calls.fault))
         recorder, output, error, is_real = _run(module, batch, mode, Containers(None), keep_error, is_real)
     if error is not None and not keep_error:
         _explain_dry_run(error, step)
@@ -114,6 +114,7 @@ def _run_once(
             mode.prepare(twin)
         inputs = map_tensors(lambda tensor: copied(tensor.detach()), batch)
         recorder = Recorder(twin, containers, inputs, may_loop=not has_gradients)
+        twin.__dict__.update(dict.fromkeys(("log", "log_dict"), recorder.log))
         twin.train(mode.is_training)
         output, failure = None, None
         with torch.set_grad_enabled(has_gradients), FlopCounterMode(display=False) as flops, recorder.running(flops):
@@ -171,10 +172,10 @@ def _check_loss(output: Any, name: str) -> None:
 
 
 def _silence(twin: nn.Module) -> None:
-    """Cut the copy's ways out: metrics, logs and a backward of a dry run mean nothing."""
+    """Cut the copy's ways out: metrics, prints and a backward of a dry run mean nothing."""
     from torchmetrics import Metric
 
-    ways_out = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
+    ways_out = ("print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
     twin.__dict__.update(dict.fromkeys(ways_out, _ignore))
     for child in list(twin.modules()):
         if isinstance(child, Metric):
