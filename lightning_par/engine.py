@@ -22,6 +22,7 @@ from lightning_par.pipeline.transport import Transport
 from lightning_par.plan import Plan
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.streams import MicrobatchStreams
+from lightning_par.runtime.watchdog import Watchdog
 from lightning_par.zero.partitioned import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
@@ -41,6 +42,7 @@ class Engine:
         device: where it is.
         streams: random numbers.
         states: the owner of the optimizer states; None until something is trained.
+        watchdog: knows what this rank is doing; watches once it is started.
     """
 
     _engines: ClassVar[WeakKeyDictionary[nn.Module, Engine]] = WeakKeyDictionary()
@@ -58,7 +60,8 @@ class Engine:
         module.to(device)
         self.streams = MicrobatchStreams(seed, mesh.coordinate.dp, mesh.coordinate.pp, device)
         self._hooks = Hooks(before_forward=self.streams.begin, at_entrance=self.streams.enter_stage)
-        self._executor = Executor(stage, Transport(mesh.pp, mesh.pp_backward), self._hooks)
+        self.watchdog = Watchdog()
+        self._executor = Executor(stage, Transport(mesh.pp, mesh.pp_backward), self._hooks, self.watchdog)
         self.states: OptimizerStates | None = None
         Engine._engines[module] = self
 
@@ -96,14 +99,14 @@ class Engine:
         table = build_schedule(self.schedule, self.mesh.layout.pp, len(sizes))
         weights = [scale * size / sum(sizes) for size in sizes]
         assert self.states is not None, "training needs an owner of the optimizer states"
-        with self.streams.step(), self.states.accumulate():
+        with self.watchdog.step("train"), self.streams.step(), self.states.accumulate():
             return self._executor.run(table[self.mesh.coordinate.pp], program, loss_of, weights)
 
     def evaluate(self, program: Program, num_microbatches: int) -> list[Any]:
         """Forward of every microbatch, without gradients. Collective over the replica; returns as `train` does."""
         table = forward_only(self.mesh.layout.pp, num_microbatches)
         gathered = nullcontext() if self.states is None else self.states.evaluate()
-        with self.streams.step(), torch.no_grad(), gathered:
+        with self.watchdog.step("evaluate"), self.streams.step(), torch.no_grad(), gathered:
             return self._executor.run(table[self.mesh.coordinate.pp], program, _no_loss, ())
 
     def state_dict(self) -> dict[str, Any]:

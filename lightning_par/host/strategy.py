@@ -31,6 +31,7 @@ from lightning_par.host.preflight import (
     plan_from_trainer,
 )
 from lightning_par.host.steps import StepRunner
+from lightning_par.host.watch import check_hang_seconds, watch_engine
 from lightning_par.layout import Layout, parse_layout
 from lightning_par.pipeline.schedules import build_schedule
 from lightning_par.plan import Plan, render_plan
@@ -60,11 +61,14 @@ class HybridParallelStrategy(Host):
         compile: whether torch.compile compiles the blocks: True, or the name of its backend.
         schedule: the pipeline schedule, ``1f1b`` or ``gpipe``.
         timeout_seconds: how long a collective may wait for a rank before it is an error.
+        hang_seconds: how long one forward or backward of a microbatch may stand still on a rank, when those before it were quick,
+            before its stack is shown and the run ends; see `lightning_par.runtime.watchdog`. None for any time.
         print_plan: whether rank 0 prints the plan before the first step.
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
-        ConfigurationError: the schedule or the word for ``recompute`` or the backend for ``compile`` is unknown.
+        ConfigurationError: the schedule or the word for ``recompute`` or the backend for ``compile`` is unknown; or
+            ``hang_seconds`` is too short.
     """
 
     root = ""  # the Lightning namespace, set by `bind`
@@ -83,6 +87,7 @@ class HybridParallelStrategy(Host):
         compile: bool | str = False,
         schedule: str = "1f1b",
         timeout_seconds: float = 600.0,
+        hang_seconds: float | None = 20.0,
         print_plan: bool = True,
     ) -> None:
         super().__init__()
@@ -90,12 +95,13 @@ class HybridParallelStrategy(Host):
         self.layout = parse_layout(layout) if isinstance(layout, str) else layout
         build_schedule(schedule, 1, 1)  # an unknown name is an error here
         check_recompute_word(recompute)
+        check_hang_seconds(hang_seconds)
         self.overrides, self._schedule, self._print_plan = dict(plan or {}), schedule, print_plan
         if compile:
             self.overrides["compile"] = read_backend(compile)
         if recompute != "none":
             self.overrides["recompute"] = {"*": recompute, **(self.overrides.get("recompute") or {})}
-        self._timeout = timedelta(seconds=timeout_seconds)
+        self._timeout, self._hang_seconds = timedelta(seconds=timeout_seconds), hang_seconds
         self._num_nodes = 1
         self._plan: Plan | None = None
         self._mesh: Mesh | None = None
@@ -208,6 +214,7 @@ class HybridParallelStrategy(Host):
         if self._engine is None or self._engine.module is not module:
             self._install(module)
             self._show_plan(trainer.log_dir if trainer.loggers else None)  # every rank asks: the answer is broadcast
+        watch_engine(self.engine, self._launcher, self._hang_seconds)
         self._steps = StepRunner(self.engine)
         share_generators(self.mesh.replica)
         if trainer.state.fn == "fit":
@@ -410,6 +417,7 @@ class HybridParallelStrategy(Host):
         if module is not None:
             module.__dict__.pop("optimizer_zero_grad", None)
         if self._steps is not None:
+            self.engine.watchdog.stop()
             self._steps.close()
             self._steps = None
         for part in (self.precision_plugin, self.cluster_environment, self.accelerator, self.checkpoint_io):

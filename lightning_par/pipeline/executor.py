@@ -12,6 +12,7 @@ from lightning_par.errors import ModelError
 from lightning_par.pipeline.action import Row
 from lightning_par.pipeline.stage import Receive, Stage
 from lightning_par.pipeline.transport import Transport
+from lightning_par.runtime.watchdog import Watchdog
 
 Program = Callable[[int], Any]
 _EVERY_STEP = ": every step of a pipeline runs all blocks; do not return early, and let no bare `except:` stop a step"
@@ -51,11 +52,13 @@ class Executor:
         stage: the module's part on this rank.
         transport: the way to the neighbours.
         hooks: what else happens during a step.
+        watchdog: is told what this rank does.
     """
 
     stage: Stage
     transport: Transport
     hooks: Hooks = field(default_factory=Hooks)
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     def run(self, row: Row, program: Program, loss_of: Callable[[Any], torch.Tensor], weights: Sequence[float]) -> list[Any]:
         """Execute ``row``. Called by every rank of the pipeline with its own row of one table.
@@ -73,12 +76,14 @@ class Executor:
         flying: dict[int, _InFlight] = {}
         outputs: dict[int, Any] = {}
         for action in row:
+            self.watchdog.begin(action)
             if action.kind == "F":
                 flying[action.microbatch] = self._forward(action.microbatch, program, outputs)
             else:
                 loss = loss_of(outputs[action.microbatch]) if self.transport.is_last else None
                 self._backward(flying.pop(action.microbatch), loss, weights[action.microbatch])
                 self.hooks.after_backward()
+            self.watchdog.end()
         self.transport.flush()
         return [outputs[index] for index in sorted(outputs)]
 
@@ -95,7 +100,9 @@ class Executor:
                     "token), and a pipeline stage runs its blocks once for each microbatch: use a layout without pp for such a step"
                 )
             if kept.received is None:  # else a backward runs the block again
+                self.watchdog.wait()
                 kept.received = self.transport.receive_activation(like).requires_grad_(needs_grad)
+                self.watchdog.arrive()
             self.hooks.at_entrance(index)
             return kept.received
 
@@ -119,7 +126,9 @@ class Executor:
             if loss is not None:
                 (loss * weight).backward()
             elif kept.leaving is not None:
+                self.watchdog.wait()
                 arrived = self.transport.receive_gradient(kept.leaving)
+                self.watchdog.arrive()
                 if kept.leaving.requires_grad:  # false where everything up to here is frozen
                     torch.autograd.backward(kept.leaving, arrived)
         if kept.received is not None:
