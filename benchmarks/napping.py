@@ -59,11 +59,10 @@ class Block(nn.Module):
         self.naps, self.naps_in_graph = naps, True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.naps_in_graph:
-            y = F.linear(x, _WeightNap.apply(self.linear.weight, self.naps), self.linear.bias)
-        else:
-            y = self.linear(x)
-        return x + _Nap.apply(y, self.naps).tanh()
+        weight = self.linear.weight
+        y = F.linear(x, _WeightNap.apply(weight, self.naps), self.linear.bias) if self.naps_in_graph else self.linear(x)
+        hidden: torch.Tensor = x + _Nap.apply(y, self.naps).tanh()
+        return hidden
 
 
 class Chain(pl.LightningModule):

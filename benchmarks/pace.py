@@ -17,7 +17,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.napping import NUM_BLOCKS, NUM_MICROBATCHES, NUM_RANKS, Naps, compute_truth, wake_in_time
+from benchmarks.napping import NUM_MICROBATCHES, NUM_RANKS, Naps, compute_truth, wake_in_time
 from benchmarks.pipelines import LEARNING_RATE, SYSTEMS, Pipeline, System, nap_in_notes
 from lightning_par.pipeline.action import Table
 from lightning_par.pipeline.simulate import Costs, simulate
@@ -101,10 +101,12 @@ def measure_rank(rank: int, world_size: int, effort: Effort) -> list[Row]:
             show(f"timing {system.name} {system.title}")
             _take_turn(pipelines[system], naps, effort, *times[system])
             progress.advance(task)
-    return [
-        Row(system.name, system.title, *map(tuple, times[system]), theory=_theory(pipelines[system].table()), wrong=wrong[system])
-        for system in SYSTEMS
-    ]
+    rows = []
+    for system in SYSTEMS:
+        seconds, idle_seconds = map(tuple, times[system])
+        theory = _theory(pipelines[system].table())
+        rows.append(Row(system.name, system.title, seconds, idle_seconds, theory, wrong[system]))
+    return rows
 
 
 def _turns(systems: Sequence[System], num_rounds: int) -> Iterator[System]:

@@ -63,7 +63,9 @@ def ratio(row: Row, rows: Sequence[Row], system: str, idle: bool = False, schedu
         idle: without work.
         schedule: of the other one; None for the same.
     """
-    others = [other for other in rows if other.system == system and other.schedule == (schedule or row.schedule) and not other.wrong]
+    others = [
+        other for other in rows if other.system == system and other.schedule == (schedule or row.schedule) and not other.wrong
+    ]
     if not others or row.wrong:
         return None
     times = (row.idle_seconds, others[0].idle_seconds) if idle else (row.seconds, others[0].seconds)
@@ -117,7 +119,9 @@ def render_markdown(rows: Sequence[Row]) -> str:
 
 def render_json(rows: Sequence[Row]) -> str:
     """Every time, with where it was taken."""
-    return json.dumps({**_facts(rows), "rows": [asdict(row) | {"overhead": None if row.wrong else row.overhead} for row in rows]}, indent=2)
+    return json.dumps(
+        {**_facts(rows), "rows": [asdict(row) | {"overhead": None if row.wrong else row.overhead} for row in rows]}, indent=2
+    )
 
 
 def _facts(rows: Sequence[Row]) -> dict[str, str]:

@@ -27,7 +27,18 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from benchmarks.napping import MICROBATCH_SIZE, NUM_BLOCKS, NUM_MICROBATCHES, NUM_RANKS, Chain, Naps, make_batch, make_chain, nap
+from benchmarks.napping import (
+    MICROBATCH_SIZE,
+    NUM_BLOCKS,
+    NUM_MICROBATCHES,
+    NUM_RANKS,
+    Block,
+    Chain,
+    Naps,
+    make_batch,
+    make_chain,
+    nap,
+)
 from lightning_par.engine import Engine
 from lightning_par.layout import Placement, parse_layout, pp_of_stage
 from lightning_par.pipeline.action import Action, Table
@@ -88,12 +99,11 @@ def install_ours(rank: int, naps: Naps, schedule: str, chunks: int) -> Pipeline:
     _, layout = choose_schedule(schedule, typed)
     splits_backward = schedule == AUTO or SCHEDULES[schedule].splits_backward
     for block in module.blocks:
+        assert isinstance(block, Block)
         block.naps_in_graph = not splits_backward  # else the gradient is computed outside of the graph, see `nap_in_notes`
     plan = prepare_plan(module, (inputs, targets), layout)
     engine = Engine(module, plan, Mesh(layout, timedelta(seconds=60)), torch.device("cpu"), schedule)
-    held = {
-        alias for parameter in plan.parameters for alias, holders in parameter.aliases if engine.mesh.coordinate.pp in holders
-    }
+    held = {alias for parameter in plan.parameters for alias, holders in parameter.aliases if engine.mesh.coordinate.pp in holders}
     parameters = {name: parameter for name, parameter in module.named_parameters() if name in held}
     optimizer = torch.optim.SGD(parameters.values(), LEARNING_RATE)
     engine.own_states([optimizer])
@@ -117,7 +127,7 @@ def nap_in_notes(naps: Naps) -> None:
         nap(naps.weight_gradient)
         return computed(note)
 
-    Note.gradients = gradients  # type: ignore[method-assign]
+    setattr(Note, "gradients", gradients)  # noqa: B010  # mypy
 
 
 def install_torch(rank: int, naps: Naps, schedule: Any, chunks: int, placement: Placement = "loop") -> Pipeline:

@@ -2,8 +2,8 @@
 
     Trainer(strategy=HybridParallelStrategy("tp2_pp2_zero1"), devices=8)
 
-The names below are the public surface. The strategy is imported on first use, so that `import lightning_par`, the command
-line's help and Hydra's completion do not wait for torch.
+The names below are the public surface. The strategy and the callback are imported on first use, so that
+`import lightning_par`, the command line's help and Hydra's completion do not wait for torch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lightning_par.layout import Layout, parse_layout
 
 if TYPE_CHECKING:
     from lightning_par.host.strategy import HybridParallelStrategy
+    from lightning_par.host.timeline import PipelineTimeline
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "LayoutError",
     "LightningParError",
     "ModelError",
+    "PipelineTimeline",
     "PlanError",
     "ReplicaError",
     "__version__",
@@ -47,6 +49,10 @@ def __getattr__(name: str) -> Any:
         from lightning_par.host.strategy import HybridParallelStrategy
 
         return HybridParallelStrategy
+    if name == "PipelineTimeline":
+        from lightning_par.host.timeline import PipelineTimeline
+
+        return PipelineTimeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -2,6 +2,7 @@
 
     lightning-par explain parallel=tp2_pp2             # what would run where, and why; nothing is trained or started
     lightning-par explain -cd recipes -cn demo         # the same for a recipe
+    lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved       # when each rank of a pipeline would do what
 
 Exit codes as in `lightning_par.config.app`.
 """
@@ -12,12 +13,31 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_par import __version__
+from lightning_par.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+_SIMULATE_WORDS = """\
+keys:
+  parallel=WORD      a layout with pp, such as pp4_mb8 or pp4_vp2_mb8
+  schedule=NAME      gpipe, 1f1b, interleaved, zb-h1, interleaved-zb, zb-v or auto (default: 1f1b, with vp interleaved)
+  forward=TIME       of one microbatch's forward on a stage (default: 1)
+  input=TIME         of the gradient of a stage's input (default: 1)
+  weight=TIME        of the gradients of a stage's weights (default: 1); a whole backward takes input + weight
+  transfer=TIME      from rank to rank (default: 0)
+
+A TIME is a number in any unit, or one for each stage: forward=[1,1,2,1]. Without mb there are twice as many microbatches as
+ranks.
+
+examples:
+  lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved
+  lightning-par simulate parallel=pp4_mb16 schedule=zb-h1 forward=[1,1,1,1.5] input=1 weight=0.8 transfer=0.1
+"""
 
 # Nothing is written: no output folder, no log file, no copy of the config.
 _NO_OUTPUT = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
@@ -50,7 +70,39 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("-cn", "--config-name", metavar="NAME", help="the primary config (default: train)")
     explain.add_argument("overrides", nargs="*", metavar="GROUP=OPTION", help="Hydra overrides, such as parallel=tp2_pp2")
     explain.set_defaults(run=_explain)
+    simulate = commands.add_parser(
+        "simulate",
+        help="draw a pipeline schedule: a table here, and a page, a PNG and a Chrome trace in a folder",
+        description="Run a pipeline schedule on imaginary ranks and draw what each of them would do when. Needs no model and no "
+        "devices.",
+        epilog=_SIMULATE_WORDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    simulate.add_argument("words", nargs="+", metavar="KEY=VALUE", help="the layout, the schedule and the costs, see below")
+    simulate.add_argument("--output", metavar="FOLDER", help="where to draw (default: simulate/LAYOUT-SCHEDULE)")
+    simulate.set_defaults(run=_simulate)
     return parser
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    from rich.console import Console  # here, so that --help does not wait for it
+
+    from lightning_par.picture import write_picture
+    from lightning_par.picture.report import print_simulation
+    from lightning_par.picture.simulation import read_simulation
+
+    try:
+        simulation = read_simulation(options.words)
+        print_simulation(simulation, Console())
+        folder = Path(options.output or f"simulate/{simulation.name}")
+        try:
+            written = write_picture(simulation.picture, folder)
+        except OSError as error:
+            raise ConfigurationError(f"--output {folder} cannot be written ({error.strerror}): name another folder") from None
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"drawn: {', '.join(map(str, written))}")
 
 
 def _explain(options: argparse.Namespace) -> None:

@@ -20,17 +20,15 @@ from lightning_par.tensor.sequence import compile_positionwise
 _VERSIONS = 8  # of one graph besides those of the blocks: grad mode, shapes; torch's own limit
 
 
-def compile_modules(module: nn.Module, plan: Plan, stage: int) -> None:
-    """Let the planned modules of this stage's blocks be compiled when they are first called, in place. Not a collective.
+def compile_modules(module: nn.Module, plan: Plan, pp: int) -> None:
+    """Let the planned modules of this rank's blocks be compiled when they are first called, in place. Not a collective.
 
     What the user has compiled stays so. Nothing is compiled here: blocks may still be given calls of their own around it.
     """
     if plan.compilation is None or plan.chain is None:
         return
-    bounds, compilation = plan.stages[stage], plan.compilation
-    names = list(module.get_submodule(plan.chain.path)._modules)[bounds.first : bounds.last]
-    held = tuple(f"{plan.chain.path}.{name}" if plan.chain.path else name for name in names)
-    allow_versions(len(names) + _VERSIONS)  # code that reads the number of its block has a version for each
+    compilation, held = plan.compilation, [plan.chain.blocks[index] for index in plan.blocks_at(pp)]
+    allow_versions(len(held) + _VERSIONS)  # code that reads the number of its block has a version for each
     for path in compilation.modules:
         child = module.get_submodule(path)
         if not any(path == block or path.startswith(f"{block}.") for block in held) or is_compiled(child):

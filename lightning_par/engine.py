@@ -5,8 +5,8 @@ Knows nothing of Lightning: it is given a program that runs the user's step on o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -16,10 +16,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_par.install import install
-from lightning_par.pipeline.executor import Executor, Hooks
-from lightning_par.pipeline.schedules import build_schedule, forward_only
+from lightning_par.pipeline.executor import Executor, Hooks, Observer
+from lightning_par.pipeline.lockstep import Lockstep
+from lightning_par.pipeline.measure import CostMeter
+from lightning_par.pipeline.schedules import AUTO, default_schedule
+from lightning_par.pipeline.simulate import Costs
+from lightning_par.pipeline.tables import Tables, splits_backward
 from lightning_par.pipeline.transport import Transport
 from lightning_par.plan import Plan
+from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.streams import MicrobatchStreams
 from lightning_par.runtime.watchdog import Watchdog
@@ -28,6 +33,7 @@ from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
 
 Program = Callable[[int], Any]
+METERED_STEPS = range(3, 6)  # calls of `Engine.train`; the first ones are slower than the rest
 
 
 class Engine:
@@ -42,26 +48,34 @@ class Engine:
         device: where it is.
         streams: random numbers.
         states: the owner of the optimizer states; None until something is trained.
-        watchdog: knows what this rank is doing; watches once it is started.
+        watchdog: an observer that finds out whether this rank hangs, once it is started.
     """
 
     _engines: ClassVar[WeakKeyDictionary[nn.Module, Engine]] = WeakKeyDictionary()
 
     def __init__(
-        self, module: nn.Module, plan: Plan, mesh: Mesh, device: torch.device, schedule: str = "1f1b", seed: int = 0
+        self, module: nn.Module, plan: Plan, mesh: Mesh, device: torch.device, schedule: str | None = None, seed: int = 0
     ) -> None:
-        self.module, self.plan, self.mesh, self.device, self.schedule = module, plan, mesh, device, schedule
+        self.module, self.plan, self.mesh, self.device = module, plan, mesh, device
         broadcast_module(module, mesh)
         for stages in sorted({parameter.spec.stages for parameter in plan.parameters if len(parameter.spec.stages) > 1}):
             mesh.tied(stages)  # every rank makes every group, whether it holds such a weight or not
         for count in sorted({count for layer in plan.layers for count in layer.copies if count > 1}):
             mesh.copies(count)
-        stage = install(module, plan, mesh.coordinate.pp, mesh.tp, device)
+        layout, pp = plan.layout, mesh.coordinate.pp
+        self.tables = Tables(schedule or default_schedule(layout.vp), layout, traced_costs(plan))
+        deferred = DeferredGradients()
+        splits = splits_backward(self.tables.schedule, layout)
+        stages = install(module, plan, pp, mesh.tp, device, deferred if splits else None)
         module.to(device)
-        self.streams = MicrobatchStreams(seed, mesh.coordinate.dp, mesh.coordinate.pp, device)
+        self.streams = MicrobatchStreams(seed, mesh.coordinate.dp, device)
         self._hooks = Hooks(before_forward=self.streams.begin, at_entrance=self.streams.enter_stage)
+        transport = Transport(layout, mesh.activations, mesh.gradients, device)
+        self._executor = Executor(stages, transport, self._hooks, deferred)
+        self._lockstep = Lockstep(module, stages, transport, mesh.pp) if layout.pp > 1 else None
+        self._meter = CostMeter(layout.num_stages, device) if self.tables.schedule == AUTO and layout.pp > 1 else None
+        self._num_trained = 0
         self.watchdog = Watchdog()
-        self._executor = Executor(stage, Transport(mesh.pp, mesh.pp_backward), self._hooks, self.watchdog)
         self.states: OptimizerStates | None = None
         Engine._engines[module] = self
 
@@ -82,32 +96,74 @@ class Engine:
         self._hooks.after_forward, self._hooks.after_backward = self.states.after_forward, self.states.after_backward
         return self.states
 
+    @property
+    def observers(self) -> list[Observer]:
+        """Who sees the actions of this rank, as a clock does."""
+        return self._executor.observers
+
     def train(
-        self, program: Program, sizes: Sequence[int], loss_of: Callable[[Any], torch.Tensor], scale: float = 1.0
+        self,
+        program: Program,
+        weights: Sequence[float | torch.Tensor],
+        loss_of: Callable[[Any], torch.Tensor],
+        shapes: Sequence[Hashable] = (),
     ) -> list[Any]:
         """Forward and backward of every microbatch; gradients add up in ``p.grad``. Collective over the replica.
 
         Args:
             program: runs the user's step on the microbatch of an index.
-            sizes: samples in each; a microbatch's loss counts by its share of them.
+            weights: factor of each microbatch's loss in the backward; read where the last stage runs.
             loss_of: the loss in what the step returned.
-            scale: factor of the whole loss, 1 / accumulated batches.
+            shapes: of each microbatch, the step and the shapes of its tensors; empty where they are not known.
 
         Returns:
-            What the step returned for each microbatch, on the last stage; elsewhere an empty list.
+            What the step returned for each microbatch, on the ranks of the last stage; elsewhere an empty list.
         """
-        table = build_schedule(self.schedule, self.mesh.layout.pp, len(sizes))
-        weights = [scale * size / sum(sizes) for size in sizes]
+        row = self.tables.row(self.mesh.coordinate.pp, len(weights), trains=True)
         assert self.states is not None, "training needs an owner of the optimizer states"
-        with self.watchdog.step("train"), self.streams.step(), self.states.accumulate():
-            return self._executor.run(table[self.mesh.coordinate.pp], program, loss_of, weights)
+        with self.watchdog.step("train"), self.streams.step(), self.states.accumulate(), self._metered():
+            return self._executor.run(row, program, loss_of, weights, self._static(shapes))
 
-    def evaluate(self, program: Program, num_microbatches: int) -> list[Any]:
+    def evaluate(self, program: Program, num_microbatches: int, shapes: Sequence[Hashable] = ()) -> list[Any]:
         """Forward of every microbatch, without gradients. Collective over the replica; returns as `train` does."""
-        table = forward_only(self.mesh.layout.pp, num_microbatches)
+        row = self.tables.row(self.mesh.coordinate.pp, num_microbatches, trains=False)
         gathered = nullcontext() if self.states is None else self.states.evaluate()
         with self.watchdog.step("evaluate"), self.streams.step(), torch.no_grad(), gathered:
-            return self._executor.run(table[self.mesh.coordinate.pp], program, _no_loss, ())
+            return self._executor.run(row, program, _no_loss, (), self._static(shapes))
+
+    def evaluate_in_lockstep(self, program: Callable[[], Any]) -> tuple[Any, int]:
+        """A whole step, without gradients, that may call its blocks again and again; see `lightning_par.pipeline.lockstep`.
+
+        Collective over the replica.
+
+        Returns:
+            What the step returned, on every rank; and how often it went through its blocks.
+        """
+        assert self._lockstep is not None, "one rank runs such a step alone"
+        gathered = nullcontext() if self.states is None else self.states.evaluate()
+        with self.streams.step(), torch.no_grad(), gathered:
+            self.streams.begin(0)
+            return self._lockstep.run(program), self._lockstep.num_passes
+
+    @contextmanager
+    def _metered(self) -> Iterator[None]:
+        """Around a training step: some of the first ones tell what each stage costs, where the schedule is made of that.
+
+        Collective over the world after the last of them.
+        """
+        self._num_trained += 1
+        if self._meter is None or self._num_trained not in METERED_STEPS:
+            yield
+            return
+        self.observers.append(self._meter)
+        yield
+        self.observers.remove(self._meter)
+        if self._num_trained == METERED_STEPS[-1]:
+            self.tables.costs, self._meter = self._meter.costs(self.mesh.world), None
+
+    def _static(self, shapes: Sequence[Hashable]) -> Sequence[Hashable]:
+        """The shapes that a step's follow from; none where code reads values, which may change them."""
+        return shapes if self.plan.chain is not None and self.plan.chain.is_static else ()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the run, for a checkpoint of the same layout. Collective over dp."""
@@ -132,6 +188,12 @@ class Engine:
             for name, tensor in held.items():
                 tensor.copy_(saved[name])
         self.streams.load_state_dict(state["streams"])
+
+
+def traced_costs(plan: Plan) -> Costs:
+    """Time of each stage in units of forward FLOPs: a backward has the gradients of inputs and of weights, a product each."""
+    flops = [float(stage.flops) for stage in plan.stages]
+    return Costs(forward=flops, input_gradient=flops, weight_gradient=flops, transfer=0.0)
 
 
 def broadcast_module(module: nn.Module, mesh: Mesh) -> None:

@@ -2,15 +2,17 @@
 
 1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder
 2. convert     planned layers compute on their shards
-3. compile     planned modules are compiled when they are first called
-4. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
-5. cut         blocks of other stages only pass the hidden state on, or end the step
+3. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
+4. compile     planned modules are compiled when they are first called
+5. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
+6. cut         blocks of other stages only pass the hidden state on, or end the step
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,16 +20,27 @@ from torch import nn
 
 from lightning_par.compilation import compile_modules
 from lightning_par.errors import ModelError
-from lightning_par.pipeline.stage import Stage
+from lightning_par.pipeline.stage import StageProgram
 from lightning_par.plan import LayerPlan, Plan
-from lightning_par.plan.plan import ChainPlan, ParameterPlan
+from lightning_par.plan.plan import ParameterPlan
 from lightning_par.recompute import recompute_blocks
 from lightning_par.runtime.axis import Axis
+from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.parameter import set_spec
-from lightning_par.tensor import SequenceParallel, SharedInput, convert_embedding, convert_linear, convert_positionwise
+from lightning_par.split_backward import defer_weight_gradients
+from lightning_par.tensor import (
+    SequenceParallel,
+    SharedInput,
+    convert_embedding,
+    convert_linear,
+    convert_positionwise,
+    whole_tensor,
+)
 
 
-def install(module: nn.Module, plan: Plan, stage: int, tp: Axis, device: torch.device) -> Stage:
+def install(
+    module: nn.Module, plan: Plan, pp: int, tp: Axis, device: torch.device, deferred: DeferredGradients | None = None
+) -> StageProgram:
     """Make ``module`` this rank's part of the plan, in place. Not a collective.
 
     Parameter names, parameter objects and modules stay the user's own. What is left of the module is not moved.
@@ -35,16 +48,19 @@ def install(module: nn.Module, plan: Plan, stage: int, tp: Axis, device: torch.d
     Args:
         module: the whole module, with the same weights on every rank.
         plan: all decisions.
-        stage: this rank's stage.
+        pp: this rank's pp coordinate.
         tp: this rank's tensor-parallel axis.
         device: where the module is going to run; placeholders are made there.
+        deferred: where layers leave their weight gradients during an action I; None where the schedule has none.
     """
-    shard_parameters(module, plan.parameters, stage, tp, device)
+    shard_parameters(module, plan.parameters, pp, tp, device)
     sequence = _sequence(plan, tp)
-    convert_layers(module, plan, stage, tp, sequence)
-    compile_modules(module, plan, stage)
-    recompute_blocks(module, plan, stage, tp)
-    return cut_stage(module, plan, stage, device, sequence)
+    convert_layers(module, plan, pp, tp, sequence)
+    if deferred is not None:
+        defer_weight_gradients(module, deferred)
+    compile_modules(module, plan, pp)
+    recompute_blocks(module, plan, pp, tp)
+    return cut_stages(module, plan, pp, device, sequence)
 
 
 def install_tensor_parallel(module: nn.Module, plan: Plan, tp: Axis) -> None:
@@ -54,13 +70,14 @@ def install_tensor_parallel(module: nn.Module, plan: Plan, tp: Axis) -> None:
     sequence = _sequence(plan, tp)
     _convert(module, plan, plan.layers, tp, sequence)
     if plan.chain is not None and sequence is not None:
-        _stage(module, plan.chain, 0, sum(stage.last - stage.first for stage in plan.stages), sequence)
+        whole = replace(plan.stages[0], last=len(plan.chain.blocks))
+        StageProgram(module, replace(plan, stages=(whole,), boundaries=()), (0,), sequence)
 
 
-def shard_parameters(module: nn.Module, parameters: Iterable[ParameterPlan], stage: int, tp: Axis, device: torch.device) -> None:
-    """Replace every parameter's data by this rank's shard, and take away what the stage does not hold."""
+def shard_parameters(module: nn.Module, parameters: Iterable[ParameterPlan], pp: int, tp: Axis, device: torch.device) -> None:
+    """Replace every parameter's data by this rank's shard, and take away what its stages do not hold."""
     for parameter in parameters:
-        held = [alias for alias, stages in parameter.aliases if stage in stages]
+        held = [alias for alias, holders in parameter.aliases if pp in holders]
         _shard_parameter(module, parameter, held, tp)
         for alias, _ in parameter.aliases:
             if alias not in held:
@@ -68,29 +85,27 @@ def shard_parameters(module: nn.Module, parameters: Iterable[ParameterPlan], sta
                 _take_away(owner, owner._parameters, name, device, parameter.spec.shape)  # a tied one may be a shard by now
 
 
-def convert_layers(module: nn.Module, plan: Plan, stage: int, tp: Axis, sequence: SequenceParallel | None = None) -> None:
-    """Convert the planned layers whose weight this stage holds, and the modules that run on parts of the sequence."""
-    held = {alias for parameter in plan.parameters for alias, stages in parameter.aliases if stage in stages}
+def convert_layers(module: nn.Module, plan: Plan, pp: int, tp: Axis, sequence: SequenceParallel | None = None) -> None:
+    """Convert the planned layers whose weight this rank holds, and the modules that run on parts of the sequence."""
+    held = {alias for parameter in plan.parameters for alias, holders in parameter.aliases if pp in holders}
     if tp.size > 1:  # in evaluation nn.TransformerEncoderLayer hands its weights, shards by now, to one fused kernel
         torch.backends.mha.set_fastpath_enabled(False)
     _convert(module, plan, [layer for layer in plan.layers if f"{layer.name}.weight" in held], tp, sequence)
 
 
-def cut_stage(module: nn.Module, plan: Plan, stage: int, device: torch.device, sequence: SequenceParallel | None = None) -> Stage:
-    """Change the calls of the blocks at the borders of a stage and beyond, whose buffers go the way of their parameters."""
-    if plan.chain is None or (plan.layout.pp == 1 and sequence is None):
-        return Stage(None, 0, 0, (), (), ())
-    bounds, chain = plan.stages[stage], plan.chain
-    for index, block in enumerate(module.get_submodule(chain.path).children()):
-        for owner in block.modules() if not bounds.first <= index < bounds.last else ():
+def cut_stages(
+    module: nn.Module, plan: Plan, pp: int, device: torch.device, sequence: SequenceParallel | None = None
+) -> StageProgram:
+    """Change the calls of blocks so that each stage of this rank runs alone.
+
+    Buffers of the blocks of other ranks go the way of their parameters.
+    """
+    held = set(plan.blocks_at(pp))
+    for index, path in enumerate(plan.chain.blocks if plan.chain is not None and plan.layout.pp > 1 else ()):
+        for owner in module.get_submodule(path).modules() if index not in held else ():
             for name in list(owner._buffers):
                 _take_away(owner, owner._buffers, name, device)
-    return _stage(module, chain, bounds.first, bounds.last, sequence)
-
-
-def _stage(module: nn.Module, chain: ChainPlan, first: int, last: int, sequence: SequenceParallel | None) -> Stage:
-    container = module.get_submodule(chain.path)
-    return Stage(container, first, last, chain.carry_argument, chain.carry_output, chain.output_keys, sequence)
+    return StageProgram(module, plan, plan.layout.stages_of(pp), sequence, whole_tensor)
 
 
 def _sequence(plan: Plan, tp: Axis) -> SequenceParallel | None:

@@ -28,7 +28,12 @@ from lightning_par.trace import Trace, trace_step
 
 
 def prepare_plan(
-    module: nn.Module, batch: Any, layout: Layout, overrides: Mapping[str, Any] | None = None, step: str = "training_step"
+    module: nn.Module,
+    batch: Any,
+    layout: Layout,
+    overrides: Mapping[str, Any] | None = None,
+    step: str = "training_step",
+    counts_targets: bool = False,
 ) -> Plan:
     """The plan of a run. One process, no process group; neither the module nor any random state is changed.
 
@@ -39,6 +44,7 @@ def prepare_plan(
         overrides: the user's plan section.
         step: the hook that is run dry: ``training_step``, or another where nothing is trained. Where no model is cut
             or compiled, it may fail.
+        counts_targets: whether the parts of a batch count by their targets, see `lightning_par.plan.caution`.
 
     Raises:
         ConfigurationError: the module, the batch or the plan section does not fit the layout.
@@ -48,7 +54,7 @@ def prepare_plan(
     trace = trace_step(module, batch, batch_size=size, step=step, chain=chosen.chain, keep_error=not is_cut)
     plan = build_plan(trace, layout, type(module).__name__, chosen)
     if step == "training_step":
-        plan = replace(plan, notes=plan.notes + cautions(trace, plan.layout, batch))
+        plan = replace(plan, notes=plan.notes + cautions(trace, plan.layout, batch, counts_targets))
     if layout.tp == 1:
         return _with_compilation(plan, trace, Flow(), chosen)
     forced = chosen.kinds(trace.layers)

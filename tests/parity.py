@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.layout import Layout, parse_layout
+from lightning_par.runtime.nested import map_tensors
 from lightning_par.runtime.parameter import ParameterSpec, get_spec
 from tests.models import make_batch
 from tests.ranks import run_ranks
 
 STEPS, REPLICA_BATCH, CLIP, TOLERANCE = 3, 8, 0.3, 1e-5
 MakeModel = Callable[[], pl.LightningModule]
+MakeBatch = Callable[[int, int], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -40,8 +42,8 @@ class Run:
 class Steps(Dataset[dict[str, torch.Tensor]]):
     """Whole batches by step: the global batch, or the part of one replica."""
 
-    def __init__(self, dp_size: int, dp_rank: int | None = None) -> None:
-        self.dp_size, self.dp_rank = dp_size, dp_rank
+    def __init__(self, dp_size: int, dp_rank: int | None = None, make: MakeBatch = make_batch) -> None:
+        self.dp_size, self.dp_rank, self.make = dp_size, dp_rank, make
 
     def __len__(self) -> int:
         return STEPS
@@ -49,11 +51,12 @@ class Steps(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         if step >= STEPS:
             raise IndexError(step)
-        batch = make_batch(step, REPLICA_BATCH * self.dp_size)
+        batch = self.make(step, REPLICA_BATCH * self.dp_size)
         if self.dp_rank is None:
             return batch
         part = slice(self.dp_rank * REPLICA_BATCH, (self.dp_rank + 1) * REPLICA_BATCH)
-        return {key: value[part] for key, value in batch.items()}
+        cut: dict[str, torch.Tensor] = map_tensors(lambda tensor: tensor[part], batch)
+        return cut
 
 
 class Watch(pl.Callback):
@@ -76,8 +79,7 @@ class Watch(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.run.losses.append(float(outputs["loss"]))
-        if isinstance(trainer.strategy, HybridParallelStrategy):
-            assert trainer.strategy.grad_norm is not None
+        if isinstance(trainer.strategy, HybridParallelStrategy) and trainer.strategy.grad_norm is not None:  # a step was taken
             self.run.norms.append(float(trainer.strategy.grad_norm))
 
 

@@ -74,7 +74,8 @@ class Block(nn.Module):
 def quiet_trainer(word: str, devices: int = 4, plan: Mapping[str, Any] | None = None, **options: Any) -> pl.Trainer:
     """A Trainer of the strategy that writes and prints nothing; other options win."""
     silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
-    return pl.Trainer(accelerator="cpu", devices=devices, strategy=HybridParallelStrategy(word, plan=plan), **{**silent, **options})
+    strategy = HybridParallelStrategy(word, plan=plan)
+    return pl.Trainer(**{"accelerator": "cpu", "devices": devices, "strategy": strategy, **silent, **options})
 
 
 def tokens(size: int = 4, length: int = 6) -> dict[str, torch.Tensor]:

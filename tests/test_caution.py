@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import nn
 
 from lightning_par.layout import parse_layout
 from lightning_par.prepare import prepare_plan
+from tests.models import TransformersModel, llama, make_batch
 
 
 class Step(nn.Module):
@@ -27,6 +30,14 @@ class Step(nn.Module):
         return F.cross_entropy(self.norm(hidden), batch["y"], **self.loss)  # type: ignore[arg-type]
 
 
+class Labelled(TransformersModel):
+    """Gives its labels to the model, which shifts them."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = self.model(input_ids=batch["tokens"], labels=batch["labels"]).loss
+        return loss
+
+
 def notes(module: nn.Module, word: str, target: int = 1) -> tuple[str, ...]:
     batch = {"x": torch.randn(8, 4), "y": torch.full((8,), target)}
     layout = parse_layout(word)
@@ -38,14 +49,23 @@ def notes(module: nn.Module, word: str, target: int = 1) -> tuple[str, ...]:
     [
         (Step(reduction="sum"), "pp2", 1, "cross_entropy sums over its targets"),
         (Step(weight=torch.ones(4)), "pp2", 1, "cross_entropy weighs its targets by class"),
-        (Step(), "dp2", -100, "the batch has ignored targets (-100): each of its 2 parts"),
+        (Step(), "dp2", -100, "each of its 2 parts counts by its samples, however many targets it has; .* so does loss_weight=y$"),
+        (Step(ignore_index=1), "dp2", 1, r"loss_weight={field: y, ignore_index: 1}$"),
         (Step(norm=True), "dp2", 1, "BatchNorm takes its statistics from each of 2 parts"),
     ],
 )
 def test_what_a_cut_batch_changes_is_noted(module: nn.Module, word: str, target: int, said: str) -> None:
-    assert any(said in note for note in notes(module, word, target))
+    assert any(re.search(said, note) for note in notes(module, word, target))
     assert notes(module, "single", target) == ()
 
 
 def test_a_plain_mean_needs_no_note() -> None:
     assert notes(Step(), "pp2_dp2") == ()
+
+
+def test_targets_that_the_model_shifts_are_noted_so() -> None:
+    batch = make_batch(0, 8)
+    batch["labels"] = batch["tokens"].masked_fill(batch["tokens"] == 0, -100)
+    noted = prepare_plan(Labelled(llama().model), batch, parse_layout("dp2").resolve(2)).notes
+    assert any(note.endswith("loss_weight={field: labels, shift: 1}") for note in noted)
+    assert prepare_plan(Labelled(llama().model), batch, parse_layout("dp2").resolve(2), counts_targets=True).notes == ()

@@ -16,9 +16,11 @@ from omegaconf import DictConfig
 
 from lightning_par.config.devices import choose_devices
 from lightning_par.config.parallel import read_layout
+from lightning_par.config.run import build_run
 from lightning_par.config.search_path import register
 from lightning_par.config.source import LayoutConfigSource
 from lightning_par.errors import LayoutError
+from lightning_par.host.loss_weight import FieldCount
 from lightning_par.layout import EXAMPLES, Layout, parse_layout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +98,25 @@ def test_completion_and_help_list_examples() -> None:
     assert source.list("", None) == ["parallel"]
     assert source.list("parallel", None) == sorted(EXAMPLES)
     assert source.list("model", None) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("loss_weight=labels", "FieldCount(field='labels', ignore_index=-100, shift=0)"),
+        (
+            "loss_weight={field: inner.tokens, ignore_index: 0, shift: 1}",
+            "FieldCount(field='inner.tokens', ignore_index=0, shift=1)",
+        ),
+        ("loss_weight={_target_: builtins.len, _partial_: true}", "loss_weight=len"),
+        ("loss_weight=null", "None"),
+    ],
+)
+def test_what_counts_the_targets_reaches_the_strategy(override: str, named: str) -> None:
+    config = composed("parallel=single", "trainer.default_root_dir=null", override)
+    trainer, _, _ = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
+    count = trainer.strategy.loss_weight
+    assert (repr(count) if isinstance(count, FieldCount) else str(count)) == named
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -88,8 +88,9 @@ def train(engine: Engine, batch: dict[str, torch.Tensor], microbatches: int = 4)
     """One step from zero gradients: the losses (last stage) and the gradients of what this rank holds."""
     engine.module.zero_grad()
     pieces = split_batch(batch, microbatches)
+    weights = [size / len(batch["tokens"]) for _, size in pieces]
     step: Any = engine.module.training_step
-    outputs = engine.train(lambda index: step(pieces[index][0], 0), [size for _, size in pieces], lambda loss: loss)
+    outputs = engine.train(lambda index: step(pieces[index][0], 0), weights, lambda loss: loss)
     return [float(loss) for loss in outputs], gradients(engine)
 
 
@@ -145,7 +146,7 @@ def lengths_change(engine: Engine, whole: Model) -> None:
     """Microbatches of one step, each of its own length."""
     batches = [tokens(2, length) for length in (3, 6, 4)]
     engine.module.zero_grad()
-    engine.train(lambda index: engine.module.training_step(batches[index], 0), [2, 2, 2], lambda loss: loss)  # type: ignore[operator]
+    engine.train(lambda index: engine.module.training_step(batches[index], 0), [1 / 3] * 3, lambda loss: loss)  # type: ignore[operator]
     whole.zero_grad()
     sum(whole.training_step(batch, 0) for batch in batches).div(3).backward()  # type: ignore[union-attr]
     close(summed(gradients(engine)), {name: p.grad for name, p in whole.named_parameters() if p.grad is not None})
@@ -241,7 +242,7 @@ def a_rank_fails(rank: int, world_size: int) -> tuple[str, float]:
 
     start = time.monotonic()
     try:
-        engine.train(program, [2] * 8, lambda loss: loss)
+        engine.train(program, [1 / 8] * 8, lambda loss: loss)
     except ValueError as error:
         return str(error), 0.0
     except RuntimeError as error:

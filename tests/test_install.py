@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
-from lightning_par.errors import DataError
+from lightning_par.errors import DataError, ModelError
 from lightning_par.host.first_batch import first_batch
 from lightning_par.install import install, install_tensor_parallel
-from lightning_par.pipeline.stage import Stage
+from lightning_par.pipeline.arrival import Arrival
+from lightning_par.pipeline.stage import StageProgram
 from lightning_par.plan import Plan
 from lightning_par.runtime.axis import LocalAxis
 from lightning_par.runtime.parameter import get_spec
@@ -57,7 +58,7 @@ class Model(Chain):
         return logits
 
 
-def installed(stage: int, word: str = "pp2", device: torch.device = CPU) -> tuple[Model, Stage, Plan]:
+def installed(stage: int, word: str = "pp2", device: torch.device = CPU) -> tuple[Model, StageProgram, Plan]:
     torch.manual_seed(0)
     module = Model()
     plan = plan_of(module, word)
@@ -124,11 +125,15 @@ def test_stages_one_after_the_other_are_the_whole() -> None:
     expected = Model().training_step(tokens(), 0)
     first, first_stage, _ = installed(0)
     last, last_stage, _ = installed(1)
-    _, hidden = first_stage.run(program(first), None)
-    assert hidden is not None and first.seen == last.seen + first.seen[: len(first.seen)]  # it stops at the next stage's block
-    loss, left = last_stage.run(program(last), lambda like: hidden)
-    assert left is None and torch.equal(loss, expected)
+    _, left = first_stage.run(0, program(first), None, Arrival())
+    assert len(left) == 1 and first.seen == last.seen + first.seen[: len(first.seen)]  # it stops at the next stage's block
+    loss, nothing = last_stage.run(1, program(last), lambda held: [left[0].detach()], Arrival())
+    assert nothing == [] and torch.equal(loss, expected)
     assert last.seen == [("full", "class attribute", 32, True)] * 4
+
+
+def ones(held: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.ones_like(tensor) for tensor in held]
 
 
 def test_an_error_in_the_step_leaves_nothing_behind() -> None:
@@ -139,10 +144,10 @@ def test_an_error_in_the_step_leaves_nothing_behind() -> None:
         raise ValueError("the user's")
 
     with pytest.raises(ValueError, match="the user's"):
-        stage.run(fails, lambda like: torch.ones_like(like))
-    with pytest.raises(AssertionError, match="outside a step"):
+        stage.run(1, fails, ones, Arrival())
+    with pytest.raises(ModelError, match=r"blocks\.0 was called outside of a step: a pipeline runs its blocks inside steps"):
         module(tokens()["tokens"])
-    loss, _ = stage.run(program(module), lambda like: torch.ones_like(like))
+    loss, _ = stage.run(1, program(module), ones, Arrival())
     assert loss is not None
 
 
@@ -155,8 +160,8 @@ def test_handlers_of_the_user_do_not_stop_a_stage() -> None:
         except Exception:
             return None
 
-    output, hidden = stage.run(careful, None)
-    assert output is None and hidden is not None
+    output, left = stage.run(0, careful, None, Arrival())
+    assert output is None and len(left) == 1
 
 
 def test_hooks_of_the_user_still_fire() -> None:
@@ -171,7 +176,7 @@ def test_hooks_of_the_user_still_fire() -> None:
     plan = plan_of(module, "tp2_pp2")
     fired.clear()
     stage = install(module, plan, 1, LocalAxis("tp", 2, 0), CPU)
-    stage.run(program(module), lambda like: torch.full_like(like, 7))
+    stage.run(1, program(module), lambda held: [torch.full_like(tensor, 7) for tensor in held], Arrival())
     names = [name for name, _ in fired]
     assert [name for name in watched if names.count(name) == 2] == ["embedding", "blocks.2", "blocks.2.up", "blocks.3", "head"]
     assert ("blocks.2", True) in fired  # sees what was received

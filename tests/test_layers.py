@@ -17,7 +17,7 @@ LAYERS = (
     ("trace",),
     ("plan",),
     ("tensor", "pipeline", "zero"),
-    ("recompute", "compilation"),
+    ("recompute", "compilation", "split_backward", "picture"),
     ("install", "gradients", "checkpoint"),
     ("prepare", "engine"),
     ("host",),

@@ -348,14 +348,14 @@ def test_streams_of_all_generators_follow_from_the_coordinates_alone() -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
     seen: dict[tuple[int, int, int, int], list[tuple[float, ...]]] = {}
     for replica, stage in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        streams = MicrobatchStreams(7, replica, stage, CPU)
+        streams = MicrobatchStreams(7, replica, CPU)
         for step in (1, 2):
             with streams.step():
                 for microbatch in (0, 1) if stage else (1, 0):  # the order of the schedule
                     streams.begin(microbatch)
                     seen.setdefault((replica, step, microbatch, 0), []).append(drawn())
                     for _ in range(stage):  # blocks of one stage draw, those of another do not
-                        streams.enter_stage(microbatch)
+                        streams.enter_stage(microbatch, stage)
                         seen.setdefault((replica, step, microbatch, stage), []).append(drawn())
     assert all(len(set(draws)) == 1 for draws in seen.values())
     assert [len(set(numbers)) for numbers in zip(*(draws[0] for draws in seen.values()), strict=True)] == [len(seen)] * 3

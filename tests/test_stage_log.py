@@ -133,8 +133,8 @@ def stage_strategy(root: str, mesh: Mesh) -> Any:
 
         def _run_step(self, name: str, batch: Any, *args: Any) -> None:
             with self.stage_log.step():
-                for microbatch, size in split_batch(batch, NUM_MICROBATCHES):
-                    self.stage_log.size = size
+                for index, (microbatch, size) in enumerate(split_batch(batch, NUM_MICROBATCHES)):
+                    self.stage_log.begin(index, size)
                     try:
                         getattr(self.lightning_module, name)(microbatch, *args)
                     except StageExitError:
@@ -254,7 +254,7 @@ WRONG_CALLS: dict[str, Any] = {
 
 def log_in_two_ways(module: Any) -> None:
     module.log("x", 1.0)
-    module.trainer_log.size = 2
+    module.trainer_log.begin(1, 2)
     module.log("x", 1.0, on_step=True)
 
 

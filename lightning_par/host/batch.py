@@ -62,13 +62,13 @@ def split_batch(batch: Any, num_microbatches: int) -> list[tuple[Any, int]]:
     return list(zip(_split(batch, sizes, "batch"), sizes, strict=True))
 
 
-def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int], weights: Sequence[float] | None = None) -> Any:
     """The output that a step would have returned for the whole batch, from those it returned for its microbatches.
 
     With one microbatch, the output itself. Otherwise, place by place in the nested output:
 
     - a tensor or numpy array whose dim 0 is the microbatch's size: concatenated along dim 0;
-    - a floating 0-dim tensor or a float (a mean loss): averaged, weighted by size;
+    - a floating 0-dim tensor or a float (a mean loss): averaged, weighted;
     - a list of the microbatch's size, one item for each sample: concatenated, unless every tensor inside has that size
       as dim 0, which makes it a container; a tuple likewise, but it is a container when any tensor is inside;
     - a container: merged item by item, keeping its type and keys;
@@ -77,11 +77,14 @@ def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
     Args:
         outputs: one for each microbatch, in order.
         sizes: samples in each microbatch.
+        weights: how much the means of each count; by default ``sizes``. What counts nothing is left out of a mean.
 
     Raises:
         DataError: none of the rules applies; names the place.
     """
-    return outputs[0] if len(outputs) == 1 else _merge(list(outputs), sizes, "output")
+    if len(outputs) == 1:
+        return outputs[0]
+    return _merge(list(outputs), sizes, sizes if weights is None or not sum(weights) else weights, "output")
 
 
 def _find_size(batch: Any) -> int | None:
@@ -112,32 +115,32 @@ def _is_cut(node: Any, size: int) -> bool:
     return is_sequence and len(node) == size and next(arrays_in(node), None) is None
 
 
-def _merge(parts: list[Any], sizes: Sequence[int], path: str) -> Any:
+def _merge(parts: list[Any], sizes: Sequence[int], weights: Sequence[float], path: str) -> Any:
     first = parts[0]
     if all(_is_number(part) for part in parts) and any(isinstance(part, float) for part in parts):
-        return sum(part * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
+        return sum(part * weight for part, weight in zip(parts, weights, strict=True) if weight) / sum(weights)
     if any(type(part) is not type(first) for part in parts):
         raise _not_merged(path, "is " + " and ".join(sorted({type(part).__name__ for part in parts})))
     if all(_is_per_sample(part, size) for part, size in zip(parts, sizes, strict=True)):
         return _concatenate(parts, path)
     if isinstance(first, torch.Tensor) and first.is_floating_point() and all(part.ndim == 0 for part in parts):
-        weighted = [part.double() * (size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)]
+        weighted = [part.double() * (weight / sum(weights)) for part, weight in zip(parts, weights, strict=True) if weight]
         return torch.stack(weighted).sum().to(first.dtype)
     items = [children(part) for part in parts]
     if items[0] is not None:
-        return _merge_containers(parts, sizes, path)
+        return _merge_containers(parts, sizes, weights, path)
     if all(_equal(part, first) for part in parts):
         return first
     raise _not_merged(path, f"({type(first).__name__}) is neither one value for each sample nor a floating mean, and differs")
 
 
-def _merge_containers(parts: list[Any], sizes: Sequence[int], path: str) -> Any:
+def _merge_containers(parts: list[Any], sizes: Sequence[int], weights: Sequence[float], path: str) -> Any:
     items = [children(part) or [] for part in parts]
     keys = [[key for key, _ in item] for item in items]
     if any(other != keys[0] for other in keys):
         raise _not_merged(path, "has other keys or another length in every microbatch")
     columns = [[item[index][1] for item in items] for index in range(len(keys[0]))]
-    merged = [_merge(column, sizes, path_to(path, parts[0], key)) for key, column in zip(keys[0], columns, strict=True)]
+    merged = [_merge(column, sizes, weights, path_to(path, parts[0], key)) for key, column in zip(keys[0], columns, strict=True)]
     return rebuild(parts[0], merged)
 
 

@@ -13,9 +13,10 @@ ROOTS = ("pytorch_lightning", "lightning.pytorch")
 
 
 @lru_cache
-def bind(mixin: Any, root: str) -> Any:
-    """``mixin`` as a strategy of one Lightning namespace; its ``root`` says which."""
-    base = import_module(f"{root}.strategies").ParallelStrategy
+def bind(mixin: Any, root: str, base_name: str = "strategies.ParallelStrategy") -> Any:
+    """``mixin`` as a strategy, or a subclass of another of Lightning's classes, of one namespace; its ``root`` says which."""
+    module, _, name = base_name.rpartition(".")
+    base = getattr(import_module(f"{root}.{module}"), name)
     return type(mixin.__name__, (mixin, base), {"root": root, "__module__": mixin.__module__, "__doc__": mixin.__doc__})
 
 

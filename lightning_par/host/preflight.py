@@ -14,7 +14,10 @@ from lightning_par.checkpoint import check_layout
 from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.first_batch import first_batch
+from lightning_par.host.loss_weight import check_loss_weight
+from lightning_par.host.timeline import PipelineTimeline
 from lightning_par.layout import Coordinate, Layout, nearest_layouts
+from lightning_par.pipeline.schedules import check_schedule
 from lightning_par.plan import Plan
 from lightning_par.prepare import prepare_plan
 from lightning_par.runtime.generator import generators_put_back
@@ -60,7 +63,13 @@ def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any]
         batch = first_batch(loaders if what == "fit" else _first(loaders))
         for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
             batch = getattr(source if _overrides(source, hook) else twin, hook)(batch, 0)
-        return prepare_plan(twin, batch, layout, overrides, _STEPS[what])
+        count = trainer.strategy.loss_weight
+        plan = prepare_plan(twin, batch, layout, overrides, _STEPS[what], counts_targets=count is not None)
+        if what == "fit" and layout.pp > 1:
+            check_schedule(trainer.strategy.schedule, layout.pp, layout.vp, plan.layout.microbatches)
+        if what == "fit" and count is not None:
+            check_loss_weight(count, twin, batch, plan.layout.microbatches or 1)
+        return plan
 
 
 def check_split(module: Any, layout: Layout) -> Engine | None:
@@ -112,13 +121,15 @@ def check_inference_mode(trainer: Any) -> None:
 
 
 def check_callbacks(trainer: Any) -> None:
-    """Refuse callbacks that would go wrong silently on a split module.
+    """Refuse callbacks that would go wrong silently on a split module, and a timeline of no pipeline.
 
     Raises:
         ConfigurationError: names the callback and what to do instead.
     """
     layout = trainer.strategy.layout
     for callback in trainer.callbacks:
+        if isinstance(callback, PipelineTimeline):
+            callback.check_layout(layout)
         names = {cls.__name__ for cls in type(callback).__mro__}
         if names & {"StochasticWeightAveraging", "WeightAveraging"}:
             raise ConfigurationError(

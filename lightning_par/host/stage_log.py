@@ -9,15 +9,17 @@ What differs from one process:
 
 - ``sync_dist``, ``sync_dist_group`` and ``rank_zero_only`` change nothing: values are equal on all ranks already.
 - ``enable_graph`` changes nothing: values are detached.
-- A torchmetrics object logged with ``on_step`` shows the mean of its values on the microbatches, weighted by their size:
-  exact for means over samples. What it computes at the end of an epoch is exact for all.
+- Means are weighted by samples, or by targets where the strategy has a ``loss_weight``; by ``batch_size`` where the call
+  gives one. A value without weight anywhere (no target in the whole batch) is logged as 0 and counts nothing in an epoch.
+- A torchmetrics object logged with ``on_step`` shows the mean of its values on the microbatches, weighted likewise:
+  exact for means over what is counted. What it computes at the end of an epoch is exact for all.
 - Only the last stage's calls count. A call guarded by ``if self.global_rank == 0`` is seen when that rank is on it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Number
@@ -50,7 +52,8 @@ class LogEntry:
         metric: attribute name of the torchmetrics object logged; ``None`` for a plain value.
         is_double: whether one process would have kept the value in float64.
         values: 0-dim float64 tensors, floats once sent; of a metric, what its forward returned, if that is one number.
-        weights: samples behind each value.
+        weights: how much each value counts in a mean.
+        sizes: samples behind each value, as one process would tell Lightning.
     """
 
     options: dict[str, Any]
@@ -58,7 +61,8 @@ class LogEntry:
     metric: str | None = None
     is_double: bool = False
     values: list[Any] = field(default_factory=list)
-    weights: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
 
     def says_same(self, other: LogEntry) -> bool:
         """Whether both come from the same call in everything but the value."""
@@ -68,21 +72,28 @@ class LogEntry:
         """Take over the values of ``other``."""
         self.values += other.values
         self.weights += other.weights
+        self.sizes += other.sizes
 
     def fold(self) -> None:
         """Reduce to one value and the sum of the weights; the mean is weighted."""
-        if len(self.values) < 2:
+        if not self.values or (len(self.values) == 1 and self.weights[0]):
             return
         stacked = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in self.values])
         if self.reduction == "mean":
             weights = torch.tensor(self.weights, dtype=torch.float64, device=stacked.device)
-            folded = (stacked * weights).sum() / weights.sum()
+            stacked = stacked.where(weights > 0, 0.0)  # a mean over no target is undefined
+            folded = (stacked * weights).sum() / (sum(self.weights) or 1.0)
         else:
             folded = getattr(torch, self.reduction)(stacked)
-        self.values, self.weights = [folded], [sum(self.weights)]
+        self.values, self.weights, self.sizes = [folded], [sum(self.weights)], [sum(self.sizes)]
+
+    @property
+    def batch_size(self) -> int:
+        """What Lightning weighs the folded value by in an epoch."""
+        return 0 if self.reduction == "mean" and not any(self.weights) else sum(self.sizes)
 
 
-# (name, how many calls with this name came before it in the microbatch)
+# Of one microbatch: (name, how many calls with this name came before it)
 _Entries = dict[tuple[str, int], LogEntry]
 
 
@@ -92,8 +103,8 @@ class StageLog:
     Usage, on every rank of the mesh::
 
         with stage_log.step():
-            for microbatch, size in split_batch(batch, num_microbatches):
-                stage_log.size = size
+            for index, (microbatch, size) in enumerate(split_batch(batch, num_microbatches)):
+                stage_log.begin(index, size)
                 module.training_step(microbatch, batch_idx)  # last stage; others may run any part of it
 
     Not for ``predict_step``, where Lightning allows no logging.
@@ -104,18 +115,21 @@ class StageLog:
         self._metrics = StageMetrics(module, mesh)
         # values are equal on all ranks already, and with one replica Lightning is told of no distribution at all
         warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True\)`")
-        self._entries: _Entries = {}
+        self._records: dict[int, _Entries] = {}
+        self.begin(0, 1)
+
+    def begin(self, microbatch: int, size: int, weight: float | None = None) -> None:
+        """Forget what an earlier run of this microbatch logged: of a rank's stages, the last one in order counts.
+
+        Args:
+            microbatch: its index.
+            size: samples in it.
+            weight: how much its means count; by default ``size``.
+        """
+        self._size, self._weight = size, float(size) if weight is None else weight
         self._calls: dict[str, int] = {}
-        self._size = 1
-
-    @property
-    def size(self) -> int:
-        """Samples in the running microbatch. Setting it begins a microbatch."""
-        return self._size
-
-    @size.setter
-    def size(self, size: int) -> None:
-        self._size, self._calls = size, {}
+        self._running: _Entries = {}
+        self._records[microbatch] = self._running
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -123,16 +137,16 @@ class StageLog:
 
         Collective over dp (last stage) and pp when it ends; a step that raises ends at once, with nothing sent.
         """
-        self._entries, self.size = {}, 1
+        self._records.clear()
+        self.begin(0, 1)
         self._module.log = self._record if self._mesh.is_last_stage else _ignore
         try:
             with self._metrics.local():
                 yield
         finally:
             del self._module.log
-        for entry in self._entries.values():
-            entry.fold()
-        for (name, _), entry in self._exchange().items():
+        entries = _fold(self._records[microbatch] for microbatch in sorted(self._records))
+        for (name, _), entry in self._exchange(entries).items():
             self._replay(name, entry)
 
     def close(self) -> None:
@@ -144,15 +158,13 @@ class StageLog:
         options = dict(zip(LOG_PARAMETERS, args, strict=False)) | kwargs
         entry = self._entry(name, value, options)
         call = self._calls[name] = self._calls.get(name, -1) + 1
-        first = self._entries.setdefault((name, call), entry)
-        if first is entry:
-            return
-        if not first.says_same(entry):
+        self._running[name, call] = entry
+        others = (entries[name, call] for entries in self._records.values() if (name, call) in entries)
+        if not all(other.says_same(entry) for other in others):
             raise ConfigurationError(
                 f"self.log({name!r}, ...) is called with other arguments than for an earlier microbatch of this step: "
                 "give it the same ones every time, or use another name"
             )
-        first.add(entry)
 
     def _entry(self, name: str, value: Any, options: dict[str, Any]) -> LogEntry:
         passed_on = {key: options[key] for key in _PASSED_ON if key in options}
@@ -175,12 +187,13 @@ class StageLog:
         size = options.get("batch_size")
         entry.is_double = _is_double(number)
         entry.values = [_as_double(number)]
-        entry.weights = [self._size if size is None else int(size)]
+        entry.weights = [self._weight if size is None else float(size)]
+        entry.sizes = [self._size if size is None else int(size)]
         return entry
 
-    def _exchange(self) -> _Entries:
+    def _exchange(self, entries: _Entries) -> _Entries:
         """The entries that all ranks replay, folded over dp and from the last stage. No collective on one rank."""
-        mesh, entries = self._mesh, self._entries
+        mesh = self._mesh
         if mesh.layout.pp == 1 and mesh.dp.size == 1:
             return entries
         for entry in entries.values():
@@ -188,7 +201,9 @@ class StageLog:
         if mesh.is_last_stage and mesh.dp.size > 1:
             every: list[Any] = [None] * mesh.dp.size
             dist.all_gather_object(every, entries, group=mesh.dp.group)
-            entries = _fold_replicas(every)
+            entries = _fold(every)
+            for entry in entries.values():
+                entry.values = [float(value) for value in entry.values]
         return from_last_stage(entries, mesh)
 
     def _replay(self, name: str, entry: LogEntry) -> None:
@@ -203,15 +218,15 @@ class StageLog:
             metric._forward_cache, value = value, metric
         # equal on all ranks already: rank_zero_only keeps Lightning from reducing it, sync_dist from recommending to
         kept = {"sync_dist": True, "rank_zero_only": True, "metric_attribute": entry.metric}
-        self._module.log(name, value, reduce_fx=entry.reduction, batch_size=sum(entry.weights), **kept, **entry.options)
+        self._module.log(name, value, reduce_fx=entry.reduction, batch_size=entry.batch_size, **kept, **entry.options)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``module.log`` on the stages before the last."""
 
 
-def _fold_replicas(every: list[_Entries]) -> _Entries:
-    """The entries of all replicas as one, in the order in which they first appear."""
+def _fold(every: Iterable[_Entries]) -> _Entries:
+    """The entries of several microbatches or replicas as one, in the order in which they first appear."""
     folded: _Entries = {}
     for entries in every:
         for key, entry in entries.items():
@@ -221,7 +236,6 @@ def _fold_replicas(every: list[_Entries]) -> _Entries:
                 folded[key] = entry
     for entry in folded.values():
         entry.fold()
-        entry.values = [float(value) for value in entry.values]
     return folded
 
 

@@ -101,5 +101,5 @@ def from_last_stage(value: Any, mesh: Mesh) -> Any:
     if mesh.pp.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=mesh.pp.ranks[-1], group=mesh.pp.group)
+    dist.broadcast_object_list(box, src=mesh.pp.ranks[mesh.layout.last_pp], group=mesh.pp.group)
     return box[0]

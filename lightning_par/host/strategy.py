@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_par.checkpoint import check_layout, load_checkpoint, load_rank_state, save_checkpoint
 from lightning_par.engine import Engine
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
 from lightning_par.host.launcher import launcher_class
+from lightning_par.host.loss_weight import LossWeight, read_loss_weight
 from lightning_par.host.namespace import bind, root_in_use, worker_seeding
+from lightning_par.host.plan_report import report_plan
 from lightning_par.host.precision import check_precision, precision_class
 from lightning_par.host.preflight import (
     check_callbacks,
@@ -33,8 +34,8 @@ from lightning_par.host.preflight import (
 from lightning_par.host.steps import StepRunner
 from lightning_par.host.watch import check_hang_seconds, watch_engine
 from lightning_par.layout import Layout, parse_layout
-from lightning_par.pipeline.schedules import build_schedule
-from lightning_par.plan import Plan, render_plan
+from lightning_par.pipeline.tables import choose_schedule
+from lightning_par.plan import Plan
 from lightning_par.plan.compiled import read_backend
 from lightning_par.plan.override import check_recompute_word
 from lightning_par.runtime.generator import share_generators
@@ -59,7 +60,11 @@ class HybridParallelStrategy(Host):
         recompute: what of the blocks' activations the backward computes again: ``none``, ``selective`` (what is cheap to make)
             or ``full`` (all but their inputs). A line of ``plan`` says it for single blocks.
         compile: whether torch.compile compiles the blocks: True, or the name of its backend.
-        schedule: the pipeline schedule, ``1f1b`` or ``gpipe``.
+        schedule: the pipeline schedule, one of `lightning_par.pipeline.schedules`, or ``auto``: made for the costs of the
+            stages, first by their FLOPs, and after a few steps by their measured time. By default 1F1B, or interleaved where the
+            layout has several stages on a rank.
+        loss_weight: what names or counts the targets of a batch where parts of it have different numbers of them, see
+            `lightning_par.host.loss_weight`; parts count by their samples without it.
         timeout_seconds: how long a collective may wait for a rank before it is an error.
         hang_seconds: how long one forward or backward of a microbatch may stand still on a rank, when those before it were quick,
             before its stack is shown and the run ends; see `lightning_par.runtime.watchdog`. None for any time.
@@ -67,8 +72,8 @@ class HybridParallelStrategy(Host):
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
-        ConfigurationError: the schedule or the word for ``recompute`` or the backend for ``compile`` is unknown; or
-            ``hang_seconds`` is too short.
+        ConfigurationError: the schedule or the word for ``recompute`` or the backend for ``compile`` is unknown, ``loss_weight`` is
+            no such thing, or ``hang_seconds`` is too short.
     """
 
     root = ""  # the Lightning namespace, set by `bind`
@@ -85,18 +90,19 @@ class HybridParallelStrategy(Host):
         plan: Mapping[str, Any] | None = None,
         recompute: str = "none",
         compile: bool | str = False,
-        schedule: str = "1f1b",
+        schedule: str | None = None,
+        loss_weight: LossWeight | None = None,
         timeout_seconds: float = 600.0,
         hang_seconds: float | None = 20.0,
         print_plan: bool = True,
     ) -> None:
         super().__init__()
         self._typed = str(layout)
-        self.layout = parse_layout(layout) if isinstance(layout, str) else layout
-        build_schedule(schedule, 1, 1)  # an unknown name is an error here
+        self.schedule, self.layout = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
         check_recompute_word(recompute)
         check_hang_seconds(hang_seconds)
-        self.overrides, self._schedule, self._print_plan = dict(plan or {}), schedule, print_plan
+        self.overrides, self._print_plan = dict(plan or {}), print_plan
+        self.loss_weight = read_loss_weight(loss_weight)
         if compile:
             self.overrides["compile"] = read_backend(compile)
         if recompute != "none":
@@ -213,9 +219,11 @@ class HybridParallelStrategy(Host):
         module = self.lightning_module
         if self._engine is None or self._engine.module is not module:
             self._install(module)
-            self._show_plan(trainer.log_dir if trainer.loggers else None)  # every rank asks: the answer is broadcast
+            folder = trainer.log_dir if trainer.loggers else None  # every rank asks: the answer is broadcast
+            if self.is_global_zero:
+                report_plan(self.plan, folder, self._print_plan)
         watch_engine(self.engine, self._launcher, self._hang_seconds)
-        self._steps = StepRunner(self.engine)
+        self._steps = StepRunner(self.engine, self.loss_weight)
         share_generators(self.mesh.replica)
         if trainer.state.fn == "fit":
             module.__dict__["optimizer_zero_grad"] = _do_nothing  # gradients are there before Lightning would clear them
@@ -226,18 +234,7 @@ class HybridParallelStrategy(Host):
         plans: list[Any] = [self._plan, torch.initial_seed()]
         dist.broadcast_object_list(plans, src=0, group=self.mesh.world.group)
         self._plan = plans[0]
-        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self._schedule, plans[1])
-
-    def _show_plan(self, folder: str | None) -> None:
-        """Print the plan, and save it with the run's logs. Rank 0 only."""
-        if not self.is_global_zero:
-            return
-        if self._print_plan:
-            print(render_plan(self.plan), flush=True)
-        if folder is not None:
-            path = Path(folder, "plan.yaml")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(yaml.safe_dump(self.plan.to_dict(), sort_keys=False))
+        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1])
 
     def setup_optimizers(self, trainer: Any) -> None:
         try:

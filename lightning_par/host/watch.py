@@ -31,11 +31,13 @@ def watch_engine(engine: Engine, launcher: Any, hang_seconds: float | None) -> N
         hang_seconds: as `HybridParallelStrategy` takes it; None: watch nothing.
     """
     mesh = engine.mesh
+    engine.observers[:] = [observer for observer in engine.observers if observer is not engine.watchdog]
     if hang_seconds is None or mesh.world.size == 1:
         engine.watchdog.stop()
         return
     timeout = mesh.timeout.total_seconds()
     is_busy = _is_busy_with(torch.cuda.current_stream(engine.device)) if engine.device.type == "cuda" else _is_never_busy
+    engine.observers.append(engine.watchdog)
     engine.watchdog.start(Watch(launcher.supervisor, launcher.describe(mesh.rank), hang_seconds, timeout, is_busy))
 
 

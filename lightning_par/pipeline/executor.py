@@ -1,21 +1,41 @@
-"""The engine: executes one stage's row of a schedule table."""
+"""The engine: executes one rank's row of a schedule table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_par.errors import ModelError
-from lightning_par.pipeline.action import Row
-from lightning_par.pipeline.stage import Receive, Stage
-from lightning_par.pipeline.transport import Transport
-from lightning_par.runtime.watchdog import Watchdog
+from lightning_par.pipeline.action import Action, Row
+from lightning_par.pipeline.arrival import Arrival
+from lightning_par.pipeline.stage import StageProgram, returned
+from lightning_par.pipeline.transport import Like, Transport
+from lightning_par.runtime.deferral import DeferredGradients
 
 Program = Callable[[int], Any]
 _EVERY_STEP = ": every step of a pipeline runs all blocks; do not return early, and let no bare `except:` stop a step"
+_NUM_POSTED = 2  # receives that are begun before the action that needs them
+
+
+class Observer(Protocol):
+    """Sees when a rank does what."""
+
+    def begin(self, action: Action) -> None:
+        """An action begins."""
+
+    def wait(self) -> None:
+        """The rank waits for what another one sends."""
+
+    def arrive(self) -> None:
+        """It is there."""
+
+    def end(self) -> None:
+        """The action has ended."""
 
 
 @dataclass
@@ -24,113 +44,231 @@ class Hooks:
 
     Attributes:
         before_forward: called with the microbatch's index before the user's step runs.
-        at_entrance: called with it when a later stage replaces the hidden state.
+        at_entrance: called with it and the stage where a later stage's blocks begin.
         after_forward: called after each forward, in its grad mode.
         after_backward: called after each microbatch's backward.
     """
 
     before_forward: Callable[[int], None] = lambda microbatch: None
-    at_entrance: Callable[[int], None] = lambda microbatch: None
+    at_entrance: Callable[[int, int], None] = lambda microbatch, stage: None
     after_forward: Callable[[], None] = lambda: None
     after_backward: Callable[[], None] = lambda: None
 
 
 @dataclass
 class _InFlight:
-    """Tensors kept between a microbatch's forward and its backward."""
+    """What is kept between a microbatch's forward and its backward: no activation that has left.
 
-    receive: Receive | None = None
-    received: torch.Tensor | None = None
-    leaving: torch.Tensor | None = None
+    Attributes:
+        arrival: what was received.
+        left: of every tensor that left and has a gradient, where its gradient enters the graph and what it is like.
+    """
+
+    arrival: Arrival = field(default_factory=Arrival)
+    left: list[tuple[GradientEdge | None, Like]] = field(default_factory=list)
 
 
 @dataclass
+class _Step:
+    """One call of `Executor.run` in progress."""
+
+    program: Program
+    loss_of: Callable[[Any], torch.Tensor]
+    weights: Sequence[float | torch.Tensor]
+    shapes: Sequence[Hashable]
+    flying: dict[tuple[int, int], _InFlight] = field(default_factory=dict)
+    outputs: dict[int, Any] = field(default_factory=dict)
+
+    def key(self, stage: int, microbatch: int) -> Hashable:
+        """What the shapes that a stage receives follow from; None where that is not known."""
+        return (stage, self.shapes[microbatch]) if self.shapes else None
+
+
 class Executor:
-    """Runs the actions of one stage in the order of its row.
+    """Runs the actions of one rank in the order of its row.
+
+    Args:
+        stages: the module's stages on this rank.
+        transport: the way to the other ranks.
+        hooks: what else happens during a step.
+        deferred: the weight gradients that W computes.
 
     Attributes:
-        stage: the module's part on this rank.
-        transport: the way to the neighbours.
-        hooks: what else happens during a step.
-        watchdog: is told what this rank does.
+        observers: who sees the actions.
     """
 
-    stage: Stage
-    transport: Transport
-    hooks: Hooks = field(default_factory=Hooks)
-    watchdog: Watchdog = field(default_factory=Watchdog)
+    def __init__(
+        self,
+        stages: StageProgram,
+        transport: Transport,
+        hooks: Hooks | None = None,
+        deferred: DeferredGradients | None = None,
+    ) -> None:
+        self._stages, self._transport, self.hooks = stages, transport, hooks or Hooks()
+        self._deferred = deferred or DeferredGradients()
+        self._known: dict[Hashable, list[Like]] = {}  # what was sent or received before, by `_Step.key`
+        self._last = len(stages.cuts) - 1
+        self.observers: list[Observer] = []
 
-    def run(self, row: Row, program: Program, loss_of: Callable[[Any], torch.Tensor], weights: Sequence[float]) -> list[Any]:
+    def run(
+        self,
+        row: Row,
+        program: Program,
+        loss_of: Callable[[Any], torch.Tensor],
+        weights: Sequence[float | torch.Tensor],
+        shapes: Sequence[Hashable] = (),
+    ) -> list[Any]:
         """Execute ``row``. Called by every rank of the pipeline with its own row of one table.
 
         Args:
-            row: this stage's actions.
+            row: this rank's actions.
             program: calls the user's step on one microbatch, by index.
             loss_of: the loss in what the step returned.
             weights: factor of each microbatch's loss in the backward.
+            shapes: of each microbatch, what all shapes in the step follow from, so that a receive can begin before it is
+                needed; empty where they may depend on values.
 
         Returns:
-            What the user's step returned for each microbatch on the last stage, detached from the graph's loss only by
-            the backward that has run; an empty list on the others.
+            What the user's step returned for each microbatch on the rank of the last stage, detached from the graph's loss only
+            by the backward that has run; an empty list on the others.
         """
-        flying: dict[int, _InFlight] = {}
-        outputs: dict[int, Any] = {}
+        step = _Step(program, loss_of, weights, shapes)
+        remote = [action for action in row if self._is_remote(action)]
+        num_passed = 0
         for action in row:
-            self.watchdog.begin(action)
+            num_passed += num_passed < len(remote) and action is remote[num_passed]
+            self._begin(action)
             if action.kind == "F":
-                flying[action.microbatch] = self._forward(action.microbatch, program, outputs)
+                self._forward(action, step)
+            elif action.kind == "W":
+                self._deferred.run((action.stage, action.microbatch))
             else:
-                loss = loss_of(outputs[action.microbatch]) if self.transport.is_last else None
-                self._backward(flying.pop(action.microbatch), loss, weights[action.microbatch])
-                self.hooks.after_backward()
-            self.watchdog.end()
-        self.transport.flush()
-        return [outputs[index] for index in sorted(outputs)]
+                self._backward(action, step)
+            self._end()
+            for coming in remote[num_passed : num_passed + _NUM_POSTED]:
+                self._post(coming, step)
+        self._transport.flush()
+        return [step.outputs[index] for index in sorted(step.outputs)]
 
-    def _forward(self, index: int, program: Program, outputs: dict[int, Any]) -> _InFlight:
+    # ------------------------------------------------------------------ actions
+
+    def _forward(self, action: Action, step: _Step) -> None:
+        stage, index = action.stage, action.microbatch
         kept = _InFlight()
-        needs_grad = torch.is_grad_enabled()  # asked out here: reentrant checkpointing calls the block without gradients
-
-        is_running = True
-
-        def receive(like: torch.Tensor) -> torch.Tensor:
-            if kept.received is not None and is_running:
-                raise ModelError(
-                    f"the step on microbatch {index} calls the blocks of this stage a second time (model.generate does, for each "
-                    "token), and a pipeline stage runs its blocks once for each microbatch: use a layout without pp for such a step"
-                )
-            if kept.received is None:  # else a backward runs the block again
-                self.watchdog.wait()
-                kept.received = self.transport.receive_activation(like).requires_grad_(needs_grad)
-                self.watchdog.arrive()
-            self.hooks.at_entrance(index)
-            return kept.received
-
-        kept.receive = None if self.transport.is_first else receive
         self.hooks.before_forward(index)
-        output, kept.leaving = self.stage.run(lambda: program(index), kept.receive)
-        is_running = False
+        output, leaving = self._stages.run(
+            stage,
+            lambda: step.program(index),
+            None if stage == 0 else lambda held: self._receive(action, held, step),
+            kept.arrival,
+            lambda: self.hooks.at_entrance(index, stage),
+        )
         self.hooks.after_forward()
-        if kept.received is None and not self.transport.is_first:
-            raise ModelError(f"the step on microbatch {index} ended before it reached the blocks of this stage{_EVERY_STEP}")
-        if self.transport.is_last:
-            outputs[index] = output
-        elif kept.leaving is None:
-            raise ModelError(f"the step on microbatch {index} ended before it reached the blocks of the next stage{_EVERY_STEP}")
+        if stage > 0 and not kept.arrival.tensors:
+            raise ModelError(f"the step on microbatch {index} ended before it reached the blocks of stage {stage}{_EVERY_STEP}")
+        if stage == self._last:
+            step.outputs[index] = output
+        elif not leaving:
+            raise ModelError(f"the step on microbatch {index} ended before it reached the blocks of stage {stage + 1}{_EVERY_STEP}")
         else:
-            self.transport.send_activation(kept.leaving)
-        return kept
+            self._send(Action("F", stage + 1, index), leaving, step)
+        if torch.is_grad_enabled():
+            returns = returned(self._stages.cuts[stage].leaving)
+            kept.left = [(_edge(tensor), _like(tensor)) for tensor, has in zip(leaving, returns, strict=False) if has]
+            step.flying[stage, index] = kept
 
-    def _backward(self, kept: _InFlight, loss: torch.Tensor | None, weight: float) -> None:
-        with self.stage.receiving(kept.receive):
-            if loss is not None:
-                (loss * weight).backward()
-            elif kept.leaving is not None:
-                self.watchdog.wait()
-                arrived = self.transport.receive_gradient(kept.leaving)
-                self.watchdog.arrive()
-                if kept.leaving.requires_grad:  # false where everything up to here is frozen
-                    torch.autograd.backward(kept.leaving, arrived)
-        if kept.received is not None:
-            grad = kept.received.grad
-            self.transport.send_gradient(torch.zeros_like(kept.received) if grad is None else grad)
+    def _backward(self, action: Action, step: _Step) -> None:
+        stage, index = action.stage, action.microbatch
+        kept = step.flying.pop((stage, index))
+        puts_off = self._deferred.collecting((stage, index)) if action.kind == "I" else nullcontext()
+        with self._stages.backward(stage, kept.arrival, lambda: self.hooks.at_entrance(index, stage)), puts_off:
+            if stage == self._last:
+                (step.loss_of(step.outputs[index]) * step.weights[index]).backward()
+            else:
+                arrived = self._take(Action("B", stage, index), [like for _, like in kept.left])
+                pairs = [(edge, grad) for (edge, _), grad in zip(kept.left, arrived, strict=True) if edge is not None]
+                if pairs:  # none where everything up to here is frozen
+                    torch.autograd.backward([edge for edge, _ in pairs], [grad for _, grad in pairs])
+        if stage > 0:
+            self._transport.send(Action("B", stage - 1, index), kept.arrival.gradients())
+        self.hooks.after_backward()
+
+    # ------------------------------------------------------------------ messages
+
+    def _is_remote(self, action: Action) -> bool:
+        is_end = action.stage == (0 if action.kind == "F" else self._last)
+        return action.kind != "W" and not is_end and self._transport.is_remote(_message(action))
+
+    def _post(self, action: Action, step: _Step) -> None:
+        """Begin a receive, if it is known what will come."""
+        message = _message(action)
+        if self._transport.is_posted(message):
+            return
+        if action.kind == "F":
+            likes = self._known.get(step.key(action.stage, action.microbatch))
+        else:
+            kept = step.flying.get((action.stage, action.microbatch))
+            likes = None if kept is None else [like for _, like in kept.left]
+        if likes is not None:
+            self._transport.post(message, likes)
+
+    def _send(self, message: Action, leaving: list[torch.Tensor], step: _Step) -> None:
+        key, likes = step.key(message.stage, message.microbatch), [_like(tensor) for tensor in leaving]
+        known = None if key is None else self._known.setdefault(key, likes)
+        if known is not None and known != likes:
+            raise ModelError(
+                f"what stage {message.stage - 1} passes on has shapes {_shapes(likes)} for microbatch {message.microbatch}, and had "
+                f"{_shapes(known)} before for a batch of the same shapes: let the shapes in a step follow from those of its batch, "
+                "so crop and pad in the dataset"
+            )
+        self._transport.send(message, leaving, with_header=self._stages.is_told(message.stage) and (known is None or known is likes))
+
+    def _receive(self, action: Action, held: list[torch.Tensor], step: _Step) -> list[torch.Tensor]:
+        """What stage ``action.stage`` gets for a microbatch, in the place of the tensors ``held``."""
+        key, likes = step.key(action.stage, action.microbatch), [_like(tensor) for tensor in held]
+        is_told = self._stages.is_told(action.stage) and self._transport.is_remote(action)
+        if key in self._known:
+            likes = self._known[key]
+        elif is_told:
+            likes = self._told(action, len(held))
+        if key is not None:
+            self._known[key] = likes
+        return self._take(action, likes)
+
+    def _told(self, action: Action, num_tensors: int) -> list[Like]:
+        for observer in self.observers:
+            observer.wait()
+        return self._transport.receive_header(action, num_tensors)
+
+    def _take(self, message: Action, likes: list[Like]) -> list[torch.Tensor]:
+        for observer in self.observers:
+            observer.wait()
+        tensors = self._transport.receive(message, likes)
+        for observer in self.observers:
+            observer.arrive()
+        return tensors
+
+    def _begin(self, action: Action) -> None:
+        for observer in self.observers:
+            observer.begin(action)
+
+    def _end(self) -> None:
+        for observer in self.observers:
+            observer.end()
+
+
+def _message(action: Action) -> Action:
+    """The name of what an action consumes: gradients have one, whatever is computed with them."""
+    return action if action.kind == "F" else Action("B", action.stage, action.microbatch)
+
+
+def _edge(tensor: torch.Tensor) -> GradientEdge | None:
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
+
+
+def _like(tensor: torch.Tensor) -> Like:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _shapes(likes: Sequence[Like]) -> str:
+    return ", ".join(str(list(shape)) for shape, _ in likes)

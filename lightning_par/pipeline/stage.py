@@ -1,36 +1,34 @@
 """The user's step as the program of a pipeline stage.
 
-Every stage calls the user's own step once for each microbatch. What comes before the blocks runs on every stage; on a
-stage that is not the first, its parameters are placeholders and its hidden state is replaced, at the call of the
-stage's first block, by the one received. The call of the first block of the next stage ends the step.
-
-[Note: the call of a block] Blocks of other stages stay the user's own objects, with all attributes that models read off
-them; only calling them is different. It is changed on their class, not by a hook: activation checkpointing may wrap the
-forward inside a module's call or the call itself, and runs it again in the backward. A block's call then gives the same
-hidden state as it did in the forward.
+Every rank calls the user's own step once for each microbatch and each of its stages. The code before the blocks runs on
+every stage. At the call of a stage's first block, what earlier stages have made takes the place of what this code made of
+placeholders; the call of the first block of the next stage ends the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from lightning_par.runtime.call import change_call
+from lightning_par.errors import ModelError
+from lightning_par.pipeline.arrival import Arrival
+from lightning_par.pipeline.blocks import Blocks, Seen, see_output
+from lightning_par.plan.plan import CarriedPlan, Plan
 
-Receive = Callable[[torch.Tensor], torch.Tensor]
-Where = int | str
+Receive = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
 class StageExit(BaseException):
-    """Carries the hidden state out of the user's step; not an Exception, so that no handler of the user's stops it."""
+    """Carries what crosses out of the user's step; not an Exception, so that no handler of the user's stops it."""
 
-    def __init__(self, hidden: torch.Tensor) -> None:
+    def __init__(self, leaving: list[torch.Tensor]) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.leaving = leaving
 
 
 class Carry(Protocol):
@@ -49,105 +47,209 @@ class Carry(Protocol):
         """What travels, from what the last block gave."""
 
 
-class Stage:
-    """The blocks ``first`` up to ``last`` of a chain, cut out of a module in place; see [Note: the call of a block].
+class Plain(Carry):
+    """The hidden state as it is."""
+
+    def enter(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def like(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The user's own tensor: what is received takes its place."""
+        return hidden
+
+    def arrive(self, received: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return received
+
+    def leave(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One stage.
+
+    Attributes:
+        stage: its number.
+        first, last: its blocks, from ``first`` up to but not including ``last``.
+        arriving: what it receives beside the hidden state; empty on the first stage.
+        leaving: what it sends beside the hidden state; empty on the last one.
+    """
+
+    stage: int
+    first: int
+    last: int
+    arriving: tuple[CarriedPlan, ...] = ()
+    leaving: tuple[CarriedPlan, ...] = ()
+
+
+class StageProgram:
+    """The stages of one rank, cut out of a module in place.
 
     Args:
-        chain: the container of the blocks; None for a module that is one stage.
-        first, last: the stage's blocks, ``last`` excluded.
-        carry_argument: where each block takes its hidden state.
-        carry_output, output_keys: where each block's output has it.
-        carry: the form of the hidden state between the blocks; None for the plain whole tensor.
+        module: the user's module.
+        plan: all decisions.
+        stages: the rank's stages.
+        carry: the form of the hidden state between the blocks.
+        whole: makes plain whole tensors of those that are cut over tp.
+
+    Attributes:
+        cuts: all stages of the pipeline.
+        blocks: the calls of the blocks; None where they are the user's own.
     """
 
     def __init__(
         self,
-        chain: nn.Module | None,
-        first: int,
-        last: int,
-        carry_argument: tuple[Where, ...],
-        carry_output: tuple[tuple[Where, ...], ...],
-        output_keys: tuple[tuple[Where, ...], ...],
+        module: nn.Module,
+        plan: Plan,
+        stages: Sequence[int],
         carry: Carry | None = None,
+        whole: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     ) -> None:
-        self._receive: Receive | None = None
-        self._carry = carry
-        for index, block in enumerate(chain.children() if chain is not None else ()):
-            if index < first:
-                change_call(block, _passing(carry_argument[index], carry_output[index], output_keys[index]))
-            elif index >= last:
-                change_call(block, self._leaving(carry_argument[index]))
-            elif index == first and (first > 0 or carry is not None):
-                change_call(block, self._entering(type(block), carry_argument[index], first == 0))
+        self.stages, self.carry, self.whole = tuple(stages), carry or Plain(), whole
+        self.cuts = [_cut(plan, stage) for stage in range(len(plan.stages))]
+        self.blocks: Blocks | None = None
+        if plan.chain is not None and (len(self.cuts) > 1 or carry is not None):
+            self.blocks = Blocks(module, plan.chain, self._changed(), self._watched())
+            if len(self.cuts) == 1:
+                self.blocks.runner = _StageRun(self, 0, Arrival(), None)
 
-    def run(self, program: Callable[[], Any], receive: Receive | None) -> tuple[Any, torch.Tensor | None]:
+    def is_told(self, stage: int) -> bool:
+        """Whether a stage must be told the shapes of what it receives: it makes a hidden state of the same shape, and no more."""
+        return bool(self.cuts[stage].arriving) or (self.blocks is not None and not self.blocks.chain.keeps_shape)
+
+    def run(
+        self,
+        stage: int,
+        program: Callable[[], Any],
+        receive: Receive | None,
+        arrival: Arrival,
+        at_entrance: Callable[[], None] = lambda: None,
+    ) -> tuple[Any, list[torch.Tensor]]:
         """Run the step once.
 
         Args:
+            stage: for which of the rank's stages.
             program: calls the user's step.
-            receive: gives the hidden state of the stage before, for a tensor of its shape and dtype; None on the first stage.
+            receive: gives what the stage before sent, for tensors of its shapes and dtypes; None on the first stage.
+            arrival: keeps it.
+            at_entrance: called where the blocks of a later stage begin.
 
         Returns:
-            What the step returned and None on the last stage; None and the hidden state to send on the others.
+            What the step returned and nothing on the last stage; None and what crosses, the hidden state first, on the others.
         """
-        with self.receiving(receive):
+        needs_grad = torch.is_grad_enabled()
+        with self._running(_StageRun(self, stage, arrival, receive, needs_grad, at_entrance)):
             try:
-                return program(), None
+                with torch.set_grad_enabled(needs_grad and stage == 0):  # see [Note: in the place of]
+                    return program(), []
             except StageExit as leaving:
-                return None, leaving.hidden
+                return None, leaving.leaving
 
     @contextmanager
-    def receiving(self, receive: Receive | None) -> Iterator[None]:
-        """Inside, the stage's first block starts from what ``receive`` gives; also where a backward runs it again."""
-        self._receive = receive
+    def backward(self, stage: int, arrival: Arrival, at_entrance: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Around a backward, in which checkpointing may run blocks of ``stage`` again."""
+        with self._running(_StageRun(self, stage, arrival, None, True, at_entrance, is_again=True)):
+            yield
+
+    @contextmanager
+    def _running(self, run: _StageRun) -> Iterator[None]:
+        if self.blocks is None or len(self.cuts) == 1:
+            yield
+            return
+        self.blocks.runner = run
         try:
             yield
         finally:
-            self._receive = None
+            self.blocks.runner = None
 
-    def _entering(self, cls: type[nn.Module], where: Where, is_first: bool) -> Callable[..., Any]:
-        """The call of the stage's first block: with the hidden state that was received, in the form that blocks want."""
+    def _changed(self) -> list[int]:
+        """Blocks inside the only stage of a rank are called as they were."""
+        mine = self.cuts[self.stages[0]]
+        inner = set(range(mine.first + 1, mine.last)) if len(self.stages) == 1 else set()
+        return [index for index in range(self.cuts[-1].last) if index not in inner]
 
-        def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            hidden = _pick(where, args, kwargs)
-            hidden = self._arrive(hidden) if not is_first else self._carry.enter(hidden) if self._carry else hidden
-            if isinstance(where, int):
-                args = (*args[:where], hidden, *args[where + 1 :])
-            else:
-                kwargs = {**kwargs, where: hidden}
-            return cls.__call__(block, *args, **kwargs)
-
-        return call
-
-    def _arrive(self, hidden: torch.Tensor) -> torch.Tensor:
-        assert self._receive is not None, "a block of a later stage was called outside a step"
-        if self._carry is None:
-            return self._receive(hidden)
-        return self._carry.arrive(self._receive(self._carry.like(hidden)), hidden)
-
-    def _leaving(self, where: Where) -> Callable[..., Any]:
-        """The call of a block of a later stage: ends the step on this one."""
-
-        def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            hidden = _pick(where, args, kwargs)
-            raise StageExit(self._carry.leave(hidden) if self._carry else hidden)
-
-        return call
+    def _watched(self) -> list[str]:
+        """Modules that return what crosses. Blocks that are passed over show it by themselves."""
+        return sorted({carried.module for cut in self.cuts for carried in cut.arriving if carried.place == "output"})
 
 
-def _passing(where: Where, carry_output: tuple[Where, ...], keys: tuple[Where, ...]) -> Callable[..., Any]:
-    """The call of a block of an earlier stage: gives its input back in the form of the block's output."""
+@dataclass
+class _StageRun:
+    """A step of one stage, or a backward that runs its blocks again, in progress.
 
-    def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hidden = _pick(where, args, kwargs)
-        if not carry_output:
-            return hidden
-        entries = {key: hidden if key == carry_output[0] else None for key in keys}
-        return entries if any(isinstance(key, str) for key in entries) else tuple(entries.values())
+    Attributes:
+        arrival: keeps what is received.
+        receive: gets it, for the tensors whose place it takes; None in a backward.
+        needs_grad: whether this step trains.
+        is_again: whether it is a backward.
+    """
 
-    return call
+    program: StageProgram
+    stage: int
+    arrival: Arrival
+    receive: Receive | None
+    needs_grad: bool = False
+    at_entrance: Callable[[], None] = lambda: None
+    is_again: bool = False
+    seen: Seen = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._cut = self.program.cuts[self.stage]
+
+    def call_block(self, index: int, through: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        blocks, cut = self.program.blocks, self._cut
+        assert blocks is not None
+        if index == cut.first:
+            return blocks.call_with(index, self._enter(blocks, args, kwargs), through, args, kwargs)
+        if cut.first < index < cut.last:
+            return through(*args, **kwargs)
+        if index >= cut.last:
+            hidden, sides = blocks.hidden(index, args, kwargs), blocks.find(cut.leaving, self.seen, args, kwargs)
+            raise StageExit([self.program.carry.leave(hidden), *map(self.program.whole, sides)])
+        if index == cut.first - 1 and self.needs_grad and blocks.chain.trains[cut.first]:
+            torch.set_grad_enabled(True)  # until the step ends; see [Note: in the place of]
+        output = blocks.pass_over(index, args, kwargs, requires_grad=index == cut.first - 1 and torch.is_grad_enabled())
+        self.see(blocks.chain.blocks[index], output)
+        return output
+
+    def see(self, module: str, output: Any) -> None:
+        if not self.is_again:
+            see_output(self.seen, (*self._cut.arriving, *self._cut.leaving), module, output)
+
+    def _enter(self, blocks: Blocks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """The hidden state for the stage's first block."""
+        carry, hidden = self.program.carry, blocks.hidden(self._cut.first, args, kwargs)
+        if self.stage == 0:
+            return carry.enter(hidden)
+        if self.receive is not None:
+            self._arrive(blocks, self.receive, hidden, args, kwargs)
+        self.at_entrance()
+        return carry.arrive(self.arrival.tensors[0], hidden)
+
+    def _arrive(
+        self, blocks: Blocks, receive: Receive, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self.arrival.tensors:
+            raise ModelError(
+                f"the step calls the blocks of stage {self.stage} a second time (model.generate does, for each token), and a "
+                "pipeline stage runs its blocks once for each microbatch: use a layout without pp for such a step"
+            )
+        carried = self.program.carry.like(hidden)
+        held = [carried, *blocks.find(self._cut.arriving, self.seen, args, kwargs)]
+        received = receive(held)
+        if carried is not hidden:  # the user's object has another form, and its block gets one made of what was received
+            held[0] = received[0].detach()
+        trains = self.needs_grad and blocks.chain.trains[self._cut.first]
+        self.arrival.put(held, received, [trains and returns for returns in returned(self._cut.arriving)])
 
 
-def _pick(where: Where, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    hidden: torch.Tensor = args[where] if isinstance(where, int) else kwargs[where]
-    return hidden
+def returned(carried: Sequence[CarriedPlan]) -> list[bool]:
+    """Whether a gradient comes back of each tensor that crosses, the hidden state first."""
+    return [True, *(each.has_gradient for each in carried)]
+
+
+def _cut(plan: Plan, stage: int) -> Cut:
+    bounds, last = plan.stages[stage], len(plan.stages) - 1
+    arriving = plan.boundaries[stage - 1] if stage > 0 else ()
+    leaving = plan.boundaries[stage] if stage < last else ()
+    return Cut(stage, bounds.first, bounds.last, arriving, leaving)

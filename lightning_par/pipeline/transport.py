@@ -1,45 +1,108 @@
-"""Point-to-point traffic between neighbouring stages.
+"""Point-to-point traffic between the stages of a pipeline.
 
-Activations and gradients travel on process groups of their own, so that neither direction waits behind the other. A
-send returns at once and keeps its tensor alive until it has left; a receive waits.
+Activations and gradients travel on process groups of their own, and each of these up and down the ranks on groups of their
+own, so that no message waits behind one of another kind. A send returns at once and keeps its tensor alive until it has left;
+a receive may be posted before the stage needs it. What two stages on one rank give each other stays where it is.
+
+Messages between two ranks on one group carry tags, which gloo heeds; NCCL delivers them in the order in which they were sent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 import torch.distributed as dist
 
+from lightning_par.layout import Layout
+from lightning_par.pipeline.action import Action
 from lightning_par.runtime.axis import GroupAxis
+
+Like: TypeAlias = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor that travels
+
+_MAX_TENSORS, _MAX_DIMS = 64, 8
+_DTYPES = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+    torch.bool, torch.complex64, torch.complex128,
+)  # fmt: skip
 
 
 class Transport:
-    """Sends and receives of one stage.
+    """Sends and receives of one rank.
+
+    A message is named by the action that consumes it: F of a stage takes activations, B (or I) gradients.
 
     Args:
-        forward: the pipeline's ranks in order of the stages, for activations.
-        backward: the same ranks on another group, for gradients.
+        layout: where the stages are.
+        activations, gradients: the pipeline's ranks, for each kind of message twice: towards higher and lower coordinates.
+        device: where tensors are.
     """
 
-    def __init__(self, forward: GroupAxis, backward: GroupAxis) -> None:
-        self._forward, self._backward = forward, backward
+    def __init__(
+        self,
+        layout: Layout,
+        activations: tuple[GroupAxis, GroupAxis],
+        gradients: tuple[GroupAxis, GroupAxis],
+        device: torch.device,
+    ) -> None:
+        self._layout, self._device = layout, device
+        self._groups = {"F": activations, "B": gradients}
+        self._coordinate = activations[0].coordinate
+        self._pp_of = [layout.pp_of(stage) for stage in range(layout.num_stages)]
         self._leaving: list[tuple[dist.Work, torch.Tensor]] = []
-        self.is_first, self.is_last = forward.coordinate == 0, forward.coordinate == forward.size - 1
+        self._posted: dict[Action, list[tuple[dist.Work, torch.Tensor]]] = {}
+        self._local: dict[Action, list[torch.Tensor]] = {}
 
-    def send_activation(self, hidden: torch.Tensor) -> None:
-        """Send to the next stage."""
-        self._send(hidden, self._forward, +1)
+    def pp_of(self, stage: int) -> int:
+        """The pp coordinate that runs a stage."""
+        return self._pp_of[stage]
 
-    def send_gradient(self, grad: torch.Tensor) -> None:
-        """Send to the stage before."""
-        self._send(grad, self._backward, -1)
+    def is_remote(self, message: Action) -> bool:
+        """Whether a message comes from another rank."""
+        return self._pp_of[_sender(message)] != self._coordinate
 
-    def receive_activation(self, like: torch.Tensor) -> torch.Tensor:
-        """Receive from the stage before a tensor with the shape and dtype of ``like``. Waits."""
-        return self._receive(like, self._forward, -1)
+    def is_posted(self, message: Action) -> bool:
+        """Whether its receive was posted."""
+        return message in self._posted
 
-    def receive_gradient(self, like: torch.Tensor) -> torch.Tensor:
-        """Receive from the next stage the gradient of ``like``. Waits."""
-        return self._receive(like, self._backward, +1)
+    def send(self, message: Action, tensors: Sequence[torch.Tensor], with_header: bool = False) -> None:
+        """Send ``tensors`` to the stage of ``message``; before them, where asked for, what they are like."""
+        peer, sent = self._pp_of[message.stage], [tensor.detach().contiguous() for tensor in tensors]
+        if peer == self._coordinate:
+            self._local[message] = sent
+            return
+        if with_header:
+            self._send(message, 0, peer, _header([(tuple(tensor.shape), tensor.dtype) for tensor in sent], self._device))
+        for entry, tensor in enumerate(sent, 1):
+            self._send(message, entry, peer, tensor)
+        if len(self._leaving) > 8:
+            self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
+
+    def post(self, message: Action, likes: Sequence[Like]) -> None:
+        """Begin to receive a message from another rank."""
+        peer = self._pp_of[_sender(message)]
+        buffers = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in likes]
+        self._posted[message] = [(self._begin(message, entry, peer, buffer), buffer) for entry, buffer in enumerate(buffers, 1)]
+
+    def receive(self, message: Action, likes: Sequence[Like]) -> list[torch.Tensor]:
+        """The tensors of a message. Waits."""
+        if message in self._local:
+            return self._local.pop(message)
+        if message not in self._posted:
+            self.post(message, likes)
+        received = []
+        for work, buffer in self._posted.pop(message):
+            work.wait()
+            received.append(buffer)
+        return received
+
+    def receive_header(self, message: Action, num_tensors: int) -> list[Like]:
+        """What the tensors of a message are like, where its sender says so. Waits."""
+        header = torch.empty(num_tensors * (_MAX_DIMS + 2), dtype=torch.int64, device=self._device)
+        self._begin(message, 0, self._pp_of[_sender(message)], header).wait()
+        rows = header.view(num_tensors, -1).tolist()
+        return [(tuple(row[2 : 2 + row[1]]), _DTYPES[row[0]]) for row in rows]
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
@@ -47,14 +110,27 @@ class Transport:
             work.wait()
         self._leaving.clear()
 
-    def _send(self, tensor: torch.Tensor, axis: GroupAxis, step: int) -> None:
-        self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
-        tensor = tensor.detach().contiguous()
-        work = dist.isend(tensor, axis.ranks[axis.coordinate + step], group=axis.group)
-        assert work is not None
+    def _send(self, message: Action, entry: int, peer: int, tensor: torch.Tensor) -> None:
+        work = self._group(message, self._coordinate, peer).send([tensor], peer, self._tag(message, entry))
         self._leaving.append((work, tensor))
 
-    def _receive(self, like: torch.Tensor, axis: GroupAxis, step: int) -> torch.Tensor:
-        buffer = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        dist.recv(buffer, axis.ranks[axis.coordinate + step], group=axis.group)
-        return buffer
+    def _begin(self, message: Action, entry: int, peer: int, buffer: torch.Tensor) -> dist.Work:
+        work: dist.Work = self._group(message, peer, self._coordinate).recv([buffer], peer, self._tag(message, entry))
+        return work
+
+    def _group(self, message: Action, sender: int, receiver: int) -> dist.ProcessGroup:
+        return self._groups["F" if message.kind == "F" else "B"][receiver < sender].group
+
+    def _tag(self, message: Action, entry: int) -> int:
+        return (message.microbatch * len(self._pp_of) + message.stage) * _MAX_TENSORS + entry
+
+
+def _sender(message: Action) -> int:
+    """The stage that makes what an action consumes."""
+    return message.stage - 1 if message.kind == "F" else message.stage + 1
+
+
+def _header(likes: Sequence[Like], device: torch.device) -> torch.Tensor:
+    assert len(likes) < _MAX_TENSORS
+    rows = [[_DTYPES.index(dtype), len(shape), *shape, *[0] * (_MAX_DIMS - len(shape))] for shape, dtype in likes]
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(-1)

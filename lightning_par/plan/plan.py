@@ -150,6 +150,11 @@ class Plan:
         """The plan of one layer."""
         return next((layer for layer in self.layers if layer.name == name), None)
 
+    def blocks_at(self, pp: int) -> tuple[int, ...]:
+        """The blocks, by index, of all stages at a pp coordinate."""
+        stages = (self.stages[stage] for stage in self.layout.stages_of(pp)) if self.chain is not None else ()
+        return tuple(index for stage in stages for index in range(stage.first, stage.last))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML: mappings, lists, strings and numbers."""
         return _plain(dataclasses.asdict(self))

@@ -35,6 +35,7 @@ __all__ = [
     "is_compiled",
     "is_data_dependent",
     "is_fake",
+    "is_gradient_wanted",
     "place_of",
     "runs_as_written",
     "storage_key",
@@ -122,6 +123,14 @@ def has_backward_hook(module: torch.nn.Module) -> bool:
 def has_gradient_hook(parameter: torch.nn.Parameter) -> bool:
     """Whether the user's code sees the gradient of a parameter."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def is_gradient_wanted(node: Any, index: int) -> bool:
+    """Inside the backward of an ``autograd.Function``: whether the gradient of its input ``index`` goes anywhere in this backward.
+
+    ``needs_input_grad`` says what was true in the forward: of a weight it is true in ``torch.autograd.grad(y, x)`` too.
+    """
+    return bool(torch._C._will_engine_execute_node(node.next_functions[index][0]))
 
 
 def is_compiled(module: torch.nn.Module) -> bool:

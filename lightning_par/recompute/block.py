@@ -30,22 +30,22 @@ from lightning_par.runtime.axis import Axis, GroupAxis
 from lightning_par.runtime.call import change_call
 
 
-def recompute_blocks(module: nn.Module, plan: Plan, stage: int, tp: Axis) -> None:
-    """Change the calls of the stage's blocks to what the plan says of each, in place. Not a collective.
+def recompute_blocks(module: nn.Module, plan: Plan, pp: int, tp: Axis) -> None:
+    """Change the calls of this rank's blocks to what the plan says of each, in place. Not a collective.
 
-    To be done before the stage is cut: its first block is then computed again from the hidden state that was received.
+    To be done before the stages are cut: the first block of one is then computed again from the hidden state that was received.
 
     Args:
         module: the module, its layers converted.
         plan: all decisions.
-        stage: this rank's stage.
+        pp: this rank's pp coordinate.
         tp: the axis whose sums selective recomputation keeps.
     """
     if plan.chain is None:
         return
-    bounds, group = plan.stages[stage], tp.group if isinstance(tp, GroupAxis) else None
-    blocks, made = list(module.get_submodule(plan.chain.path).children()), dict[Any, type[nn.Module]]()
-    for block, mode in zip(blocks[bounds.first : bounds.last], plan.chain.recompute[bounds.first : bounds.last], strict=True):
+    group, made = tp.group if isinstance(tp, GroupAxis) else None, dict[Any, type[nn.Module]]()
+    for index in plan.blocks_at(pp):
+        block, mode = module.get_submodule(plan.chain.blocks[index]), plan.chain.recompute[index]
         if mode != "none":
             as_written = plan.compilation is None and not any(is_compiled(child) for child in block.modules())
             kind = (type(block), mode, as_written)

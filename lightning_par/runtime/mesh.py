@@ -21,8 +21,9 @@ class Mesh:
         coordinate: its place on the axes.
         tp: ranks that share the layers of one stage of one replica.
         dp: ranks that hold the same shard in every replica.
-        pp: the stages of one replica, at one tp coordinate. Carries activations, first stage to last.
-        pp_backward: the same ranks again, for gradients, so that the two directions never block each other.
+        pp: the ranks of one pipeline: one replica, at one tp coordinate.
+        activations, gradients: the same ranks again for what stages send each other: a group for each kind of message, and with
+            several stages on a rank one towards higher coordinates and one towards lower ones, so that none waits behind another.
         replica: all tp x pp ranks of one replica; they read the same batch.
         world: all ranks.
     """
@@ -39,7 +40,10 @@ class Mesh:
         self.tp = self._axis("tp", ([at(p, d, t) for t in tps] for p in pps for d in dps))
         self.dp = self._axis("dp", ([at(p, d, t) for d in dps] for p in pps for t in tps))
         self.pp = self._axis("pp", pipelines)
-        self.pp_backward = self._axis("pp_backward", pipelines)
+        up, down = self.pp, self._axis("pp_down", pipelines)
+        self.activations, self.gradients = (up, down), (up, down)
+        if layout.vp > 1:  # both kinds go both ways
+            self.gradients = self._axis("pp_gradients_up", pipelines), self._axis("pp_gradients_down", pipelines)
         self.replica = self._axis("replica", ([at(p, d, t) for p in pps for t in tps] for d in dps))
         self.world = self._axis("world", [list(range(layout.world_size))])
         self._tied: dict[tuple[int, ...], GroupAxis] = {}
@@ -78,11 +82,13 @@ class Mesh:
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank runs the first stage."""
         return self.coordinate.pp == 0
 
     @property
     def is_last_stage(self) -> bool:
-        return self.coordinate.pp == self.layout.pp - 1
+        """Whether this rank runs the last stage, where the loss is."""
+        return self.coordinate.pp == self.layout.last_pp
 
     def _axis(self, name: str, every: Iterable[list[int]]) -> GroupAxis:
         """Build all groups of one axis; keep the one that this rank is on (where it is on none, an axis of itself alone)."""

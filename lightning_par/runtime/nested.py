@@ -71,6 +71,25 @@ def path_to(parent: str, node: Any, key: Any) -> str:
     return f"{parent}[{key!r}]" if isinstance(node, (Mapping, list, tuple)) else f"{parent}.{key}"
 
 
+def at_path(node: Any, path: str) -> list[Any]:
+    """What stands at a dotted path such as ``inputs.mask`` or ``0.labels``, in a list; an empty list where nothing does."""
+    for part in path.split("."):
+        named = {str(key): child for key, child in children(node) or ()}
+        if is_namedtuple(node):
+            named.update(zip(type(node)._fields, node, strict=True))
+        if part not in named:
+            return []
+        node = named[part]
+    return [node]
+
+
+def paths_in(node: Any, parent: str = "") -> list[str]:
+    """The dotted path of every tensor in the tree, in order, as `at_path` reads it."""
+    if isinstance(node, torch.Tensor):
+        return [parent] if parent else []
+    return [path for key, child in children(node) or () for path in paths_in(child, f"{parent}.{key}" if parent else str(key))]
+
+
 def is_namedtuple(node: Any) -> bool:
     """Whether ``node`` is a tuple whose places have names, so that its length says nothing about a batch."""
     return isinstance(node, tuple) and hasattr(type(node), "_fields")

@@ -28,12 +28,12 @@ class MicrobatchStreams:
 
     Args:
         seed: of the run, the same on every rank.
-        replica, stage: this rank's dp and pp coordinate.
+        replica: this rank's dp coordinate.
         device: where the module runs.
     """
 
-    def __init__(self, seed: int, replica: int, stage: int, device: torch.device) -> None:
-        self._seed, self._stage, self._device = mix_seed(seed, replica), stage, device
+    def __init__(self, seed: int, replica: int, device: torch.device) -> None:
+        self._seed, self._device = mix_seed(seed, replica), device
         self._num_steps = 0
 
     @contextmanager
@@ -48,9 +48,9 @@ class MicrobatchStreams:
         """Before the user's step runs on a microbatch."""
         self._set(mix_seed(mix_seed(self._seed, self._num_steps), microbatch))
 
-    def enter_stage(self, microbatch: int) -> None:
+    def enter_stage(self, microbatch: int, stage: int) -> None:
         """Where the blocks of a later stage begin."""
-        self._set(mix_seed(mix_seed(mix_seed(self._seed, self._num_steps), microbatch), self._stage + 1))
+        self._set(mix_seed(mix_seed(mix_seed(self._seed, self._num_steps), microbatch), stage + 1))
 
     def state_dict(self) -> dict[str, int]:
         """Where the streams are, for a checkpoint: a resumed run draws on, whatever seed its script sets."""

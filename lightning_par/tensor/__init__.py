@@ -6,7 +6,7 @@ from lightning_par.tensor.entrance import SharedInput
 from lightning_par.tensor.linear import convert_linear, linear_base
 from lightning_par.tensor.loss import vocabulary_parallel_cross_entropy
 from lightning_par.tensor.sequence import SequenceParallel, convert_positionwise
-from lightning_par.tensor.sharded import ShardedTensor
+from lightning_par.tensor.sharded import ShardedTensor, whole_tensor
 
 __all__ = [
     "SequenceParallel",
@@ -17,4 +17,5 @@ __all__ = [
     "convert_positionwise",
     "linear_base",
     "vocabulary_parallel_cross_entropy",
+    "whole_tensor",
 ]

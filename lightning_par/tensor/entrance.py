@@ -12,7 +12,8 @@ in the reverse of the order in which the backward is to run them::
                _WeightGradient: the gradient of each weight, a matrix product each, meanwhile
                _Await: waits for the sum, then the gradient goes on
 
-Only the product is on the way of the gradient of x; it leaves what the weight gradient needs in a `_Handle`.
+Only the product is on the way of the gradient of x; it leaves what the weight gradient needs in a `_Handle`. Where weight
+gradients are left for later (`lightning_par.runtime.deferral`), `_WeightGradient` only notes it, and nothing runs meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from torch import nn
 
 from lightning_par.runtime.axis import Axis, Wait
 from lightning_par.runtime.collective import gather_to
+from lightning_par.runtime.deferral import DeferredGradients, Note
 from lightning_par.runtime.parameter import Split
+from lightning_par.tensor.deferred import can_defer, deferred_linear
 from lightning_par.tensor.sharded import ShardedTensor
 
 
@@ -95,7 +98,12 @@ class _Pending:
 
 
 def product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, handle: _Handle | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool,
+    handle: _Handle | None,
+    deferred: DeferredGradients | None,
 ) -> torch.Tensor:
     """``x [..., in]`` times a weight ``[out, in]`` (``[in, out]`` if transposed) plus bias: ``[..., out]``.
 
@@ -104,8 +112,11 @@ def product(
         weight, bias: local parts of a layer.
         transposed: how the weight lies.
         handle: what `SharedInput.read` gave with ``x``; None computes as torch does.
+        deferred: where weight gradients may be left for later.
     """
     if handle is None:
+        if deferred is not None and can_defer(x, weight, bias):
+            return deferred_linear(x, weight, bias, transposed, deferred)
         return nn.functional.linear(x, weight.t() if transposed else weight, bias)
     return _Product.apply(x, weight.detach(), None if bias is None else bias.detach(), handle.node, handle, transposed)
 
@@ -116,7 +127,7 @@ def _open(tensor: torch.Tensor, axis: Axis, readers: list[nn.Module]) -> tuple[t
         return local if cut is None else gather_to(local, axis, cut), {}
     pending = _Pending()
     awaited = _Await.apply(local, pending)
-    handles = {id(reader): _make_handle(reader) for reader in readers if _has_weight_gradient(reader)}
+    handles = {id(reader): _make_handle(reader, local) for reader in readers if _has_weight_gradient(reader)}
     return _Enter.apply(awaited, axis, cut, pending), handles
 
 
@@ -125,9 +136,11 @@ def _has_weight_gradient(reader: Any) -> bool:
     return bool(reader.weight.requires_grad and reader.weight.numel() and (reader.bias is None or reader.bias.requires_grad))
 
 
-def _make_handle(reader: Any) -> _Handle:
-    handle = _Handle()
-    handle.node = _WeightGradient.apply(reader.weight, reader.bias, reader.record.transposed, handle)
+def _make_handle(reader: Any, x: torch.Tensor) -> _Handle:
+    handle, deferred = _Handle(), reader.record.deferred
+    if deferred is not None and not can_defer(x, reader.weight, reader.bias):
+        deferred = None
+    handle.node = _WeightGradient.apply(reader.weight, reader.bias, reader.record.transposed, handle, deferred)
     return handle
 
 
@@ -170,17 +183,26 @@ class _WeightGradient(torch.autograd.Function):
     """See [Note: overlap]. Its output carries no value, it only ties the product to the weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, handle: _Handle) -> torch.Tensor:
-        ctx.transposed, ctx.handle, ctx.has_bias = transposed, handle, bias is not None
+    def forward(
+        ctx: Any,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        transposed: bool,
+        handle: _Handle,
+        deferred: DeferredGradients | None,
+    ) -> torch.Tensor:
+        ctx.weight, ctx.bias, ctx.transposed, ctx.handle, ctx.deferred = weight, bias, transposed, handle, deferred
         return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         assert ctx.handle.left is not None
         (x, y), ctx.handle.left = ctx.handle.left, None
-        x, y = x.flatten(0, -2), y.flatten(0, -2)
-        weight = x.t() @ y if ctx.transposed else y.t() @ x
-        return weight, y.sum(0) if ctx.has_bias else None, None, None
+        note = Note(ctx.weight, ctx.bias, x, y, ctx.transposed)
+        if ctx.deferred is not None and ctx.deferred.is_collecting:
+            ctx.deferred.note(note)
+            return None, None, None, None, None
+        return *note.gradients(), None, None, None
 
 
 class _Product(torch.autograd.Function):

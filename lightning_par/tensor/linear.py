@@ -19,6 +19,7 @@ from lightning_par.errors import ModelError
 from lightning_par.private.torch import runs_as_written
 from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.collective import reduce_from, scatter_to
+from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.parameter import Split
 from lightning_par.tensor.copies import axis_with
 from lightning_par.tensor.entrance import SharedInput, product
@@ -40,6 +41,7 @@ class LinearRecord:
         output: what a column layer gives: its ``local`` part, or a sharded tensor that shows the ``global`` shape.
         shared: the column layers that read the same input.
         sequence: where hidden states are cut along the sequence between the blocks; None where they are replicated.
+        deferred: where weight gradients may be left for later.
     """
 
     kind: Literal["column", "row"]
@@ -49,6 +51,7 @@ class LinearRecord:
     output: Literal["local", "global"]
     shared: SharedInput
     sequence: SequenceParallel | None
+    deferred: DeferredGradients | None = None
 
     def describe(self, module: nn.Module) -> str:
         weight = tuple(module.weight.shape) if isinstance(module.weight, torch.Tensor) else None
@@ -78,7 +81,7 @@ class ColumnParallelLinear(_ParallelLinear):
         if isinstance(input, ShardedTensor):
             input = self._readable(input, record)
         x, handle = record.shared.read(self, input, axis)
-        local = product(x, self.weight, self.bias, record.transposed, handle)
+        local = product(x, self.weight, self.bias, record.transposed, handle, record.deferred)
         return local if record.output == "local" or axis.size == 1 else sharded_output(local, record)
 
     def _readable(self, input: ShardedTensor, record: LinearRecord) -> torch.Tensor:
@@ -107,7 +110,7 @@ class RowParallelLinear(_ParallelLinear):
         Collective over the axis.
         """
         record: LinearRecord = self.record
-        part = product(self._local_input(input, record), self.weight, None, record.transposed, None)
+        part = product(self._local_input(input, record), self.weight, None, record.transposed, None, record.deferred)
         if record.sequence is not None:
             return record.sequence.leave_region(part, self.bias)
         total = reduce_from(part, record.axis)

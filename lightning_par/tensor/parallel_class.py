@@ -46,9 +46,14 @@ def convert(module: nn.Module, base: type[nn.Module], layer: type[ParallelLayer]
             f"{user.__name__}.forward replaces {base.__name__}.forward, so it cannot be split over tp: "
             f"call super().forward(...) in it, or leave this layer whole in the plan"
         )
-    module.__dict__[_RECORD] = record
+    set_record(module, record)
     classes: tuple[Any, ...] = (user, base, layer)
     module.__class__ = _derive(*classes)
+
+
+def set_record(module: nn.Module, record: Any) -> None:
+    """Say how a converted layer is cut."""
+    module.__dict__[_RECORD] = record
 
 
 @functools.cache

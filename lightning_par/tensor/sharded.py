@@ -268,3 +268,8 @@ def _changes_first_argument(function: Callable[..., Any]) -> bool:
     if name.startswith("__"):
         return name.strip("_") in _CHANGING_OPERATORS
     return name.endswith("_")
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or the plain global one of a tensor that is cut over tp. A collective over tp then."""
+    return tensor.full_tensor() if isinstance(tensor, ShardedTensor) else tensor

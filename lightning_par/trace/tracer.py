@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,10 +147,15 @@ def _explain_dry_run(error: Exception, step: str) -> None:
 
 
 def _check_loss(output: Any, name: str) -> None:
-    loss = output.get("loss") if isinstance(output, dict) else output
+    loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, torch.Tensor):
         what = "None" if output is None else f"a {type(output).__name__} without a loss tensor"
         raise ModelError(f"{name}.training_step returned {what}: a parallel run needs the loss of every batch, return that tensor")
+    if loss.numel() != 1:
+        raise ModelError(
+            f"{name}.training_step returned a loss of shape {tuple(loss.shape)}, and the backward starts from one number: return "
+            "its mean, loss.mean()"
+        )
 
 
 def _silence(twin: nn.Module) -> None:

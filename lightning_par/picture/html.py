@@ -1,0 +1,76 @@
+"""The picture as one page that needs nothing else: no network, no library."""
+
+from __future__ import annotations
+
+import html
+import json
+from importlib.resources import files
+from typing import Any
+
+from lightning_par.picture.bubble import MEANINGS
+from lightning_par.picture.colour import COLOURS, LIGHTEST, NAMES
+from lightning_par.picture.picture import Lane, Panel, Picture
+
+_SCRIPTS = ("data.js", "scale.js", "draw.js", "control.js")
+_KINDS = tuple(COLOURS)
+
+
+def html_page(picture: Picture) -> str:
+    """The page's text. It shows every panel, one at a time."""
+    folder = files("lightning_par.picture") / "page"
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    parts = {
+        "@TITLE@": html.escape(picture.title),
+        "@STYLE@": (folder / "page.css").read_text(encoding="utf-8"),
+        "@DATA@": _embedded(_data(picture)),
+        "@SCRIPT@": script,
+    }
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    for mark, text in parts.items():
+        before, _, after = page.partition(mark)
+        page = before + text + after
+    return page
+
+
+def _embedded(data: Any) -> str:
+    """JSON inside a script element, which the first ``</`` would end."""
+    return json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+
+
+def _data(picture: Picture) -> dict[str, Any]:
+    return {
+        "title": picture.title,
+        "hasSeconds": picture.has_seconds,
+        "kinds": [{"kind": kind, "name": NAMES[kind], "colour": COLOURS[kind]} for kind in _KINDS],
+        "lightest": LIGHTEST,
+        "panels": [_panel(panel) for panel in picture.panels],
+    }
+
+
+def _panel(panel: Panel) -> dict[str, Any]:
+    first = panel.limits[0]
+    return {
+        "step": panel.step,
+        "replica": panel.replica,
+        "length": round(panel.limits[1] - first, 9),
+        "lanes": [{"label": lane.label, "stages": lane.stages, "spans": _spans(lane, first)} for lane in panel.lanes],
+        "bubbles": [
+            {"name": name, "meaning": MEANINGS[name], "values": [round(value, 6) for value in values]}
+            for name, values in panel.bubbles.items()
+        ],
+    }
+
+
+def _spans(lane: Lane, first: float) -> list[list[float]]:
+    """Of each action its kind, stage, microbatch, start, end and wait; times to the nanosecond from the panel's first start."""
+    return [
+        [
+            _KINDS.index(span.action.kind),
+            span.action.stage,
+            span.action.microbatch,
+            round(span.start_seconds - first, 9),
+            round(span.end_seconds - first, 9),
+            round(span.wait_seconds, 9),
+        ]
+        for span in lane.spans
+    ]

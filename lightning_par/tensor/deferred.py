@@ -1,0 +1,81 @@
+"""A product with a weight whose gradient may be left for later, see `lightning_par.runtime.deferral`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_par.private.torch import has_gradient_hook, is_gradient_wanted
+from lightning_par.runtime.deferral import DeferredGradients, Note
+
+
+def can_defer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether ``x`` times this weight is a product of plain tensors, and its weight gradient one that nobody sees arrive.
+
+    Asked at each forward: users freeze weights and add hooks while they train.
+    """
+    if not (torch.is_grad_enabled() and weight.requires_grad and type(x) in (torch.Tensor, nn.Parameter)):
+        return False
+    return _is_unwatched(weight) and (bias is None or not bias.requires_grad or _is_unwatched(bias))
+
+
+def _is_unwatched(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not has_gradient_hook(tensor)  # functional_call puts other tensors in its place
+
+
+def deferred_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, deferred: DeferredGradients
+) -> torch.Tensor:
+    """``nn.functional.linear``, for which `can_defer` holds.
+
+    Args:
+        x: a plain tensor ``[..., in]``.
+        weight: ``[out, in]``, or ``[in, out]`` if transposed.
+        bias: ``[out]``.
+        transposed: how the weight lies.
+        deferred: what the backward leaves the gradients with during an action I.
+    """
+    dtype = None
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+    output: torch.Tensor = _Linear.apply(x, weight, bias, transposed, deferred, dtype)
+    return output
+
+
+class _Linear(torch.autograd.Function):
+    """``dtype`` is what autocast computes in; the weight is cast here, out of sight of its cache, which would keep it without
+    a graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        transposed: bool,
+        deferred: DeferredGradients,
+        dtype: torch.dtype | None,
+    ) -> torch.Tensor:
+        ctx.weight, ctx.bias, ctx.transposed, ctx.deferred = weight, bias, transposed, deferred
+        ctx.is_cast = dtype is not None
+        w: torch.Tensor = weight if dtype is None else weight.detach().to(dtype)
+        b = bias if dtype is None or bias is None else bias.detach().to(dtype)
+        ctx.save_for_backward(x, w)
+        y = nn.functional.linear(x, w.t() if transposed else w, b)
+        return y if bias is None else y.detach()  # it is a view, which code that goes on in place could not change
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if ctx.is_cast and torch.is_grad_enabled():  # to be differentiated again, through the cast
+            weight = ctx.weight.to(weight.dtype)
+        needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        of_x = grad @ (weight.t() if ctx.transposed else weight) if needs_x else None
+        note = Note(ctx.weight, ctx.bias if needs_bias else None, x, grad, ctx.transposed)
+        if ctx.deferred.is_collecting and is_gradient_wanted(ctx, 1):
+            ctx.deferred.note(note)
+            return of_x, None, None, None, None, None
+        return of_x, *note.gradients(), None, None, None
