@@ -124,7 +124,7 @@ def compute_truth() -> Truth:
     model = make_chain(Naps())
     loss = model.training_step(make_batch(), 0)
     loss.backward()
-    return Truth(float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    return Truth(loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
 def wake_in_time() -> None:

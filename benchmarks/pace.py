@@ -10,7 +10,7 @@ import gc
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,15 @@ class Effort:
 QUICK = Effort(1, 1, 5)
 
 
+@dataclass
+class Times:
+    """What has been measured of a system; see `Row`."""
+
+    seconds: list[float] = field(default_factory=list)
+    idle_seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Row:
     """A system's times.
@@ -53,6 +62,7 @@ class Row:
         schedule: title of its schedule.
         seconds: of each step with work.
         idle_seconds: of each step without.
+        cpu_seconds: that a rank's process computed in each of those.
         theory: the overhead over the ideal that the table has when nothing else takes time.
         wrong: what differs from one process; nothing is timed then.
     """
@@ -61,6 +71,7 @@ class Row:
     schedule: str
     seconds: tuple[float, ...]
     idle_seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
     theory: float
     wrong: str = ""
 
@@ -82,7 +93,7 @@ def measure_rank(rank: int, world_size: int, effort: Effort) -> list[Row]:
     wake_in_time()
     naps = Naps()
     nap_in_notes(naps)
-    times: dict[System, tuple[list[float], list[float]]] = {system: ([], []) for system in SYSTEMS}
+    times = {system: Times() for system in SYSTEMS}
     num_turns = len(SYSTEMS) * (1 + 2 * effort.num_rounds)
     with _progress(rank) as progress:
         task = progress.add_task("", total=num_turns)
@@ -99,13 +110,14 @@ def measure_rank(rank: int, world_size: int, effort: Effort) -> list[Row]:
         right = [system for system in SYSTEMS if not wrong[system]]
         for system in _turns(right, effort.num_rounds):
             show(f"timing {system.name} {system.title}")
-            _take_turn(pipelines[system], naps, effort, *times[system])
+            _take_turn(pipelines[system], naps, effort, times[system])
             progress.advance(task)
+        show("done")
     rows = []
     for system in SYSTEMS:
-        seconds, idle_seconds = map(tuple, times[system])
-        theory = _theory(pipelines[system].table())
-        rows.append(Row(system.name, system.title, seconds, idle_seconds, theory, wrong[system]))
+        taken, theory = times[system], _theory(pipelines[system].table())
+        measured = (tuple(taken.seconds), tuple(taken.idle_seconds), tuple(taken.cpu_seconds))
+        rows.append(Row(system.name, system.title, *measured, theory, wrong[system]))
     return rows
 
 
@@ -135,22 +147,26 @@ def _check(pipeline: Pipeline, system: System, naps: Naps) -> str:
     return next(filter(None, found), "")
 
 
-def _take_turn(pipeline: Pipeline, naps: Naps, effort: Effort, seconds: list[float], idle_seconds: list[float]) -> None:
+def _take_turn(pipeline: Pipeline, naps: Naps, effort: Effort, times: Times) -> None:
     gc.collect()
     naps.work(0.0)
     _time_step(pipeline)  # what other systems have left in caches is no part of it
-    idle_seconds += [_time_step(pipeline) for _ in range(effort.num_idle_steps)]
+    for _ in range(effort.num_idle_steps):
+        seconds, cpu_seconds = _time_step(pipeline)
+        times.idle_seconds.append(seconds)
+        times.cpu_seconds.append(cpu_seconds)
     naps.work(WORK_SECONDS)
-    seconds += [_time_step(pipeline) for _ in range(effort.num_working_steps)]
+    times.seconds += [_time_step(pipeline)[0] for _ in range(effort.num_working_steps)]
 
 
-def _time_step(pipeline: Pipeline) -> float:
+def _time_step(pipeline: Pipeline) -> tuple[float, float]:
+    """Time and processor time of the slowest rank."""
     dist.barrier()
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     pipeline.step()
-    seconds = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+    seconds = torch.tensor([time.perf_counter() - begin, time.process_time() - cpu_begin], dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return float(seconds)
+    return float(seconds[0]), float(seconds[1])
 
 
 def _theory(table: Table) -> float:

@@ -26,9 +26,11 @@ HEADINGS = (
     "without work ms",
     "median",
     "to torch",
+    "CPU ms",
+    "to torch",
 )
 _NUM_WORDS = 2  # of the headings: columns that are no numbers
-DEEPSPEED, TORCH, OURS = "DeepSpeed", "torch", "lightning_par"
+DEEPSPEED, TORCH = "DeepSpeed", "torch"
 _PAGE = f"""\
 # Results: pipelines
 
@@ -43,6 +45,7 @@ processes in turns, there and back (ABBA); losses and gradients of each were tho
 - overhead: of the step less the step without work, over the ideal; the quickest of each
 - theory: the overhead of the system's own table by our simulator, where messages take no time
 - without work: the step when nothing sleeps, which is the host's own time; to torch: as a multiple of torch's of the same schedule
+- CPU: what the busiest rank's process computes in that step; what it waits for other ranks or for a core is no part of it
 
 Made by `python -m benchmarks.pipeline --markdown`.
 """
@@ -53,14 +56,14 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [_line(row, rows) for row in rows]
 
 
-def ratio(row: Row, rows: Sequence[Row], system: str, idle: bool = False, schedule: str | None = None) -> float | None:
-    """A row's quickest step as a multiple of another system's.
+def ratio(row: Row, rows: Sequence[Row], system: str, of: str = "seconds", schedule: str | None = None) -> float | None:
+    """A row's least time as a multiple of another system's; None where one of them has none.
 
     Args:
         row: whose.
         rows: all.
         system: the other one.
-        idle: without work.
+        of: which field of a row.
         schedule: of the other one; None for the same.
     """
     others = [
@@ -68,8 +71,7 @@ def ratio(row: Row, rows: Sequence[Row], system: str, idle: bool = False, schedu
     ]
     if not others or row.wrong:
         return None
-    times = (row.idle_seconds, others[0].idle_seconds) if idle else (row.seconds, others[0].seconds)
-    return min(times[0]) / min(times[1])
+    return float(min(getattr(row, of)) / min(getattr(others[0], of)))
 
 
 def _line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
@@ -85,7 +87,9 @@ def _line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         f"{100 * row.theory:.1f}",
         f"{1000 * min(row.idle_seconds):.1f}",
         f"{1000 * median(row.idle_seconds):.1f}",
-        _ratio(ratio(row, rows, TORCH, idle=True)),
+        _ratio(ratio(row, rows, TORCH, "idle_seconds")),
+        f"{1000 * min(row.cpu_seconds):.1f}",
+        _ratio(ratio(row, rows, TORCH, "cpu_seconds")),
     )
 
 
@@ -98,7 +102,7 @@ def render_table(rows: Sequence[Row]) -> str:
     title = f"Steps of {NUM_RANKS} ranks and {NUM_MICROBATCHES} microbatches; the ideal is {1000 * IDEAL_SECONDS:.0f} ms"
     table = Table(title=title, title_justify="left")
     for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if index < _NUM_WORDS else "right")
+        table.add_column(heading, justify="left" if index < _NUM_WORDS else "right", no_wrap=index < _NUM_WORDS)
     schedule = ""
     for line in lines(rows):
         if line[0] != schedule:

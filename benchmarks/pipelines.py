@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from io import StringIO
 from itertools import cycle
 from typing import Any
 
@@ -114,7 +116,7 @@ def install_ours(rank: int, naps: Naps, schedule: str, chunks: int) -> Pipeline:
         losses = engine.train(lambda index: module.training_step(pieces[index], 0), weights, lambda loss: loss, shapes)
         optimizer.step()
         optimizer.zero_grad()
-        return float(sum(losses)) / NUM_MICROBATCHES if losses else None
+        return sum(loss.item() for loss in losses) / NUM_MICROBATCHES if losses else None
 
     return Pipeline(step, parameters, optimizer, lambda: engine.tables.training(NUM_MICROBATCHES))
 
@@ -151,7 +153,7 @@ def install_torch(rank: int, naps: Naps, schedule: Any, chunks: int, placement: 
         runner.step(*args, target=targets if is_last else None, losses=losses if is_last else None, return_outputs=False)
         optimizer.step()
         optimizer.zero_grad()
-        return float(sum(losses)) / NUM_MICROBATCHES if is_last else None
+        return sum(loss.item() for loss in losses) / NUM_MICROBATCHES if is_last else None
 
     if is_single:  # torch's own table of 1F1B is wrong on the last rank
         name = "gpipe" if schedule is ScheduleGPipe else "1f1b"
@@ -169,11 +171,13 @@ def install_deepspeed(rank: int, naps: Naps) -> Pipeline:
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     layers = list(make_chain(naps).blocks)
-    module = PipelineModule(layers=layers, num_stages=NUM_RANKS, loss_fn=F.mse_loss, partition_method="uniform")
+    with redirect_stdout(StringIO()):  # it prints its stages where a page is printed
+        module = PipelineModule(layers=layers, num_stages=NUM_RANKS, loss_fn=F.mse_loss, partition_method="uniform")
     parameters = {f"blocks.{name}": parameter for name, parameter in module.named_parameters()}
     config = {
         "train_micro_batch_size_per_gpu": MICROBATCH_SIZE,
         "gradient_accumulation_steps": NUM_MICROBATCHES,
+        "gradient_clipping": 0.0,  # by default it clips to a norm of 1
         "steps_per_print": None,
     }
     optimizer = torch.optim.SGD(parameters.values(), LEARNING_RATE)
