@@ -8,6 +8,7 @@ from dataclasses import asdict
 from io import StringIO
 from statistics import median
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -100,7 +101,7 @@ def _ratio(value: float | None) -> str:
 def render_table(rows: Sequence[Row]) -> str:
     """The times as a table for a terminal."""
     title = f"Steps of {NUM_RANKS} ranks and {NUM_MICROBATCHES} microbatches; the ideal is {1000 * IDEAL_SECONDS:.0f} ms"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     for index, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if index < _NUM_WORDS else "right", no_wrap=index < _NUM_WORDS)
     schedule = ""
