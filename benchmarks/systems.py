@@ -30,6 +30,7 @@ from benchmarks.llama import BATCH, COLUMNS, NORMS, ROWS, LanguageModel, make_to
 from lightning_par.gradients import sum_shared_gradients
 from lightning_par.install import install
 from lightning_par.layout import parse_layout
+from lightning_par.pipeline.arrival import Arrival
 from lightning_par.prepare import prepare_plan
 from lightning_par.runtime.mesh import Mesh
 
@@ -77,9 +78,9 @@ def install_ours(model: LlamaForCausalLM, tp: int, tokens: str = "", plan: Mappi
     """
     module, batch, layout = LanguageModel(model), make_tokens(), parse_layout(f"tp{tp}{tokens}").resolve(tp)
     mesh = Mesh(layout, timedelta(seconds=30))
-    stage = install(module, prepare_plan(module, batch, layout, plan), 0, mesh.tp, torch.device("cpu"))
+    stages = install(module, prepare_plan(module, batch, layout, plan), 0, mesh.tp, torch.device("cpu"))
     return Step(
-        forward=lambda tokens: stage.run(lambda: module.training_step(tokens, 0), None)[0],
+        forward=lambda tokens: stages.run(0, lambda: module.training_step(tokens, 0), None, Arrival())[0],
         finish=lambda: sum_shared_gradients(module.parameters(), mesh),
     )
 

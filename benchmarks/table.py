@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.facts import machine, versions
 from benchmarks.llama import BATCH, HEADS, LENGTH, WIDTH
 from benchmarks.traffic import LayerTraffic, Row, expected_traffic, listed
 
@@ -88,10 +86,9 @@ def render_json(rows: Sequence[Row]) -> str:
 
 def _facts() -> dict[str, str]:
     """What was counted and where; counts do not depend on the machine."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed", "pytorch-lightning"))
     return {
         "model": f"transformers' LlamaForCausalLM, random weights, fp32, batch {BATCH}, sequence {LENGTH}, width {WIDTH}, "
         f"{HEADS} heads, {HEADS} and {HEADS // 2} key and value heads",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, gloo",
-        "versions": f"Python {platform.python_version()}, {packages}",
+        "machine": machine(),
+        "versions": versions("torch", "transformers", "deepspeed", "pytorch-lightning"),
     }

@@ -27,6 +27,7 @@ from lightning_par.plan import Plan
 from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.streams import MicrobatchStreams
+from lightning_par.runtime.watchdog import Watchdog
 from lightning_par.zero.partitioned import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
@@ -47,6 +48,7 @@ class Engine:
         device: where it is.
         streams: random numbers.
         states: the owner of the optimizer states; None until something is trained.
+        watchdog: an observer that finds out whether this rank hangs, once it is started.
     """
 
     _engines: ClassVar[WeakKeyDictionary[nn.Module, Engine]] = WeakKeyDictionary()
@@ -56,8 +58,8 @@ class Engine:
     ) -> None:
         self.module, self.plan, self.mesh, self.device = module, plan, mesh, device
         broadcast_module(module, mesh)
-        for stages in sorted({parameter.spec.stages for parameter in plan.parameters if len(parameter.spec.stages) > 1}):
-            mesh.tied(stages)  # every rank makes every group, whether it holds such a weight or not
+        for holders in sorted({parameter.spec.stages for parameter in plan.parameters if len(parameter.spec.stages) > 1}):
+            mesh.tied(holders)  # every rank makes every group, whether it holds such a weight or not
         for count in sorted({count for layer in plan.layers for count in layer.copies if count > 1}):
             mesh.copies(count)
         layout, pp = plan.layout, mesh.coordinate.pp
@@ -73,6 +75,7 @@ class Engine:
         self._lockstep = Lockstep(module, stages, transport, mesh.pp) if layout.pp > 1 else None
         self._meter = CostMeter(layout.num_stages, device) if self.tables.schedule == AUTO and layout.pp > 1 else None
         self._num_trained = 0
+        self.watchdog = Watchdog()
         self.states: OptimizerStates | None = None
         Engine._engines[module] = self
 
@@ -124,14 +127,14 @@ class Engine:
         """
         row = self.tables.row(self.mesh.coordinate.pp, len(weights), trains=True)
         assert self.states is not None, "training needs an owner of the optimizer states"
-        with self.streams.step(), self.states.accumulate(), self._metered():
+        with self.watchdog.step("train"), self.streams.step(), self.states.accumulate(), self._metered():
             return self._executor.run(row, program, loss_of, weights, self._static(shapes))
 
     def evaluate(self, program: Program, num_microbatches: int, shapes: Sequence[Hashable] = ()) -> list[Any]:
         """Forward of every microbatch, without gradients. Collective over the replica; returns as `train` does."""
         row = self.tables.row(self.mesh.coordinate.pp, num_microbatches, trains=False)
         gathered = nullcontext() if self.states is None else self.states.evaluate()
-        with self.streams.step(), torch.no_grad(), gathered:
+        with self.watchdog.step("evaluate"), self.streams.step(), torch.no_grad(), gathered:
             return self._executor.run(row, program, _no_loss, (), self._static(shapes))
 
     def evaluate_in_lockstep(self, program: Callable[[], Any]) -> tuple[Any, int]:

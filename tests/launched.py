@@ -63,7 +63,8 @@ def act(case: str) -> None:
         raise RuntimeError("raised on purpose")
     if case == "exit":
         os._exit(3)  # as a crash in C++ does: nothing is said
-    if case == "die":
+    if case.startswith("die"):
+        time.sleep(0.1 if case.endswith("later") else 0)
         os.kill(os.getpid(), signal.SIGKILL)
     if case == "stubborn":  # as a rank whose signal handler only sets a flag, inside a collective
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

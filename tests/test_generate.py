@@ -225,6 +225,6 @@ def test_generating_in_validation_is_refused_in_a_pipeline() -> None:
         r"\(model.generate does, for each token\), which a pipeline does in predict_step alone: generate there with "
         r"trainer.predict, or use parallel=tp2_dp2 or parallel=tp4$"
     )
+    module = Validated(ZOO["Llama"]().model, GREEDY)
     with pytest.raises(ModelError, match=message):
-        module = Validated(ZOO["Llama"]().model, GREEDY)
         prepare_plan(module, prompts(), parse_layout("tp2_pp2").resolve(4), step="validation_step")

@@ -99,6 +99,13 @@ def test_a_rank_that_is_killed_ends_those_that_ignore_a_polite_signal(tmp_path: 
     wait_until_gone(ranks(tmp_path))
 
 
+def test_a_rank_that_was_killed_is_named_though_what_others_raise_for_it_is_known_first(tmp_path: Path) -> None:
+    code, errors = finish(start(tmp_path, "raise", "die later", "raise"))
+    assert code == 1
+    assert "lightning_par: rank 1 (pp 0, dp 0, tp 1) was killed by SIGKILL: ending all ranks" in errors
+    assert errors.count("lightning_par:") == 1
+
+
 def test_when_the_first_rank_raises_its_error_is_the_message(tmp_path: Path) -> None:
     code, errors = finish(start(tmp_path, "raise", "wait", "stubborn"))
     assert code == 1

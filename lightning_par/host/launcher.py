@@ -15,9 +15,11 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from lightning_par.host.command import hydra_job, rank_command
-from lightning_par.host.processes import RankProcesses, join_parent, report_failure
+from lightning_par.host.link import Unlinked, join_parent, report_failure
+from lightning_par.host.processes import RankProcesses
 from lightning_par.layout import Layout
 from lightning_par.private import lightning
+from lightning_par.runtime.watchdog import Supervisor
 
 # What starting ranks sets in this process, and ending a Hydra job must undo.
 _ENVIRONMENT = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
@@ -88,6 +90,15 @@ class _RankLauncher:
             lightning.share_threads(self.root, self.num_processes)
             return function(*args, **kwargs)
 
+    @property
+    def supervisor(self) -> Supervisor:
+        """Who ends the run where this rank hangs. After `launch` has begun."""
+        return join_parent() or (_RankLauncher._current.ranks if _RankLauncher._current is not None else Unlinked())
+
+    def describe(self, rank: int) -> str:
+        """A rank's name for messages."""
+        return f"rank {rank} ({self._layout.coordinate_of(rank)})"
+
     def kill(self, signum: signal.Signals) -> None:
         """End the ranks that were started here; called by Lightning's handlers of signals.
 
@@ -108,14 +119,11 @@ class _RankLauncher:
         os.environ["LOCAL_RANK"] = str(environment.local_rank())
         os.environ["WORLD_SIZE"] = str(self.num_processes * self.num_nodes)
         first = environment.node_rank() * self.num_processes
-        ranks = RankProcesses(lambda index: self._describe(first + 1 + index))
+        ranks = RankProcesses(lambda index: self.describe(first + 1 + index))
         _RankLauncher._current = _Job(hydra_job(), ranks, saved)
         locals_ = range(1, self.num_processes)
         ranks.start([rank_command(local) for local in locals_], [{"LOCAL_RANK": str(local)} for local in locals_])
         self.procs = ranks.processes  # the base class forwards signals to these
-
-    def _describe(self, rank: int) -> str:
-        return f"rank {rank} ({self._layout.coordinate_of(rank)})"
 
 
 class _Job:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from lightning_par.host.last_stage import output_from_last_stage
 from lightning_par.host.loss import give_no_gradient, loss_of
 from lightning_par.host.loss_weight import TargetCount, count_targets
 from lightning_par.host.stage_log import StageLog
-from lightning_par.runtime.nested import map_tensors
+from lightning_par.runtime.nested import map_tensors, tensors_in
 from lightning_par.tensor import ShardedTensor
 
 NUM_CHECKED_BATCHES = 3  # of each hook, compared between the ranks of a replica
@@ -104,9 +104,9 @@ class StepRunner:
         return output_from_last_stage(_merge(outputs, pieces), self.mesh, self.engine.device)
 
     def _predict_in_lockstep(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """``predict_step`` on a whole batch by all stages together; if it ran its blocks once, the next ones go through the pipeline.
+        """``predict_step`` on a whole batch by all stages together.
 
-        A step that generates tokens runs them once for each.
+        A step that generates tokens runs its blocks once for each; if this one ran them once, the next batches are pipelined.
         """
         pieces = self._cut("predict_step", batch, 1)
         run = self._program("predict_step", pieces, args, kwargs)
@@ -195,6 +195,11 @@ class StepRunner:
         seen = self._num_seen[step] = self._num_seen.get(step, 0) + 1
         if seen <= NUM_CHECKED_BATCHES:
             check_same_batch(batch, self.mesh.replica, f"batch {seen - 1} of {step} on replica {self.mesh.coordinate.dp}")
+
+
+def _shapes(step: str, pieces: list[Microbatch]) -> list[Hashable]:
+    """For each microbatch what the shapes in a step follow from."""
+    return [(step, *(tuple(tensor.shape) for tensor in tensors_in(piece.batch))) for piece in pieces]
 
 
 def _merge(outputs: list[Any], pieces: list[Microbatch]) -> Any:

@@ -32,6 +32,7 @@ from lightning_par.host.preflight import (
     plan_from_trainer,
 )
 from lightning_par.host.steps import StepRunner
+from lightning_par.host.watch import check_hang_seconds, watch_engine
 from lightning_par.layout import Layout, parse_layout
 from lightning_par.pipeline.tables import choose_schedule
 from lightning_par.plan import Plan
@@ -65,12 +66,14 @@ class HybridParallelStrategy(Host):
         loss_weight: what names or counts the targets of a batch where parts of it have different numbers of them, see
             `lightning_par.host.loss_weight`; parts count by their samples without it.
         timeout_seconds: how long a collective may wait for a rank before it is an error.
+        hang_seconds: how long one forward or backward of a microbatch may stand still on a rank, when those before it were quick,
+            before its stack is shown and the run ends; see `lightning_par.runtime.watchdog`. None for any time.
         print_plan: whether rank 0 prints the plan before the first step.
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
-        ConfigurationError: the schedule or the word for ``recompute`` or the backend for ``compile`` is unknown, or
-            ``loss_weight`` is no such thing.
+        ConfigurationError: the schedule or the word for ``recompute`` or the backend for ``compile`` is unknown, ``loss_weight`` is
+            no such thing, or ``hang_seconds`` is too short.
     """
 
     root = ""  # the Lightning namespace, set by `bind`
@@ -90,19 +93,21 @@ class HybridParallelStrategy(Host):
         schedule: str | None = None,
         loss_weight: LossWeight | None = None,
         timeout_seconds: float = 600.0,
+        hang_seconds: float | None = 20.0,
         print_plan: bool = True,
     ) -> None:
         super().__init__()
         self._typed = str(layout)
         self.schedule, self.layout = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
         check_recompute_word(recompute)
+        check_hang_seconds(hang_seconds)
         self.overrides, self._print_plan = dict(plan or {}), print_plan
         self.loss_weight = read_loss_weight(loss_weight)
         if compile:
             self.overrides["compile"] = read_backend(compile)
         if recompute != "none":
             self.overrides["recompute"] = {"*": recompute, **(self.overrides.get("recompute") or {})}
-        self._timeout = timedelta(seconds=timeout_seconds)
+        self._timeout, self._hang_seconds = timedelta(seconds=timeout_seconds), hang_seconds
         self._num_nodes = 1
         self._plan: Plan | None = None
         self._mesh: Mesh | None = None
@@ -217,6 +222,7 @@ class HybridParallelStrategy(Host):
             folder = trainer.log_dir if trainer.loggers else None  # every rank asks: the answer is broadcast
             if self.is_global_zero:
                 report_plan(self.plan, folder, self._print_plan)
+        watch_engine(self.engine, self._launcher, self._hang_seconds)
         self._steps = StepRunner(self.engine, self.loss_weight)
         share_generators(self.mesh.replica)
         if trainer.state.fn == "fit":
@@ -411,6 +417,7 @@ class HybridParallelStrategy(Host):
         if module is not None:
             module.__dict__.pop("optimizer_zero_grad", None)
         if self._steps is not None:
+            self.engine.watchdog.stop()
             self._steps.close()
             self._steps = None
         for part in (self.precision_plugin, self.cluster_environment, self.accelerator, self.checkpoint_io):

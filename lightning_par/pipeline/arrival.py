@@ -27,9 +27,7 @@ class Arrival:
         self._returning: list[torch.Tensor] = []
         self._grads: dict[int, torch.Tensor] = {}  # of tensors that have a graph, by their place among these
 
-    def put(
-        self, received: Sequence[torch.Tensor], held: Sequence[torch.Tensor], returns: Sequence[bool]
-    ) -> None:
+    def put(self, received: Sequence[torch.Tensor], held: Sequence[torch.Tensor], returns: Sequence[bool]) -> None:
         """Take what has arrived; see [Note: in the place of].
 
         Args:

@@ -104,4 +104,3 @@ def see_output(seen: Seen, carried: Iterable[CarriedPlan], module: str, output: 
     for each in carried:
         if each.place == "output" and each.module == module:
             seen[each] = leaf_at(output, each.path)
-

@@ -74,7 +74,7 @@ class _Crossing:
         return number == block.carry_in and len(places) == 1 and self._last_read[number] == 2 * first + 1
 
     def _found(self, number: int, first: int) -> CarriedPlan | None:
-        """Where the value is found; None in a step that runs its blocks again, for what every rank keeps of its own blocks (a cache)."""
+        """Where the value is found; None for what every rank keeps of its own blocks (a cache), in a step that runs them again."""
         trace, block, this = self._trace, self._trace.blocks[first], self._trace.objects[number]
         if number in self._stream:
             self._refuse_sequence(number, first)

@@ -1,0 +1,168 @@
+"""The model on which all pipelines are timed: a chain of equal blocks that sleep, so that a stage costs what is asked for.
+
+    F   sleeps in the forward
+    I   sleeps in the backward, on the way of the hidden state
+    W   sleeps in the backward, on the way of the weight: where a system computes weight gradients apart, it sleeps there
+
+Each happens once for a block and microbatch, whoever runs the backward in whatever parts. Sleeping takes no core, so that more
+ranks than cores overlap as they would on as many devices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NUM_BLOCKS, WIDTH = 16, 32
+NUM_RANKS, NUM_MICROBATCHES, MICROBATCH_SIZE = 4, 8, 2
+TOLERANCE = 1e-4  # gradients are read off a step of the optimizer: fp32 weights of 0.1 keep 5 digits of them
+_PR_SET_TIMERSLACK = 29  # of linux/prctl.h
+
+
+@dataclass
+class Naps:
+    """How long a block sleeps, in seconds; changed between steps.
+
+    Attributes:
+        forward: in F.
+        input_gradient: in I.
+        weight_gradient: in W.
+    """
+
+    forward: float = 0.0
+    input_gradient: float = 0.0
+    weight_gradient: float = 0.0
+
+    def work(self, seconds: float) -> None:
+        """Let each rank work so many seconds in each of F, I and W of a microbatch."""
+        self.forward = self.input_gradient = self.weight_gradient = seconds * NUM_RANKS / NUM_BLOCKS
+
+
+class Block(nn.Module):
+    """``x + tanh(linear(x))``, asleep for a while.
+
+    Attributes:
+        naps_in_graph: whether W sleeps in the graph of autograd. Else the system that computes the weight's gradient must do it.
+    """
+
+    def __init__(self, naps: Naps) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.naps, self.naps_in_graph = naps, True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.linear.weight
+        y = F.linear(x, _WeightNap.apply(weight, self.naps), self.linear.bias) if self.naps_in_graph else self.linear(x)
+        hidden: torch.Tensor = x + _Nap.apply(y, self.naps).tanh()
+        return hidden
+
+
+class Chain(pl.LightningModule):
+    """Blocks, and the loss of their output; the same weights at every call of `make_chain`."""
+
+    def __init__(self, naps: Naps) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(naps) for _ in range(NUM_BLOCKS)))
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return F.mse_loss(self.blocks(batch[0]), batch[1])
+
+
+def make_chain(naps: Naps) -> Chain:
+    torch.manual_seed(0)
+    return Chain(naps)
+
+
+def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets ``[samples, width]`` of all microbatches, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (NUM_MICROBATCHES * MICROBATCH_SIZE, WIDTH)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What one process computes of `make_batch`.
+
+    Attributes:
+        loss: the mean.
+        gradients: of every weight, by name.
+    """
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+    def check(self, loss: float | None, gradients: dict[str, torch.Tensor]) -> None:
+        """Hold what a rank computed against the truth.
+
+        Args:
+            loss: None on a rank that is not told.
+            gradients: of the weights that the rank holds, by name.
+
+        Raises:
+            ValueError: what differs, by how much.
+        """
+        if loss is not None and abs(loss - self.loss) > TOLERANCE * abs(self.loss):
+            raise ValueError(f"the loss is {loss}, and {self.loss} in one process")
+        for name, found in gradients.items():
+            truth = self.gradients[name]
+            error = float((found - truth).norm() / truth.norm())
+            if not error <= TOLERANCE:
+                raise ValueError(f"the gradient of {name} is off by {error:.1e} of that in one process, more than {TOLERANCE}")
+
+
+def compute_truth() -> Truth:
+    """Loss and gradients of the whole chain in this process."""
+    model = make_chain(Naps())
+    loss = model.training_step(make_batch(), 0)
+    loss.backward()
+    return Truth(loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+
+def wake_in_time() -> None:
+    """Have this thread woken within a microsecond of what it asked for, and not 50 us later as is Linux's default."""
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
+
+
+def nap(seconds: float) -> None:
+    """Sleep; nothing at all for 0."""
+    if seconds:
+        time.sleep(seconds)
+
+
+class _Nap(torch.autograd.Function):
+    """The hidden state as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, naps: Naps) -> torch.Tensor:
+        ctx.naps = naps
+        nap(naps.forward)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        nap(ctx.naps.input_gradient)
+        return grad, None
+
+
+class _WeightNap(torch.autograd.Function):
+    """A weight as it is. Its backward runs where, and only where, the weight's gradient is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, naps: Naps) -> torch.Tensor:
+        ctx.naps = naps
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        nap(ctx.naps.weight_gradient)
+        return grad, None

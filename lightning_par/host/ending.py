@@ -1,0 +1,32 @@
+"""How a process of a run ends, and what is seen of it."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+
+
+def say(message: str) -> None:
+    """A line of this package on standard error."""
+    print(f"lightning_par: {message}", file=sys.stderr, flush=True)
+
+
+def exit_now() -> None:
+    """End this process with exit code 1, whatever its threads are doing. Does not return."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def show_stacks_when_aborted() -> None:
+    """Have SIGABRT print the Python stacks of all threads before it ends this process, also where no Python can run."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=2)  # the descriptor: sys.stderr may be something that is no file
+
+
+def abort_process(pid: int) -> None:
+    """End a process that does not answer, with its stacks shown, where `show_stacks_when_aborted` was called in it."""
+    os.kill(pid, signal.SIGABRT)
+    os.kill(pid, signal.SIGCONT)  # one that is stopped takes no signal but this

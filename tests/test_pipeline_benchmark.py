@@ -1,0 +1,85 @@
+"""The benchmark of pipelines: what its stages cost, what its table says, and that every system computes the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import napping, pace_table, pipeline
+from benchmarks.napping import NUM_BLOCKS, Naps, compute_truth, make_batch, make_chain
+from benchmarks.pace import IDEAL_SECONDS, Row
+
+OURS = Row("lightning_par", "1f1b", (1.6, 1.4), (0.05, 0.04, 0.06), (0.01, 0.02), 0.375)
+TORCH = Row("torch", "1f1b", (1.5,), (0.08,), (0.04,), 0.375)
+DEEPSPEED = Row("DeepSpeed", "1f1b", (2.0,), (0.1,), (0.05,), 0.375)
+WRONG = Row("torch", "zb-v v2", (), (), (), 0.1, wrong="the loss is 1.0, and 2.0 in one process")
+
+
+def test_every_part_of_every_block_sleeps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(napping, "nap", slept.append)
+    naps = Naps(forward=1.0, input_gradient=2.0, weight_gradient=4.0)
+    chain = make_chain(naps)
+    loss = chain.training_step(make_batch(), 0)
+    assert slept == [1.0] * NUM_BLOCKS
+    slept.clear()
+    hidden = chain.blocks[0].linear.weight
+    (gradient,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    assert sorted(slept) == [2.0] * NUM_BLOCKS + [4.0], "a weight's part only where its gradient is computed"
+    slept.clear()
+    loss.backward()
+    assert sorted(slept) == [2.0] * NUM_BLOCKS + [4.0] * NUM_BLOCKS
+    assert torch.equal(chain.blocks[0].linear.weight.grad, gradient)
+
+
+def test_work_is_the_same_for_a_rank_however_many_stages_it_has() -> None:
+    naps = Naps()
+    naps.work(0.04)
+    assert naps.forward * NUM_BLOCKS / napping.NUM_RANKS == pytest.approx(0.04)
+
+
+def test_what_differs_from_one_process_is_found() -> None:
+    truth = compute_truth()
+    truth.check(truth.loss, truth.gradients)
+    truth.check(None, {})
+    with pytest.raises(ValueError, match=r"the loss is .*, and .* in one process"):
+        truth.check(truth.loss * 1.001, {})
+    name = "blocks.3.linear.weight"
+    with pytest.raises(ValueError, match=rf"the gradient of {name} is off by 1\.0e-03"):
+        truth.check(None, {name: truth.gradients[name] * 1.001})
+
+
+def test_the_table_compares_the_least_times() -> None:
+    line = dict(zip([*pace_table.HEADINGS[:5], "overhead", "theory"], pace_table.lines([OURS, TORCH, DEEPSPEED])[0], strict=False))
+    assert line["step ms"] == "1400.0"
+    assert line["to DeepSpeed"] == "0.70"
+    assert line["overhead"] == f"{100 * ((1.4 - 0.04) / IDEAL_SECONDS - 1):.1f}"
+    assert line["theory"] == "37.5"
+    assert pace_table.ratio(OURS, [OURS, TORCH], "torch", "idle_seconds") == pytest.approx(0.5)
+    assert pace_table.ratio(OURS, [OURS, TORCH], "torch", "cpu_seconds") == pytest.approx(0.25)
+    assert pace_table.ratio(OURS, [OURS, WRONG], "torch") is None
+
+
+def test_a_system_that_computes_something_else_has_no_times_and_ends_with_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [OURS, TORCH, DEEPSPEED, WRONG]
+    monkeypatch.setattr(pipeline, "measure", lambda quick: rows)
+    assert pipeline.main([]) == 1
+    printed = capsys.readouterr()
+    assert "torch, zb-v v2: the loss is 1.0, and 2.0 in one process" in printed.err
+    assert "wrong" in printed.out
+    rows.pop()
+    assert pipeline.main(["--markdown"]) == 0
+    assert "| 1f1b | lightning_par | 1400.0 | 1500.0 | 0.70 |" in capsys.readouterr().out
+    assert pipeline.main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["overhead"] == pytest.approx(OURS.overhead)
+
+
+@pytest.mark.slow
+def test_every_system_computes_what_one_process_does() -> None:
+    rows = pipeline.measure(quick=True)
+    assert not [row for row in rows if row.wrong]
+    assert {row.system for row in rows} == {"lightning_par", "torch", "DeepSpeed"}
