@@ -116,14 +116,21 @@ def train_rank(make: MakeModel, layout: Layout, rank: int, **strategy_options: A
     return run
 
 
-def check_parity(makers: Mapping[str, MakeModel], word: str, timeout: float = 120, **strategy_options: Any) -> dict[str, float]:
+def check_parity(
+    makers: Mapping[str, MakeModel],
+    word: str,
+    timeout: float = 120,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    **strategy_options: Any,
+) -> dict[str, float]:
     """Train every model alone and in the layout ``word``, all in one start of its ranks, and compare.
 
     Args:
         makers: models by name.
         word: the layout.
         timeout: seconds for all models together.
-        **strategy_options: what the strategy is given besides the layout.
+        options: what the strategy is given for single models.
+        **strategy_options: what it is given for all of them, besides the layout.
 
     Returns:
         The largest relative error of each model, of all that is compared.
@@ -133,7 +140,8 @@ def check_parity(makers: Mapping[str, MakeModel], word: str, timeout: float = 12
     """
     layout = parse_layout(word)
     layout = layout.resolve(layout.world_size)
-    results = run_ranks(_all_models, layout.world_size, makers, layout, strategy_options, timeout=timeout)
+    chosen = {name: {**strategy_options, **(options or {}).get(name, {})} for name in makers}
+    results = run_ranks(_all_models, layout.world_size, makers, layout, chosen, timeout=timeout)
     errors = {}
     for name, make in makers.items():
         alone = train_alone(make, layout.dp or 1)
@@ -146,9 +154,9 @@ def check_parity(makers: Mapping[str, MakeModel], word: str, timeout: float = 12
 
 
 def _all_models(
-    rank: int, world_size: int, makers: Mapping[str, MakeModel], layout: Layout, strategy_options: dict[str, Any]
+    rank: int, world_size: int, makers: Mapping[str, MakeModel], layout: Layout, options: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Run]:
-    return {name: train_rank(make, layout, rank, **strategy_options) for name, make in makers.items()}
+    return {name: train_rank(make, layout, rank, **options[name]) for name, make in makers.items()}
 
 
 def compare(alone: Run, ranks: list[Run], layout: Layout) -> float:
