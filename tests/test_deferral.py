@@ -273,6 +273,7 @@ class Repeated(nn.Module):
 def test_which_layers_leave_their_gradient() -> None:
     module, late = check_alike(frozen)
     assert late == {"1.weight", "2.weight", "2.bias"} and type(module[0]) is nn.Linear  # type: ignore[index]
+    assert module[1].bias.grad is None  # type: ignore[index]
     assert isinstance(module[2], Named) and repr(module[2]).startswith("Named(in_features=16, out_features=16, bias=True, weight")  # type: ignore[index]
     assert check_alike(lambda: nn.Sequential(Adapted()))[1] == {"0.down.weight", "0.up.weight"}
     assert check_alike(replaced)[1] == {"1.weight", "1.bias"}
@@ -297,7 +298,9 @@ class Mixed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return F.linear(self.layer(self.exact(x.double()).float()), self.layer.weight, self.layer.bias)
+            exact = self.exact(x.double())
+            assert exact.dtype == torch.float64
+            return F.linear(self.layer(exact.float()), self.layer.weight, self.layer.bias)
 
 
 def test_precisions_beside_each_other() -> None:
@@ -395,7 +398,7 @@ def note(weight: nn.Parameter, value: float = 1.0) -> Note:
 
 @contextmanager
 def kept(deferred: DeferredGradients, *notes: Note) -> Iterator[None]:
-    with torch.no_grad(), deferred.collecting(KEY):
+    with deferred.collecting(KEY):
         for each in notes:
             deferred.note(each)
     yield
