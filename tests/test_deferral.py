@@ -276,7 +276,8 @@ def test_which_layers_leave_their_gradient() -> None:
     assert module[1].bias.grad is None  # type: ignore[index]
     assert isinstance(module[2], Named) and repr(module[2]).startswith("Named(in_features=16, out_features=16, bias=True, weight")  # type: ignore[index]
     assert check_alike(lambda: nn.Sequential(Adapted()))[1] == {"0.down.weight", "0.up.weight"}
-    assert check_alike(replaced)[1] == {"1.weight", "1.bias"}
+    module, late = check_alike(replaced)
+    assert late == {"1.weight", "1.bias"} and type(module[0]) is nn.Linear  # type: ignore[index]
     assert check_alike(lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))))[1] == set()
     assert check_alike(Repeated, dtype=torch.float32)[1] == {"layer.bias"}
 
@@ -414,6 +415,12 @@ def test_gradients_add_up_as_those_of_autograd() -> None:
     with kept(deferred, note(weight)):
         pass
     assert weight.grad is held and torch.equal(held, torch.full((4, 3), 8.0))
+    with pytest.raises(KeyError):
+        deferred.run(KEY)  # each microbatch once
+    ordered = nn.Parameter(torch.zeros(4, 3))
+    with kept(deferred, *(note(ordered, value) for value in (1e8, -1e8, 1.0))):
+        pass
+    assert torch.equal(ordered.grad, torch.full((4, 3), 2.0))  # any other order loses the 1 beside 1e8
     lying = nn.Parameter(torch.zeros(3, 4).t())
     with kept(deferred, note(lying)):
         pass
