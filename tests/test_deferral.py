@@ -242,6 +242,13 @@ class Adapted(nn.Linear):
         return super().forward(x) + self.up(self.down(x))
 
 
+class Squared(nn.Linear):
+    """A layer that computes something else with its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.square(), self.bias)
+
+
 class Named(nn.Linear):
     """A subclass that computes as its base does."""
 
@@ -278,7 +285,10 @@ def test_which_layers_leave_their_gradient() -> None:
     assert check_alike(lambda: nn.Sequential(Adapted()))[1] == {"0.down.weight", "0.up.weight"}
     module, late = check_alike(replaced)
     assert late == {"1.weight", "1.bias"} and type(module[0]) is nn.Linear  # type: ignore[index]
-    assert check_alike(lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))))[1] == set()
+    module, late = check_alike(lambda: nn.Sequential(Squared(WIDTH, WIDTH)))
+    assert late == set() and type(module[0]) is Squared  # type: ignore[index]
+    module, late = check_alike(lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))))
+    assert late == set() and not isinstance(module[0], DeferredLinear)  # type: ignore[index]
     assert check_alike(Repeated, dtype=torch.float32)[1] == {"layer.bias"}
 
 
