@@ -242,6 +242,13 @@ class Adapted(nn.Linear):
         return super().forward(x) + self.up(self.down(x))
 
 
+class Squared(nn.Linear):
+    """A layer that computes something else with its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.square(), self.bias)
+
+
 class Named(nn.Linear):
     """A subclass that computes as its base does."""
 
@@ -273,10 +280,15 @@ class Repeated(nn.Module):
 def test_which_layers_leave_their_gradient() -> None:
     module, late = check_alike(frozen)
     assert late == {"1.weight", "2.weight", "2.bias"} and type(module[0]) is nn.Linear  # type: ignore[index]
+    assert module[1].bias.grad is None  # type: ignore[index]
     assert isinstance(module[2], Named) and repr(module[2]).startswith("Named(in_features=16, out_features=16, bias=True, weight")  # type: ignore[index]
     assert check_alike(lambda: nn.Sequential(Adapted()))[1] == {"0.down.weight", "0.up.weight"}
-    assert check_alike(replaced)[1] == {"1.weight", "1.bias"}
-    assert check_alike(lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))))[1] == set()
+    module, late = check_alike(replaced)
+    assert late == {"1.weight", "1.bias"} and type(module[0]) is nn.Linear  # type: ignore[index]
+    module, late = check_alike(lambda: nn.Sequential(Squared(WIDTH, WIDTH)))
+    assert late == set() and type(module[0]) is Squared  # type: ignore[index]
+    module, late = check_alike(lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))))
+    assert late == set() and not isinstance(module[0], DeferredLinear)  # type: ignore[index]
     assert check_alike(Repeated, dtype=torch.float32)[1] == {"layer.bias"}
 
 
@@ -297,7 +309,9 @@ class Mixed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return F.linear(self.layer(self.exact(x.double()).float()), self.layer.weight, self.layer.bias)
+            exact = self.exact(x.double())
+            assert exact.dtype == torch.float64
+            return F.linear(self.layer(exact.float()), self.layer.weight, self.layer.bias)
 
 
 def test_precisions_beside_each_other() -> None:
@@ -395,7 +409,7 @@ def note(weight: nn.Parameter, value: float = 1.0) -> Note:
 
 @contextmanager
 def kept(deferred: DeferredGradients, *notes: Note) -> Iterator[None]:
-    with torch.no_grad(), deferred.collecting(KEY):
+    with deferred.collecting(KEY):
         for each in notes:
             deferred.note(each)
     yield
@@ -411,6 +425,12 @@ def test_gradients_add_up_as_those_of_autograd() -> None:
     with kept(deferred, note(weight)):
         pass
     assert weight.grad is held and torch.equal(held, torch.full((4, 3), 8.0))
+    with pytest.raises(KeyError):
+        deferred.run(KEY)  # each microbatch once
+    ordered = nn.Parameter(torch.zeros(4, 3))
+    with kept(deferred, *(note(ordered, value) for value in (1e8, -1e8, 1.0))):
+        pass
+    assert torch.equal(ordered.grad, torch.full((4, 3), 2.0))  # any other order loses the 1 beside 1e8
     lying = nn.Parameter(torch.zeros(3, 4).t())
     with kept(deferred, note(lying)):
         pass

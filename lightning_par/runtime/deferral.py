@@ -69,8 +69,8 @@ class DeferredGradients:
 
     @property
     def is_collecting(self) -> bool:
-        """Whether an action I is running. A backward that is to be differentiated again leaves nothing for later."""
-        return self._collected is not None and not torch.is_grad_enabled()
+        """Whether an action I is running."""
+        return self._collected is not None
 
     def note(self, note: Note) -> None:
         """Keep a note for action W. Its tensors must not be changed in place until then."""
