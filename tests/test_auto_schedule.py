@@ -117,6 +117,11 @@ def test_even_stages_get_the_best_named_schedule(v: int, placement: Placement, n
     assert seconds(auto_schedule(costs, 4, v, 8, placement), costs) == seconds(build_schedule(name, 4, v, 8), costs)
 
 
+def test_one_stage_on_each_rank_is_placed_alike_in_a_loop_and_a_v() -> None:
+    costs = Costs.equal(4)
+    assert auto_schedule(costs, 4, 1, 8, "v") == auto_schedule(costs, 4, 1, 8, "loop") == build_schedule("zb-h1", 4, 1, 8)
+
+
 def test_every_rank_finds_the_same_table() -> None:
     costs = random_costs(3, 8)
     assert auto_schedule(costs, 4, 2, 8) == auto_schedule(random_costs(3, 8), 4, 2, 8)

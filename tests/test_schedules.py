@@ -78,6 +78,13 @@ def test_forward_only_is_valid(placement: Placement) -> None:
         assert simulate(table, Costs.equal(p * v)).peak_in_flight == (0,) * p
 
 
+def test_forward_only_takes_turns_in_rounds() -> None:
+    assert draw_table(forward_only(2, 2, 4)).splitlines() == [
+        "rank 0  F0a F1a F0b F1b F2a F3a F2b F3b .",
+        "rank 1  .   F0a F1a F0b F1b F2a F3a F2b F3b",
+    ]
+
+
 def test_forward_only_idles_while_the_pipeline_fills_and_drains() -> None:
     for p, v, m in SIZES:
         if m % p == 0:

@@ -72,7 +72,7 @@ class _Machine:
         backward, backward_arrival = self._next_backward(rank, now)
         weight = self._next_weight(rank) if self.problem.splits_backward else None
         arrival = min(forward_arrival, backward_arrival)
-        waits = weight is not None and not is_blocked and now + self.policy.patience * self.seconds["W"][weight] > arrival
+        waits = weight is not None and now + self.policy.patience * self.seconds["W"][weight] > arrival
         candidates: list[tuple[Kind, int | None]] = [(self.backward, backward), ("F", forward)]
         if self.policy.forward_first:
             candidates.reverse()
