@@ -423,6 +423,29 @@ def test_a_value_that_no_module_shows_is_refused() -> None:
     assert plan_of(Doing(lambda m, x: nn.Identity()(x) * 0 + 1, lambda x, side: x), "pp2").boundaries == ((),)
 
 
+class Shared(Doing):
+    """Has a module besides, to be called by the code before or after the blocks."""
+
+    def __init__(self, before: Callable[[Any, torch.Tensor], Any], after: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
+        super().__init__(before, after)
+        self.shared = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Shared(lambda m, x: (m.shared(3 * x), m.shared(2 * x))[0], lambda x, side: x + side),
+        lambda: Shared(lambda m, x: (m.shared, 2 * x), lambda x, side: x + side[0](side[1])),
+    ],
+    ids=["by a module that is called twice", "by a module that is called too late"],
+)
+def test_what_is_shown_where_a_stage_cannot_see_it_is_refused(make: MakeModel) -> None:
+    with pytest.raises(ModelError, match=r"the step \(add\) reads .* make it in a module of its own that the step calls once"):
+        plan_of(make(), "pp2")
+    once = Shared(lambda m, x: m.shared(2 * x), lambda x, side: x + side)
+    assert [one.module for one in plan_of(once, "pp2").boundaries[0]] == ["shared"]
+
+
 def test_a_change_in_place_of_what_has_travelled_is_refused() -> None:
     module = Doing(lambda m, x: x, lambda x, side: side.mul_(2) + x)
     match = (

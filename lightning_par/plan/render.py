@@ -93,7 +93,8 @@ def _in_any_block(plan: Plan, name: str) -> str:
 
 
 def _weights(plan: Plan) -> Table:
-    table = Table("weight", "shape", "split over tp", "activations", "stages", "ranks", title="Weights", title_justify="left")
+    where = "stages" if plan.layout.vp == 1 else "pp"
+    table = Table("weight", "shape", "split over tp", "activations", where, "ranks", title="Weights", title_justify="left")
     for name, group in _grouped(plan).items():
         first = group[0]
         stages = tuple(sorted({stage for parameter in group for stage in parameter.spec.stages}))

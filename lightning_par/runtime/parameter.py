@@ -112,7 +112,7 @@ class ParameterSpec:
         name: the user's own name of it, the same on every stage.
         shape: the global shape.
         split: how it is cut over tp; ``None`` where every tp rank holds all of it.
-        stages: pipeline stages that hold it, ascending; more than one for tied weights.
+        stages: pp coordinates of the ranks that hold it, ascending; more than one for tied weights.
         partial: its gradient on one tp rank covers only that rank's part of the activations and must be summed over tp.
     """
 
