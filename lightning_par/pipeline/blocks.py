@@ -38,6 +38,7 @@ class Blocks:
     Args:
         module: the user's module.
         chain: its chain of blocks.
+        crosses: whether anything crosses stages beside the hidden state.
         changed: the blocks, by index, whose calls are not always the user's own.
         watched: modules of which a runner wants to see what they return.
 
@@ -46,8 +47,9 @@ class Blocks:
         runner: who runs a step now.
     """
 
-    def __init__(self, module: nn.Module, chain: ChainPlan, changed: Iterable[int], watched: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, chain: ChainPlan, crosses: bool, changed: Iterable[int], watched: Iterable[str]) -> None:
         self.chain = chain
+        self._gives_back = [not crosses and output.is_input for output in chain.outputs]
         self.runner: Runner | None = None
         for index in changed:
             block = module.get_submodule(chain.blocks[index])
@@ -75,6 +77,8 @@ class Blocks:
         hidden, output = self.hidden(index, args, kwargs), self.chain.outputs[index]
         if requires_grad and hidden.is_floating_point():
             hidden = hidden.detach().requires_grad_()
+        if self._gives_back[index]:
+            return hidden
         return output.build(hidden, output.placeholders(hidden, args, kwargs))
 
     def find(self, carried: Iterable[CarriedPlan], seen: Seen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

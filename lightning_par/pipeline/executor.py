@@ -135,8 +135,10 @@ class Executor:
             by the backward that has run; an empty list on the others.
         """
         step = _Step(program, loss_of, weights, shapes)
+        self._deferred.forget()  # what a step that failed has left
         remote = [action for action in row if self._is_remote(action)]
         num_passed = 0
+        self._post_ahead(remote[:_NUM_POSTED], step)
         for action in row:
             num_passed += num_passed < len(remote) and action is remote[num_passed]
             self._begin(action)
@@ -147,8 +149,7 @@ class Executor:
             else:
                 self._backward(action, step)
             self._end()
-            for coming in remote[num_passed : num_passed + _NUM_POSTED]:
-                self._post(coming, step)
+            self._post_ahead(remote[num_passed : num_passed + _NUM_POSTED], step)
         self._transport.flush()
         return [step.outputs[index] for index in sorted(step.outputs)]
 
@@ -202,18 +203,20 @@ class Executor:
         is_end = action.stage == (0 if action.kind == "F" else self._last)
         return action.kind != "W" and not is_end and self._transport.is_remote(_message(action))
 
-    def _post(self, action: Action, step: _Step) -> None:
-        """Begin a receive, if it is known what will come."""
-        message = _message(action)
-        if self._transport.is_posted(message):
-            return
+    def _post_ahead(self, actions: Sequence[Action], step: _Step) -> None:
+        """Begin the receives of coming actions, where it is known what will come."""
+        for action in actions:
+            message = _message(action)
+            if not self._transport.is_posted(message):
+                likes = self._expected(action, step)
+                if likes is not None:
+                    self._transport.post(message, likes)
+
+    def _expected(self, action: Action, step: _Step) -> list[Like] | None:
         if action.kind == "F":
-            likes = self._known.get(step.key(action.stage, action.microbatch))
-        else:
-            kept = step.flying.get((action.stage, action.microbatch))
-            likes = None if kept is None else [like for _, like in kept.left]
-        if likes is not None:
-            self._transport.post(message, likes)
+            return self._known.get(step.key(action.stage, action.microbatch))
+        kept = step.flying.get((action.stage, action.microbatch))
+        return None if kept is None else [like for _, like in kept.left]
 
     def _send(self, message: Action, leaving: list[torch.Tensor], step: _Step) -> None:
         key, likes = step.key(message.stage, message.microbatch), [_like(tensor) for tensor in leaving]
@@ -242,7 +245,10 @@ class Executor:
     def _told(self, action: Action, num_tensors: int) -> list[Like]:
         for observer in self.observers:
             observer.wait()
-        return self._transport.receive_header(action, num_tensors)
+        likes = self._transport.receive_header(action, num_tensors)
+        for observer in self.observers:
+            observer.arrive()
+        return likes
 
     def _take(self, message: Action, likes: list[Like]) -> list[torch.Tensor]:
         for observer in self.observers:

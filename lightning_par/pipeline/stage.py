@@ -108,7 +108,7 @@ class StageProgram:
         self.cuts = [_cut(plan, stage) for stage in range(len(plan.stages))]
         self.blocks: Blocks | None = None
         if plan.chain is not None and (len(self.cuts) > 1 or carry is not None):
-            self.blocks = Blocks(module, plan.chain, self._changed(), self._watched())
+            self.blocks = Blocks(module, plan.chain, any(plan.boundaries), self._changed(), self._watched())
             if len(self.cuts) == 1:
                 self.blocks.runner = _StageRun(self, 0, Arrival(), None)
 
@@ -201,27 +201,32 @@ class _StageRun:
 
     def __post_init__(self) -> None:
         self._cut = self.program.cuts[self.stage]
+        self._carried = self._cut.arriving + self._cut.leaving
 
     def call_block(self, index: int, through: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         blocks, cut = self.program.blocks, self._cut
         assert blocks is not None
+        if index < cut.first:
+            return self._pass_over(blocks, index, args, kwargs)
         if index == cut.first:
             return blocks.call_with(index, self._enter(blocks, args, kwargs), through, args, kwargs)
-        if cut.first < index < cut.last:
+        if index < cut.last:
             return through(*args, **kwargs)
-        if index >= cut.last:
-            hidden, sides = blocks.hidden(index, args, kwargs), blocks.find(cut.leaving, self.seen, args, kwargs)
-            raise StageExit([self.program.carry.leave(hidden), *map(self.program.whole, sides)])
-        is_last_passed = index == cut.first - 1
-        if is_last_passed and self.needs_grad and self.program.is_bare(self.stage):
+        hidden, sides = blocks.hidden(index, args, kwargs), blocks.find(cut.leaving, self.seen, args, kwargs)
+        raise StageExit([self.program.carry.leave(hidden), *map(self.program.whole, sides)])
+
+    def _pass_over(self, blocks: Blocks, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call of a block of an earlier stage."""
+        requires_grad = self.needs_grad and index == self._cut.first - 1
+        if requires_grad and self.program.is_bare(self.stage):
             torch.set_grad_enabled(True)  # until the step ends
-        output = blocks.pass_over(index, args, kwargs, requires_grad=is_last_passed and self.needs_grad)
+        output = blocks.pass_over(index, args, kwargs, requires_grad)
         self.see(blocks.chain.blocks[index], output)
         return output
 
     def see(self, module: str, output: Any) -> None:
-        if not self.is_again:
-            see_output(self.seen, (*self._cut.arriving, *self._cut.leaving), module, output)
+        if self._carried and not self.is_again:
+            see_output(self.seen, self._carried, module, output)
 
     def _enter(self, blocks: Blocks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """The hidden state for the stage's first block."""

@@ -44,6 +44,12 @@ class OutputPlan:
     hidden: Path
     leaves: tuple[LeafPlan, ...]
 
+    @property
+    def is_input(self) -> bool:
+        """Whether it is one bare tensor, like the hidden state that came in."""
+        dims = tuple((index, 1, 1) for index in range(len(self.leaves[0].dims)))
+        return self.hidden == () and self.leaves == (LeafPlan((), dims),)
+
     def build(self, hidden: torch.Tensor, placeholders: Mapping[Path, torch.Tensor]) -> Any:
         """The output around other tensors.
 

@@ -35,6 +35,7 @@ class MicrobatchStreams:
     def __init__(self, seed: int, replica: int, device: torch.device) -> None:
         self._seed, self._device = mix_seed(seed, replica), device
         self._num_steps = 0
+        self._seed_of_step = 0
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -42,15 +43,16 @@ class MicrobatchStreams:
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices), generators_put_back():
             self._num_steps += 1
+            self._seed_of_step = mix_seed(self._seed, self._num_steps)
             yield
 
     def begin(self, microbatch: int) -> None:
         """Before the user's step runs on a microbatch."""
-        self._set(mix_seed(mix_seed(self._seed, self._num_steps), microbatch))
+        self._set(mix_seed(self._seed_of_step, microbatch))
 
     def enter_stage(self, microbatch: int, stage: int) -> None:
         """Where the blocks of a later stage begin."""
-        self._set(mix_seed(mix_seed(mix_seed(self._seed, self._num_steps), microbatch), stage + 1))
+        self._set(mix_seed(mix_seed(self._seed_of_step, microbatch), stage + 1))
 
     def state_dict(self) -> dict[str, int]:
         """Where the streams are, for a checkpoint: a resumed run draws on, whatever seed its script sets."""
