@@ -1,7 +1,7 @@
 """Models that nobody prepared: architectures of transformers with small random configurations, modules of torch, hand-written ones.
 
 `ZOO` has them all by name; `DECODERS`, `ENCODERS` and `ENCODER_DECODERS` are its parts. The last have two chains of blocks, of
-which the second reads the first one's result in every block, so that they have no pipeline.
+which the second reads the first one's result in every block.
 """
 
 from __future__ import annotations
