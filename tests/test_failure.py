@@ -24,7 +24,7 @@ def fail(folder: Path, case: str, phase: str, stage: int, hang_seconds: float = 
     while any(map(is_alive, pids)) and time.time() - failed_at < 30:
         time.sleep(0.05)
     assert not list(filter(is_alive, pids))
-    assert time.time() - failed_at < 30, "the issue's promise"
+    assert time.time() - failed_at < 30, "half a minute is promised"
     assert result.returncode != 0
     return result.stderr
 
