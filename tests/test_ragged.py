@@ -172,7 +172,9 @@ def begin(world_size: int, word: str) -> tuple[pl.Trainer, Everything, Told]:
     """A Trainer of a layout, the stock one of one process, and what it is used on."""
     torch.manual_seed(1)
     callback = Told()
-    options: dict[str, Any] = {"strategy": HybridParallelStrategy(word, print_plan=False)} if word != "stock" else {}
+    layout, _, schedule = word.partition(" ")
+    strategy = None if word == "stock" else HybridParallelStrategy(layout, schedule=schedule or None, print_plan=False)
+    options: dict[str, Any] = {} if strategy is None else {"strategy": strategy}
     options |= dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
     options |= {"max_epochs": 2, "accumulate_grad_batches": 2, "num_sanity_val_steps": 2, "callbacks": [callback]}
     return pl.Trainer(accelerator="cpu", devices=world_size, **options), Everything(), callback
@@ -235,7 +237,7 @@ def check_alike(ours: Any, theirs: Any, path: str) -> None:
         assert ours == (pytest.approx(theirs, rel=2e-4) if isinstance(theirs, float) else theirs), path
 
 
-LOOPS = ("pp2", "pp2_mb3")
+LOOPS = ("pp2", "pp2_mb3", "pp2_vp2", "pp2 zb-v")  # with zb-v the first and the last stage are on one rank
 
 
 def test_every_hook_gets_what_one_process_gets() -> None:
