@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tests.parity import MakeModel
 from tests.zoo import ENCODER_DECODERS, ZOO
 
-CHAINS: Mapping[str, MakeModel] = {name: make for name, make in ZOO.items() if name != "Albert"}  # it runs one block again and again
+CHAINS: Mapping[str, MakeModel] = {name: make for name, make in ZOO.items() if name != "Albert"}  # it runs one block several times
 # the blocks of a ResNet pass pictures, and what has two chains passes more than a hidden state on
 SEQUENCES: Mapping[str, MakeModel] = {name: make for name, make in CHAINS.items() if name not in ("ResNet", *ENCODER_DECODERS)}
 MATRIX: Mapping[str, Mapping[str, MakeModel]] = {
