@@ -63,7 +63,8 @@ class Engine:
         for count in sorted({count for layer in plan.layers for count in layer.copies if count > 1}):
             mesh.copies(count)
         layout, pp = plan.layout, mesh.coordinate.pp
-        self.tables = Tables(schedule or default_schedule(layout.vp), layout, traced_costs(plan))
+        is_ordered = device.type == "cuda"  # by NCCL; over gloo messages have tags
+        self.tables = Tables(schedule or default_schedule(layout.vp), layout, traced_costs(plan), is_ordered)
         deferred = DeferredGradients()
         splits = splits_backward(self.tables.schedule, layout)
         stages = install(module, plan, pp, mesh.tp, device, deferred if splits else None)

@@ -17,7 +17,7 @@ from lightning_par.pipeline.schedules.justify import justify
 from lightning_par.pipeline.schedules.priority import Policy, schedule_by_priority
 from lightning_par.pipeline.schedules.problem import Problem
 from lightning_par.pipeline.simulate import Costs, peak_in_flight, simulate
-from lightning_par.pipeline.validate import check_table
+from lightning_par.pipeline.validate import check_table, keeps_order
 
 # Ranks, stages on each, microbatches, placement, whether backwards are split; and how often, of the random problems in which
 # the best named table is 1 % above `least_seconds`, the table is shorter. That bound ignores most of how a pipeline fills and
@@ -231,3 +231,17 @@ def test_justification_of_stages_that_take_no_time() -> None:
             justified = justify(problem, table)
             check_table(justified)
             assert seconds(justified, costs) <= seconds(table, costs)
+
+
+def test_messages_come_in_order_where_they_must() -> None:
+    """Over NCCL messages have no tags. Else tables by list scheduling may take them in another order."""
+    free = []
+    for seed in SEEDS:
+        p, v, m = (4, 2, 8) if seed % 2 else (2, 3, 5)
+        costs = random_costs(seed, p * v)
+        ordered = auto_schedule(costs, p, v, m, in_order=True)
+        check_table(ordered)
+        assert keeps_order(ordered)
+        free.append(auto_schedule(costs, p, v, m))
+        assert seconds(free[-1], costs) <= seconds(ordered, costs) <= seconds(build_schedule("interleaved", p, v, m), costs)
+    assert not all(map(keeps_order, free))

@@ -27,7 +27,7 @@ from lightning_par.pipeline.schedules import (
     forward_only,
 )
 from lightning_par.pipeline.simulate import Costs, Span, Timeline, peak_in_flight, simulate
-from lightning_par.pipeline.validate import check_table
+from lightning_par.pipeline.validate import check_table, keeps_order
 
 SIZES = tuple(product(range(1, 9), range(1, 5), range(1, 33)))  # p, v, m
 SOME = tuple((p, v, m) for p, v, m in SIZES if m in (1, 2, 3, 4, 5, 7, 8, 11, 15, 16, 21, 24, 32))  # where each m costs too much
@@ -64,6 +64,7 @@ def test_every_schedule_has_its_chunks_here() -> None:
 def test_every_table_is_valid(name: str) -> None:
     for p, v, m, table in tables(name):
         check_table(table)
+        assert keeps_order(table), (p, v, m)
         assert [len(row) for row in table] == [(3 if SCHEDULES[name].splits_backward else 2) * v * m] * p
         for rank, row in enumerate(table):
             assert {pp_of_stage(action.stage, p, SCHEDULES[name].placement) for action in row} == {rank}
@@ -74,6 +75,7 @@ def test_forward_only_is_valid(placement: Placement) -> None:
     for p, v, m in SIZES:
         table = forward_only(p, v, m, placement)
         check_table(table, forward_only=True)
+        assert keeps_order(table)
         assert [len(row) for row in table] == [v * m] * p
         assert simulate(table, Costs.equal(p * v)).peak_in_flight == (0,) * p
 

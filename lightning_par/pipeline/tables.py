@@ -28,10 +28,11 @@ class Tables:
         layout: sizes of the axes, with the stages' placement.
         costs: of each stage, for a schedule that is built from them. Set anew, as to measured ones, they count for every step
             that comes after.
+        in_order: whether messages between two ranks arrive in the order in which they were sent, as over NCCL.
     """
 
-    def __init__(self, schedule: str, layout: Layout, costs: Costs) -> None:
-        self.schedule, self._layout, self._costs = schedule, layout, costs
+    def __init__(self, schedule: str, layout: Layout, costs: Costs, in_order: bool = False) -> None:
+        self.schedule, self._layout, self._costs, self._in_order = schedule, layout, costs, in_order
         self._tables: dict[tuple[bool, int], Table] = {}
 
     @property
@@ -66,8 +67,9 @@ class Tables:
         if not trains:
             return forward_only(layout.pp, layout.vp, num_microbatches, layout.placement)
         if self.schedule == AUTO:
+            sizes = layout.pp, layout.vp, num_microbatches, layout.placement
             splits = splits_backward(AUTO, layout)
-            return auto_schedule(self._costs, layout.pp, layout.vp, num_microbatches, layout.placement, splits_backward=splits)
+            return auto_schedule(self._costs, *sizes, splits_backward=splits, in_order=self._in_order)
         return build_schedule(self.schedule, layout.pp, layout.vp, num_microbatches)
 
 

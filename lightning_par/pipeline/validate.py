@@ -1,7 +1,7 @@
 """Proof that a schedule can run: every table passes here before a process executes it.
 
-It is not asked in which order two ranks exchange messages: each has a tag of its own (what, stage, microbatch), so a
-receiver may take them in another order than the sender sends them.
+It is not asked in which order two ranks exchange messages: over gloo each has a tag of its own (stage, microbatch), so a
+receiver may take them in another order than the sender sends them. NCCL has no tags: there `keeps_order` must hold.
 """
 
 from __future__ import annotations
@@ -32,6 +32,34 @@ def check_table(table: Table, forward_only: bool = False) -> None:
     for rank in range(len(table)):
         _check_row(table, rank, forward_only)
     execution_order(table)
+
+
+def keeps_order(table: Table) -> bool:
+    """Whether every rank takes the messages of another in the order in which that one sends them, activations and gradients apart.
+
+    So it is in every named schedule.
+    """
+    owner = {action.stage: rank for rank, row in enumerate(table) for action in row}
+    sent, taken = _Messages(), _Messages()
+    for rank, row in enumerate(table):
+        for action in row:
+            kind = "F" if action.kind == "F" else "B"
+            step = 1 if kind == "F" else -1  # to the stage that comes next for this kind
+            if action.kind != "W":
+                sent.note(kind, rank, owner.get(action.stage + step, rank), action.stage + step, action.microbatch)
+                taken.note(kind, owner.get(action.stage - step, rank), rank, action.stage, action.microbatch)
+    return sent.by_channel == taken.by_channel
+
+
+class _Messages:
+    """Messages between ranks, in order: the stage that takes each, and the microbatch."""
+
+    def __init__(self) -> None:
+        self.by_channel: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
+
+    def note(self, kind: str, sender: int, receiver: int, stage: int, microbatch: int) -> None:
+        if sender != receiver:
+            self.by_channel.setdefault((kind, sender, receiver), []).append((stage, microbatch))
 
 
 def _check_ranks(table: Table) -> None:

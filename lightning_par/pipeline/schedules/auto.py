@@ -12,6 +12,7 @@ from lightning_par.pipeline.schedules.justify import justify
 from lightning_par.pipeline.schedules.priority import Policy, schedule_by_priority
 from lightning_par.pipeline.schedules.problem import Problem
 from lightning_par.pipeline.simulate import Costs, peak_in_flight, simulate
+from lightning_par.pipeline.validate import keeps_order
 
 _NUM_JUSTIFIED = 4
 
@@ -24,6 +25,7 @@ def auto_schedule(
     placement: Placement = "loop",
     memory_cap: float | None = None,
     splits_backward: bool = True,
+    in_order: bool = False,
 ) -> Table:
     """The shortest table that is found for ``costs``, by the simulator: never longer than a named schedule's.
 
@@ -40,6 +42,7 @@ def auto_schedule(
         memory_cap: how many microbatches' activations a rank may hold, counted to the end of B or W; by default as many as
             1F1B, interleaved 1F1B or ZB-V would, by the number and the placement of the stages.
         splits_backward: whether backwards may run as I and W.
+        in_order: whether messages must be taken in the order in which they are sent, see `keeps_order`.
 
     Raises:
         ConfigurationError: the cap has no room for one microbatch.
@@ -54,9 +57,13 @@ def auto_schedule(
     most_held = int(memory_cap * num_chunks + 1e-6)
     problem = Problem(costs, num_ranks, num_chunks, num_microbatches, placement, most_held, splits_backward)
     tables = [*_named_tables(problem), *(schedule_by_priority(problem, policy) for policy in _policies(problem))]
+    if in_order:
+        tables = [table for table in tables if keeps_order(table)]
     by_length = {_seconds(table, costs): table for table in reversed(tables)}  # of two equal ones the earlier in the list
     shortest = [by_length[length] for length in sorted(by_length)]
     justified = [justify(problem, table) for table in shortest[:_NUM_JUSTIFIED] if _splits(table) == splits_backward]
+    if in_order:
+        justified = [table for table in justified if keeps_order(table)]
     return min([*shortest[:1], *justified], key=lambda table: _seconds(table, costs))
 
 
