@@ -12,12 +12,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_par.engine import Engine
+from lightning_par.engine import METERED_STEPS, Engine
 from lightning_par.errors import ModelError
 from lightning_par.host.batch import split_batch
 from lightning_par.install import install
 from lightning_par.layout import parse_layout
+from lightning_par.pipeline.action import Action
 from lightning_par.pipeline.arrival import Arrival
+from lightning_par.pipeline.stage import StageProgram
+from lightning_par.pipeline.transport import Transport
 from lightning_par.runtime.axis import LocalAxis
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.parameter import get_spec
@@ -217,6 +220,94 @@ def test_a_frozen_first_stage_and_a_step_that_ends_early() -> None:
     first, last = run_ranks(odd_cases, 2)
     for message in (first, last):
         assert "microbatch 0 ended before it reached the blocks of stage 1: every step of a pipeline runs all blocks" in message
+
+
+class Cropped(Model):
+    """Crops by a number that is none of the batch's shapes."""
+
+    length = 6
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return super().training_step({"tokens": batch["tokens"][:, : self.length]}, batch_idx)
+
+
+class Twice(Model):
+    """Runs its blocks twice where it is not trained."""
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self(batch["tokens"])
+        return self.training_step(batch, batch_idx)
+
+
+def early_receives(rank: int, world_size: int) -> tuple[int, str, str]:
+    """How many receives were begun early; what is said of shapes that change without the batch; of blocks that run twice."""
+    module = build(Cropped)
+    engine, posted = engine_of(module, world_size, "pp2"), []
+    post = Transport.post
+
+    def watched(self: Transport, message: Action, likes: Any) -> None:
+        posted.append(message)
+        post(self, message, likes)
+
+    Transport.post = watched  # type: ignore[method-assign]
+    early = []
+
+    def step(index: int) -> torch.Tensor:
+        early.append(len(posted) > index if rank else False)
+        return module.training_step(tokens(2), 0)
+
+    for _ in range(2):
+        early.clear()
+        posted.clear()
+        engine.train(step, [0.25] * 4, lambda loss: loss, [("train", 2, 6)] * 4)
+    Transport.post = post  # type: ignore[method-assign]
+    Cropped.length = 4
+    said = ["nothing", "nothing"]
+    try:
+        if rank == 0:
+            engine.train(lambda index: module.training_step(tokens(2), 0), [1.0], lambda loss: loss, [("train", 2, 6)])
+    except ModelError as error:
+        said[0] = str(error)
+    dist.barrier()
+    if rank == 1:  # alone: the first stage's step ends before
+        twice = build(Twice)
+        other = StageProgram(twice, plan_of(twice, "pp2"), [1])
+        received = lambda held: [torch.ones_like(tensor) for tensor in held]  # noqa: E731
+        try:
+            with torch.no_grad():
+                other.run(1, lambda: twice.validation_step(tokens(2), 0), received, Arrival())
+        except ModelError as error:
+            said[1] = str(error)
+    return sum(early), said[0], said[1]
+
+
+def test_receives_begin_early_where_shapes_follow_from_the_batch() -> None:
+    (_, changed, _), (early, _, again) = run_ranks(early_receives, 2)
+    assert early == 4
+    assert (
+        "stage 0 passes on tensors of shape [2, 4, 16] for microbatch 0, and passed on [2, 6, 16] before, for a microbatch of the "
+        "same shapes: let all shapes in a step follow from those of its batch, so crop and pad in the dataset"
+    ) in changed
+    assert again.startswith("the step calls the blocks of stage 1 a second time (model.generate does, for each token)")
+
+
+def measured(rank: int, world_size: int) -> tuple[list[float], list[float]]:
+    """Forward costs of both stages before and after some steps under ``auto``; the second has blocks that sleep."""
+    module = build()
+    for block in list(module.blocks)[2:]:
+        block.register_forward_pre_hook(lambda block, args: time.sleep(0.01))
+    engine = engine_of(module, world_size, "pp2", "auto")
+    before = list(engine.tables.costs.forward)
+    for _ in METERED_STEPS[-1] * [None]:
+        _, grads = train(engine, tokens(8))
+    close(summed(grads), alone(build(), tokens(8))[1])
+    return before, list(engine.tables.costs.forward)
+
+
+def test_a_schedule_from_costs_measures_them() -> None:
+    (before, after), (other_before, other_after) = run_ranks(measured, 2)
+    assert before == other_before and after == other_after  # bit for bit: both ranks build the same tables
+    assert before[0] < 2 * before[1] and after[1] > 0.02 > after[0]
 
 
 # ---------------------------------------------------------------------- four stages
