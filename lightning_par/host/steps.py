@@ -18,7 +18,7 @@ from lightning_par.host.loss import give_no_gradient, loss_of
 from lightning_par.host.loss_weight import TargetCount, count_targets
 from lightning_par.host.stage_log import StageLog
 from lightning_par.runtime.nested import map_tensors, tensors_in
-from lightning_par.tensor import ShardedTensor
+from lightning_par.tensor import whole_tensor
 
 NUM_CHECKED_BATCHES = 3  # of each hook, compared between the ranks of a replica
 
@@ -206,7 +206,7 @@ def _merge(outputs: list[Any], pieces: list[Microbatch]) -> Any:
     """The outputs of all microbatches as one, without a graph, logits cut over the vocabulary made whole; None of none."""
     if not outputs:
         return None
-    whole = [map_tensors(_whole, output) for output in outputs]
+    whole = [map_tensors(whole_tensor, output) for output in outputs]
     return merge_outputs(whole, [piece.size for piece in pieces], [piece.weight for piece in pieces])
 
 
