@@ -206,9 +206,9 @@ def _merge(outputs: list[Any], pieces: list[Microbatch]) -> Any:
     """The outputs of all microbatches as one, without a graph, logits cut over the vocabulary made whole; None of none."""
     if not outputs:
         return None
-    whole = [map_tensors(whole_tensor, output) for output in outputs]
+    whole = [map_tensors(_whole, output) for output in outputs]
     return merge_outputs(whole, [piece.size for piece in pieces], [piece.weight for piece in pieces])
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor().detach() if isinstance(tensor, ShardedTensor) else tensor.detach()
+    return whole_tensor(tensor).detach()
