@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_par.errors import ConfigurationError
 from lightning_par.install import install
 from lightning_par.layout import parse_layout
-from lightning_par.plan.check import check_split_backward
+from lightning_par.pipeline.tables import choose_schedule
 from lightning_par.runtime.axis import Axis, LocalAxis
 from lightning_par.runtime.deferral import DeferredGradients, Note
 from lightning_par.runtime.mesh import Mesh
@@ -556,9 +556,9 @@ def test_zero_3_is_refused(word: str, schedule: str, instead: str) -> None:
     layout = parse_layout(word)
     rule = f"schedule={schedule} computes weight gradients after the backward of their layer, and zero3 has released the weights"
     with pytest.raises(ConfigurationError, match=f"parallel={word}: {rule} by then: use zero2, or schedule={instead}$"):
-        check_split_backward(layout, schedule, splits_backward=True)
-    check_split_backward(layout, instead, splits_backward=False)
-    check_split_backward(parse_layout("pp2_zero2"), schedule, splits_backward=True)
+        choose_schedule(schedule, layout)
+    for chosen, other in ((instead, layout), (schedule, parse_layout(word.replace("zero3", "zero2")))):
+        assert choose_schedule(chosen, other)[0] == chosen
 
 
 # ---------------------------------------------------------------------- layers split over tp

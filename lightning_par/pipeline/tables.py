@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lightning_par.errors import ConfigurationError
 from lightning_par.layout import Layout
 from lightning_par.pipeline.action import Row, Table
 from lightning_par.pipeline.schedules import (
@@ -17,7 +18,6 @@ from lightning_par.pipeline.schedules import (
 )
 from lightning_par.pipeline.schedules.auto import auto_schedule
 from lightning_par.pipeline.simulate import Costs
-from lightning_par.plan.check import check_split_backward
 
 
 class Tables:
@@ -94,5 +94,19 @@ def choose_schedule(name: str | None, layout: Layout) -> tuple[str, Layout]:
         return default_schedule(1), layout
     layout = replace(layout, vp=max(layout.vp, chunks))
     check_schedule(chosen, layout.pp, layout.vp, layout.microbatches)
-    check_split_backward(layout, chosen, splits_backward(chosen, layout))
+    _check_split_backward(layout, chosen)
     return chosen, replace(layout, placement="loop" if chosen == AUTO else SCHEDULES[chosen].placement)
+
+
+def _check_split_backward(layout: Layout, schedule: str) -> None:
+    """A weight gradient that is computed later is added to a weight that is still there.
+
+    Raises:
+        ConfigurationError: under ZeRO-3 it is not. DeepSpeed gathers a layer's weights for its own backward alone, and between
+            that and the next the parameter is empty.
+    """
+    if splits_backward(schedule, layout) and layout.zero == 3:
+        raise ConfigurationError(
+            f"parallel={layout}: schedule={schedule} computes weight gradients after the backward of their layer, and zero3 has "
+            f"released the weights by then: use zero2, or schedule={default_schedule(layout.vp)}"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from lightning_par.errors import ConfigurationError, DataError, ModelError
+from lightning_par.errors import DataError, ModelError
 from lightning_par.layout import Layout, nearest_layouts
 from lightning_par.plan.plan import Recompute
 from lightning_par.plan.segments import OutputUse
@@ -110,25 +110,6 @@ def check_second_derivatives(trace: Trace, layout: Layout) -> None:
         raise ModelError(
             f"parallel={layout}: {found.module or 'the step'} calls torch.autograd.grad with create_graph=True, and tensor "
             f"parallelism has no second derivatives: {_use(layout, lambda near: near.tp == 1)}"
-        )
-
-
-def check_split_backward(layout: Layout, schedule: str, splits_backward: bool) -> None:
-    """A weight gradient that is computed later is added to a weight that is still there.
-
-    Args:
-        layout: sizes of the axes.
-        schedule: its name.
-        splits_backward: whether it has actions I and W.
-
-    Raises:
-        ConfigurationError: under ZeRO-3 it is not. DeepSpeed gathers a layer's weights for its own backward alone, and between
-            that and the next the parameter is empty.
-    """
-    if splits_backward and layout.zero == 3:
-        raise ConfigurationError(
-            f"parallel={layout}: schedule={schedule} computes weight gradients after the backward of their layer, and zero3 has "
-            f"released the weights by then: use zero2, or schedule={'interleaved' if layout.vp > 1 else '1f1b'}"
         )
 
 
