@@ -49,36 +49,42 @@ class Naps:
 class Block(nn.Module):
     """``x + tanh(linear(x))``, asleep for a while.
 
+    Args:
+        naps: how long the blocks of a stage sleep, each alike.
+        share: how many of these naps this block takes. The first of a stage takes those of all, so that few naps end late.
+
     Attributes:
         naps_in_graph: whether W sleeps in the graph of autograd. Else the system that computes the weight's gradient must do it.
     """
 
-    def __init__(self, naps: Naps) -> None:
+    def __init__(self, naps: Naps, share: int) -> None:
         super().__init__()
         self.linear = nn.Linear(WIDTH, WIDTH)
-        self.naps, self.naps_in_graph = naps, True
+        setattr(self.linear.weight, "share", share)  # noqa: B010  # mypy; for who computes its gradient outside of the graph
+        self.naps, self.share, self.naps_in_graph = naps, share, True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.linear.weight
-        y = F.linear(x, _WeightNap.apply(weight, self.naps), self.linear.bias) if self.naps_in_graph else self.linear(x)
-        hidden: torch.Tensor = x + _Nap.apply(y, self.naps).tanh()
+        y = F.linear(x, _WeightNap.apply(weight, self.naps, self.share), self.linear.bias) if self.naps_in_graph else self.linear(x)
+        hidden: torch.Tensor = x + _Nap.apply(y, self.naps, self.share).tanh()
         return hidden
 
 
 class Chain(pl.LightningModule):
     """Blocks, and the loss of their output; the same weights at every call of `make_chain`."""
 
-    def __init__(self, naps: Naps) -> None:
+    def __init__(self, naps: Naps, num_stages: int) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(Block(naps) for _ in range(NUM_BLOCKS)))
+        size = NUM_BLOCKS // num_stages
+        self.blocks = nn.Sequential(*(Block(naps, 0 if index % size else size) for index in range(NUM_BLOCKS)))
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         return F.mse_loss(self.blocks(batch[0]), batch[1])
 
 
-def make_chain(naps: Naps) -> Chain:
+def make_chain(naps: Naps, num_stages: int = NUM_RANKS) -> Chain:
     torch.manual_seed(0)
-    return Chain(naps)
+    return Chain(naps, num_stages)
 
 
 def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,26 +149,26 @@ class _Nap(torch.autograd.Function):
     """The hidden state as it is."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, naps: Naps) -> torch.Tensor:
-        ctx.naps = naps
-        nap(naps.forward)
+    def forward(ctx: Any, x: torch.Tensor, naps: Naps, share: int) -> torch.Tensor:
+        ctx.naps, ctx.share = naps, share
+        nap(share * naps.forward)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        nap(ctx.naps.input_gradient)
-        return grad, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        nap(ctx.share * ctx.naps.input_gradient)
+        return grad, None, None
 
 
 class _WeightNap(torch.autograd.Function):
     """A weight as it is. Its backward runs where, and only where, the weight's gradient is computed."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, naps: Naps) -> torch.Tensor:
-        ctx.naps = naps
+    def forward(ctx: Any, weight: torch.Tensor, naps: Naps, share: int) -> torch.Tensor:
+        ctx.naps, ctx.share = naps, share
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        nap(ctx.naps.weight_gradient)
-        return grad, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        nap(ctx.share * ctx.naps.weight_gradient)
+        return grad, None, None

@@ -96,7 +96,7 @@ class System:
 
 def install_ours(rank: int, naps: Naps, schedule: str, chunks: int) -> Pipeline:
     """lightning_par, as its strategy installs it: trace, plan, engine."""
-    module, (inputs, targets) = make_chain(naps), make_batch()
+    module, (inputs, targets) = make_chain(naps, NUM_RANKS * chunks), make_batch()
     typed = parse_layout(f"pp{NUM_RANKS}_vp{chunks}_mb{NUM_MICROBATCHES}").resolve(NUM_RANKS)
     _, layout = choose_schedule(schedule, typed)
     splits_backward = schedule == AUTO or SCHEDULES[schedule].splits_backward
@@ -126,7 +126,7 @@ def nap_in_notes(naps: Naps) -> None:
     computed = Note.gradients
 
     def gradients(note: Note) -> Any:
-        nap(naps.weight_gradient)
+        nap(getattr(note.weight, "share", 0) * naps.weight_gradient)
         return computed(note)
 
     setattr(Note, "gradients", gradients)  # noqa: B010  # mypy
@@ -134,8 +134,8 @@ def nap_in_notes(naps: Naps) -> None:
 
 def install_torch(rank: int, naps: Naps, schedule: Any, chunks: int, placement: Placement = "loop") -> Pipeline:
     """torch.distributed.pipelining, as its documentation sets it up."""
-    chain, (inputs, targets), device = make_chain(naps), make_batch(), torch.device("cpu")
     num_stages = NUM_RANKS * chunks
+    chain, (inputs, targets), device = make_chain(naps, num_stages), make_batch(), torch.device("cpu")
     own = [stage for stage in range(num_stages) if pp_of_stage(stage, NUM_RANKS, placement) == rank]
     modules = [_blocks(chain, stage, num_stages) for stage in own]
     stages = [

@@ -23,7 +23,13 @@ Seen: TypeAlias = dict[CarriedPlan, torch.Tensor]  # what modules returned, that
 
 
 class Runner(Protocol):
-    """Who runs a step."""
+    """Who runs a step.
+
+    Attributes:
+        num_passed: so many blocks at the beginning are passed over, with nothing else to do.
+    """
+
+    num_passed: int
 
     def call_block(self, index: int, through: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What calling a block does; ``through`` calls the user's own."""
@@ -87,11 +93,16 @@ class Blocks:
         return [seen[each] if each.place == "output" else leaf_at(arguments, each.path) for each in carried]
 
     def _call_of(self, index: int, cls: type[nn.Module]) -> Callable[..., Any]:
+        where = self.chain.carry_argument[index]
+
         def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.runner is None:
+            runner = self.runner
+            if runner is None:
                 name = self.chain.blocks[index]
                 raise ModelError(f"{name} was called outside of a step: a pipeline runs its blocks inside steps")
-            return self.runner.call_block(index, lambda *args, **kwargs: cls.__call__(block, *args, **kwargs), args, kwargs)
+            if index < runner.num_passed and self._gives_back[index]:  # most calls on a late stage: quickly
+                return args[where] if isinstance(where, int) else kwargs[where]
+            return runner.call_block(index, lambda *args, **kwargs: cls.__call__(block, *args, **kwargs), args, kwargs)
 
         return call
 

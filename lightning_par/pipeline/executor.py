@@ -19,7 +19,7 @@ from lightning_par.runtime.deferral import DeferredGradients
 
 Program = Callable[[int], Any]
 _EVERY_STEP = ": every step of a pipeline runs all blocks; do not return early, and let no bare `except:` stop a step"
-_NUM_POSTED = 2  # receives that are begun before the action that needs them
+_NUM_POSTED = 4  # receives that are begun before the action that needs them
 
 
 class Observer(Protocol):

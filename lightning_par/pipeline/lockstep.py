@@ -32,7 +32,7 @@ from lightning_par.runtime.nested import map_tensors, tensors_in
 
 
 class Lockstep:
-    """Runs whole steps on all ranks of a pipeline, without gradients.
+    """Runs whole steps on all ranks of a pipeline, without gradients; a `Runner`.
 
     Args:
         module: the user's module.
@@ -48,6 +48,7 @@ class Lockstep:
         self._stage_of = [cut.stage for cut in stages.cuts for _ in range(cut.first, cut.last)]
         self._last_pp = transport.pp_of(len(stages.cuts) - 1)
         self._carried = [carried for cut in stages.cuts for carried in cut.arriving]
+        self.num_passed = 0  # each call of a block may have something to send
         self._seen: Seen = {}
         self._is_after = False  # the last block has run, and no block since
         self._num_calls = 0  # of blocks

@@ -202,6 +202,7 @@ class _StageRun:
     def __post_init__(self) -> None:
         self._cut = self.program.cuts[self.stage]
         self._carried = self._cut.arriving + self._cut.leaving
+        self.num_passed = max(0, self._cut.first - 1)  # the last one that is passed over turns gradients on
 
     def call_block(self, index: int, through: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         blocks, cut = self.program.blocks, self._cut
