@@ -32,8 +32,8 @@ HEADINGS = (
 )
 _NUM_WORDS = 2  # of the headings: columns that are no numbers
 DEEPSPEED, TORCH = "DeepSpeed", "torch"
-_PAGE = f"""\
-# Results: pipelines
+_SECTION = f"""\
+## Pipeline schedules
 
 p = {NUM_RANKS} ranks, m = {NUM_MICROBATCHES} microbatches. Stages sleep: a rank's share of a microbatch takes \
 {1000 * WORK_SECONDS:.0f} ms forward and {2000 * WORK_SECONDS:.0f} ms backward
@@ -116,10 +116,10 @@ def render_table(rows: Sequence[Row]) -> str:
 
 
 def render_markdown(rows: Sequence[Row]) -> str:
-    """The page benchmarks/PIPELINE.md."""
+    """The section of benchmarks/RESULTS.md."""
     rule = tuple("---" if index < _NUM_WORDS else "--:" for index in range(len(HEADINGS)))
     table = [f"| {' | '.join(line)} |" for line in (HEADINGS, rule, *lines(rows))]
-    return "\n".join([_PAGE, *table, "", *(f"- {name}: {value}" for name, value in _facts(rows).items())])
+    return "\n".join([_SECTION, *table, "", *(f"- {name}: {value}" for name, value in _facts(rows).items())])
 
 
 def render_json(rows: Sequence[Row]) -> str:

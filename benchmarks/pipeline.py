@@ -2,7 +2,7 @@
 
     python -m benchmarks.pipeline
     python -m benchmarks.pipeline --quick
-    python -m benchmarks.pipeline --markdown > benchmarks/PIPELINE.md
+    python -m benchmarks.pipeline --markdown
 
 The same chain of blocks is run by each system over forked processes on this machine's CPU. Losses and gradients must be those of
 one process. Exit code 1 where they are not.
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few steps of each: about 2 minutes, and rough")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print every time as JSON")
-    form.add_argument("--markdown", action="store_true", help="print the page benchmarks/PIPELINE.md")
+    form.add_argument("--markdown", action="store_true", help="print the section of benchmarks/RESULTS.md")
     return parser
 
 

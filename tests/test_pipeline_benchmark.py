@@ -17,20 +17,21 @@ DEEPSPEED = Row("DeepSpeed", "1f1b", (2.0,), (0.1,), (0.05,), 0.375)
 WRONG = Row("torch", "zb-v v2", (), (), (), 0.1, wrong="the loss is 1.0, and 2.0 in one process")
 
 
-def test_every_part_of_every_block_sleeps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_stages", [4, 8, 16])
+def test_every_part_of_every_stage_sleeps_once(monkeypatch: pytest.MonkeyPatch, num_stages: int) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(napping, "nap", slept.append)
-    naps = Naps(forward=1.0, input_gradient=2.0, weight_gradient=4.0)
-    chain = make_chain(naps)
+    monkeypatch.setattr(napping, "nap", lambda seconds: slept.append(seconds) if seconds else None)
+    size = NUM_BLOCKS // num_stages  # the first block of a stage sleeps for all of them
+    chain = make_chain(Naps(forward=1.0, input_gradient=2.0, weight_gradient=4.0), num_stages)
     loss = chain.training_step(make_batch(), 0)
-    assert slept == [1.0] * NUM_BLOCKS
+    assert slept == [1.0 * size] * num_stages
     slept.clear()
     hidden = chain.blocks[0].linear.weight
     (gradient,) = torch.autograd.grad(loss, hidden, retain_graph=True)
-    assert sorted(slept) == [2.0] * NUM_BLOCKS + [4.0], "a weight's part only where its gradient is computed"
+    assert sorted(slept) == [2.0 * size] * num_stages + [4.0 * size], "a weight's part only where its gradient is computed"
     slept.clear()
     loss.backward()
-    assert sorted(slept) == [2.0] * NUM_BLOCKS + [4.0] * NUM_BLOCKS
+    assert sorted(slept) == [2.0 * size] * num_stages + [4.0 * size] * num_stages
     assert torch.equal(chain.blocks[0].linear.weight.grad, gradient)
 
 
