@@ -19,6 +19,7 @@ from lightning_par.install import install
 from lightning_par.layout import parse_layout
 from lightning_par.pipeline.action import Action
 from lightning_par.pipeline.arrival import Arrival
+from lightning_par.pipeline.executor import Executor, _Step
 from lightning_par.pipeline.stage import StageProgram
 from lightning_par.pipeline.transport import Transport
 from lightning_par.runtime.axis import LocalAxis
@@ -289,6 +290,31 @@ def test_receives_begin_early_where_shapes_follow_from_the_batch() -> None:
         "same shapes: let all shapes in a step follow from those of its batch, so crop and pad in the dataset"
     ) in changed
     assert again.startswith("the step calls the blocks of stage 1 a second time (model.generate does, for each token)")
+
+
+class Noted:
+    """A transport that notes the receives that are begun."""
+
+    def __init__(self) -> None:
+        self.posted: list[Action] = []
+
+    def is_remote(self, message: Action) -> bool:
+        return True
+
+    def is_posted(self, message: Action) -> bool:
+        return message in self.posted
+
+    def post(self, message: Action, likes: Any) -> None:
+        self.posted.append(message)
+
+
+def test_no_receive_overtakes_another_whose_shape_is_not_known() -> None:
+    module, transport = build(), Noted()
+    executor = Executor(StageProgram(module, plan_of(module, "pp2"), [1]), transport)  # type: ignore[arg-type]
+    step = _Step(lambda index: None, lambda loss: loss, [1.0] * 3, ["short", "long", "short"])
+    executor._known[step.key(1, 0)] = [((2, 6, 16), torch.float32)]
+    executor._post_ahead([Action("F", 1, index) for index in range(3)], step)
+    assert transport.posted == [Action("F", 1, 0)]  # over NCCL the third would be given what the second was sent
 
 
 def measured(rank: int, world_size: int) -> tuple[list[float], list[float]]:

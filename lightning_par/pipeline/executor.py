@@ -159,14 +159,16 @@ class Executor:
         stage, index = action.stage, action.microbatch
         kept, self.running = _InFlight(), stage
         self.hooks.before_forward(index)
-        output, leaving = self._stages.run(
-            stage,
-            lambda: step.program(index),
-            None if stage == 0 else lambda held: self._receive(action, held, step),
-            kept.arrival,
-            lambda: self.hooks.at_entrance(index, stage),
-        )
-        self.running = None
+        try:
+            output, leaving = self._stages.run(
+                stage,
+                lambda: step.program(index),
+                None if stage == 0 else lambda held: self._receive(action, held, step),
+                kept.arrival,
+                lambda: self.hooks.at_entrance(index, stage),
+            )
+        finally:
+            self.running = None
         self.hooks.after_forward()
         if stage > 0 and kept.arrival.hidden is None:
             raise ModelError(f"the step on microbatch {index} ended before it reached the blocks of stage {stage}{_EVERY_STEP}")
@@ -204,12 +206,18 @@ class Executor:
         return action.kind != "W" and not is_end and self._transport.is_remote(_message(action))
 
     def _post_ahead(self, actions: Sequence[Action], step: _Step) -> None:
-        """Begin the receives of coming actions, where it is known what will come."""
+        """Begin the receives of coming actions, where it is known what will come.
+
+        None overtakes another of its kind: over NCCL messages have no tags.
+        """
+        unknown = set()
         for action in actions:
             message = _message(action)
-            if not self._transport.is_posted(message):
+            if message.kind not in unknown and not self._transport.is_posted(message):
                 likes = self._expected(action, step)
-                if likes is not None:
+                if likes is None:
+                    unknown.add(message.kind)
+                else:
                     self._transport.post(message, likes)
 
     def _expected(self, action: Action, step: _Step) -> list[Like] | None:
