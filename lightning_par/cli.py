@@ -128,12 +128,12 @@ def explain(config: DictConfig) -> None:
         logging.getLogger(package.__name__).setLevel(logging.WARNING)  # what a Trainer says of this machine is not about the plan
 
     from lightning_par.config.run import build_run
+    from lightning_par.host.plan_report import describe_plan
     from lightning_par.host.preflight import plan_from_trainer
-    from lightning_par.plan import render_plan
 
     trainer, module, data = build_run(config, accelerator="cpu", logger=False, callbacks=[])
     plan = plan_from_trainer(trainer, trainer.strategy.layout, trainer.strategy.overrides, "fit", module, data)
-    print(render_plan(plan, color=sys.stdout.isatty()))
+    print(describe_plan(plan, trainer.strategy.schedule, color=sys.stdout.isatty()))
 
 
 if __name__ == "__main__":

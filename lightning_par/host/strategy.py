@@ -221,7 +221,7 @@ class HybridParallelStrategy(Host):
             self._install(module)
             folder = trainer.log_dir if trainer.loggers else None  # every rank asks: the answer is broadcast
             if self.is_global_zero:
-                report_plan(self.plan, folder, self._print_plan)
+                report_plan(self.plan, self.schedule, folder, self._print_plan)
         watch_engine(self.engine, self._launcher, self._hang_seconds)
         self._steps = StepRunner(self.engine, self.loss_weight)
         share_generators(self.mesh.replica)
