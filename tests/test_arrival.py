@@ -37,6 +37,16 @@ def test_every_reader_sees_what_was_received_and_gives_its_gradient(how: str) ->
     assert weight.grad is None or not weight.grad.any()  # nothing flows on into what the placeholder made
 
 
+def test_a_gradient_that_nobody_is_sent_is_not_added_to_another() -> None:
+    hidden, side = received()
+    (silent, _), (mine, _) = made("a view with a graph"), made("a view with a graph")
+    arrival = Arrival()
+    arrival.put([hidden, side, side], [silent, mine], [True, False, True])
+    (5 * silent + 2 * mine).sum().backward()
+    of_hidden, of_mine = arrival.gradients()
+    assert torch.equal(of_mine, torch.full((2, 3), 2.0)) and not of_hidden.any()
+
+
 def test_a_tensor_in_the_hands_of_reentrant_checkpointing_keeps_its_place_in_the_graph() -> None:
     hidden, side = received()
     mine, _ = made("with a graph")

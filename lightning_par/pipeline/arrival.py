@@ -51,12 +51,12 @@ class Arrival:
         if mine.grad_fn is not None and torch.is_grad_enabled() and mine._base is None:
             mine.detach_()
         mine.data = theirs
-        if mine.grad_fn is not None:
-            mine.register_hook(self._taking(len(self._returning), zeros))
-        elif has_gradient:
-            mine.requires_grad_()
         if has_gradient:
             self._returning.append(mine)
+        if mine.grad_fn is not None:
+            mine.register_hook(self._taking(len(self._returning) - 1, zeros) if has_gradient else lambda grad: zeros)
+        elif has_gradient:
+            mine.requires_grad_()
 
     def _gradient(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
         found = self._grads.get(index) if tensor.grad_fn is not None else tensor.grad

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -251,20 +251,20 @@ class Executor:
         return self._take(action, likes)
 
     def _told(self, action: Action, num_tensors: int) -> list[Like]:
-        for observer in self.observers:
-            observer.wait()
-        likes = self._transport.receive_header(action, num_tensors)
-        for observer in self.observers:
-            observer.arrive()
-        return likes
+        with self._waiting():
+            return self._transport.receive_header(action, num_tensors)
 
     def _take(self, message: Action, likes: list[Like]) -> list[torch.Tensor]:
+        with self._waiting():
+            return self._transport.receive(message, likes)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
         for observer in self.observers:
             observer.wait()
-        tensors = self._transport.receive(message, likes)
+        yield
         for observer in self.observers:
             observer.arrive()
-        return tensors
 
     def _begin(self, action: Action) -> None:
         for observer in self.observers:

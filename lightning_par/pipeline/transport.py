@@ -46,7 +46,7 @@ class Transport:
         gradients: tuple[GroupAxis, GroupAxis],
         device: torch.device,
     ) -> None:
-        self._layout, self._device = layout, device
+        self._device = device
         self._groups = {"F": activations, "B": gradients}
         self._coordinate = activations[0].coordinate
         self._pp_of = [layout.pp_of(stage) for stage in range(layout.num_stages)]
