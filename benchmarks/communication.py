@@ -2,7 +2,7 @@
 
     python -m benchmarks.communication
     python -m benchmarks.communication --json
-    python -m benchmarks.communication --markdown > benchmarks/RESULTS.md
+    python -m benchmarks.communication --markdown
 
 The same transformers Llama is split by each system over forked processes on this machine's CPU. Losses and gradients must be
 those of one process. Exit code 1 where lightning_par differs from the formula.
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     _report("importing torch, transformers, Lightning and DeepSpeed")
-    from benchmarks.table import render_json, render_markdown, render_table  # late, so that --help is quick
     from benchmarks.traffic import differences
+    from benchmarks.traffic_table import render_json, render_markdown, render_table  # late, so that --help is quick
 
     render = render_json if options.json else render_markdown if options.markdown else render_table
     rows = measure()
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print every count as JSON")
-    form.add_argument("--markdown", action="store_true", help="print the page benchmarks/RESULTS.md")
+    form.add_argument("--markdown", action="store_true", help="print the section of benchmarks/RESULTS.md")
     return parser
 
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from io import StringIO
 from statistics import median
-
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.facts import machine, versions
 from benchmarks.napping import NUM_BLOCKS, NUM_MICROBATCHES, NUM_RANKS, WIDTH
 from benchmarks.pace import IDEAL_SECONDS, WORK_SECONDS, Row
+from benchmarks.rendering import markdown_table, terminal_table
 
 HEADINGS = (
     "schedule",
@@ -101,25 +97,13 @@ def _ratio(value: float | None) -> str:
 def render_table(rows: Sequence[Row]) -> str:
     """The times as a table for a terminal."""
     title = f"Steps of {NUM_RANKS} ranks and {NUM_MICROBATCHES} microbatches; the ideal is {1000 * IDEAL_SECONDS:.0f} ms"
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if index < _NUM_WORDS else "right", no_wrap=index < _NUM_WORDS)
-    schedule = ""
-    for line in lines(rows):
-        if line[0] != schedule:
-            table.add_section()
-        schedule = line[0]
-        table.add_row(*line)
-    output = StringIO()
-    Console(file=output, width=132).print(table)
-    return output.getvalue().rstrip()
+    return terminal_table(title, HEADINGS, _NUM_WORDS, lines(rows))
 
 
 def render_markdown(rows: Sequence[Row]) -> str:
     """The section of benchmarks/RESULTS.md."""
-    rule = tuple("---" if index < _NUM_WORDS else "--:" for index in range(len(HEADINGS)))
-    table = [f"| {' | '.join(line)} |" for line in (HEADINGS, rule, *lines(rows))]
-    return "\n".join([_SECTION, *table, "", *(f"- {name}: {value}" for name, value in _facts(rows).items())])
+    facts = [f"- {name}: {value}" for name, value in _facts(rows).items()]
+    return "\n".join([_SECTION, *markdown_table(HEADINGS, _NUM_WORDS, lines(rows)), "", *facts])
 
 
 def render_json(rows: Sequence[Row]) -> str:

@@ -18,8 +18,8 @@ from benchmarks.communication import SIZES, main
 from benchmarks.counting import CollectiveCounter, ring_bytes
 from benchmarks.llama import BATCH, HEADS, LENGTH, WIDTH, Truth
 from benchmarks.systems import SYSTEMS, Step, System, install_dtensor
-from benchmarks.table import HEADINGS, lines, render_json, render_markdown, render_table
 from benchmarks.traffic import LayerTraffic, Row, differences, expected_traffic, measure_rank
+from benchmarks.traffic_table import HEADINGS, lines, render_json, render_markdown, render_table
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from io import StringIO
-
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.facts import machine, versions
 from benchmarks.llama import BATCH, HEADS, LENGTH, WIDTH
+from benchmarks.rendering import markdown_table, terminal_table
 from benchmarks.traffic import LayerTraffic, Row, expected_traffic, listed
 
 # The ratio is that of the bytes to those of the formula.
 HEADINGS = ("tp", "system", "forward", "backward", "calls", "bytes sent", "ratio")
-_NUMBERS = ("calls", "bytes sent", "ratio")
-_PAGE = """\
-# Results
-
+_NUM_WORDS = 4  # of the headings: columns that are no numbers
+_SECTION = """\
 ## Communication of tensor parallelism
 
 Collectives per decoder layer and microbatch, and the bytes that one rank sends for them on a ring; ratio: to the bytes of the
@@ -57,26 +52,13 @@ def _line(tp: int, name: str, traffic: LayerTraffic) -> tuple[str, ...]:
 
 def render_table(rows: Sequence[Row]) -> str:
     """The counts as a table for a terminal."""
-    table = Table(title="Per decoder layer and microbatch", title_justify="left")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right" if heading in _NUMBERS else "left")
-    tp = ""
-    for line in lines(rows):
-        if line[0] != tp:
-            table.add_section()
-        tp = line[0]
-        table.add_row(*line)
-    output = StringIO()
-    Console(file=output, width=132).print(table)
-    return output.getvalue().rstrip()
+    return terminal_table("Per decoder layer and microbatch", HEADINGS, _NUM_WORDS, lines(rows))
 
 
 def render_markdown(rows: Sequence[Row]) -> str:
-    """The page benchmarks/RESULTS.md."""
-    rule = tuple("--:" if heading in _NUMBERS else "---" for heading in HEADINGS)
-    table = [f"| {' | '.join(line)} |" for line in (HEADINGS, rule, *lines(rows))]
+    """The section of benchmarks/RESULTS.md."""
     facts = [f"- {name}: {value}" for name, value in _facts().items()]
-    return "\n".join([_PAGE, *table, "", *facts])
+    return "\n".join([_SECTION, *markdown_table(HEADINGS, _NUM_WORDS, lines(rows)), "", *facts])
 
 
 def render_json(rows: Sequence[Row]) -> str:
