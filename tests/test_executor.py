@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from datetime import timedelta
 from typing import Any
 
@@ -301,9 +302,6 @@ class Noted:
     def is_remote(self, message: Action) -> bool:
         return True
 
-    def is_posted(self, message: Action) -> bool:
-        return message in self.posted
-
     def post(self, message: Action, likes: Any) -> None:
         self.posted.append(message)
 
@@ -313,7 +311,8 @@ def test_no_receive_overtakes_another_whose_shape_is_not_known() -> None:
     executor = Executor(StageProgram(module, plan_of(module, "pp2"), [1]), transport)  # type: ignore[arg-type]
     step = _Step(lambda index: None, lambda loss: loss, [1.0] * 3, ["short", "long", "short"])
     executor._known[step.key(1, 0)] = [((2, 6, 16), torch.float32)]
-    executor._post_ahead([Action("F", 1, index) for index in range(3)], step)
+    step.unposted = (deque(enumerate(Action("F", 1, index) for index in range(3))),)
+    executor._post_ahead(step)
     assert transport.posted == [Action("F", 1, 0)]  # over NCCL the third would be given what the second was sent
 
 

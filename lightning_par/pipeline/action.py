@@ -12,14 +12,12 @@ executor read the same table, so that they cannot disagree about what runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 Kind: TypeAlias = Literal["F", "B", "I", "W"]
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One part of the work of one stage on one microbatch; printed as ``2F0``.
 
     Attributes:
@@ -35,7 +33,8 @@ class Action:
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.microbatch}"
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
 Row: TypeAlias = tuple[Action, ...]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,7 @@ from lightning_par.pipeline.action import Action, Row
 from lightning_par.pipeline.arrival import Arrival
 from lightning_par.pipeline.stage import StageProgram, returned
 from lightning_par.pipeline.transport import Like, Transport
+from lightning_par.private.torch import run_backward
 from lightning_par.runtime.deferral import DeferredGradients
 
 Program = Callable[[int], Any]
@@ -55,22 +58,32 @@ class Hooks:
     after_backward: Callable[[], None] = lambda: None
 
 
-@dataclass
+@dataclass(slots=True)
 class _InFlight:
     """What is kept between a microbatch's forward and its backward: no activation that has left.
 
     Attributes:
         arrival: what was received.
-        left: of every tensor that left and has a gradient, where its gradient enters the graph and what it is like.
+        edges: of every tensor that left and that a gradient comes back of, where it enters the graph, if anywhere.
+        likes: what these gradients are like.
     """
 
-    arrival: Arrival = field(default_factory=Arrival)
-    left: list[tuple[GradientEdge | None, Like]] = field(default_factory=list)
+    arrival: Arrival
+    edges: list[GradientEdge | None]
+    likes: list[Like]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Step:
-    """One call of `Executor.run` in progress."""
+    """One call of `Executor.run` in progress.
+
+    Attributes:
+        program, loss_of, weights, shapes: as there.
+        flying: what is kept of each microbatch on each stage.
+        outputs: what the user's step returned for each microbatch on the last stage.
+        unposted: the receives from other ranks that have not begun, of each kind, with their places among all.
+        num_taken: those whose action has begun.
+    """
 
     program: Program
     loss_of: Callable[[Any], torch.Tensor]
@@ -78,6 +91,8 @@ class _Step:
     shapes: Sequence[Hashable]
     flying: dict[tuple[int, int], _InFlight] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
+    unposted: tuple[deque[tuple[int, Action]], ...] = ()
+    num_taken: int = 0
 
     def key(self, stage: int, microbatch: int) -> Hashable:
         """What the shapes that a stage receives follow from; None where that is not known."""
@@ -111,6 +126,7 @@ class Executor:
         self._last = len(stages.cuts) - 1
         self.observers: list[Observer] = []
         self.running: int | None = None
+        self._returns = [returned(cut.leaving) for cut in stages.cuts]
 
     def run(
         self,
@@ -136,98 +152,108 @@ class Executor:
         """
         step = _Step(program, loss_of, weights, shapes)
         self._deferred.forget()  # what a step that failed has left
-        remote = [action for action in row if self._is_remote(action)]
-        num_passed = 0
-        self._post_ahead(remote[:_NUM_POSTED], step)
-        for action in row:
-            num_passed += num_passed < len(remote) and action is remote[num_passed]
-            self._begin(action)
+        messages = [self._message(action) for action in row]
+        remote = list(enumerate(message for message in messages if message is not None))
+        step.unposted = tuple(deque(entry for entry in remote if entry[1].kind == kind) for kind in "FB")
+        self._post_ahead(step)
+        for action, message in zip(row, messages, strict=True):
+            step.num_taken += message is not None
+            for observer in self.observers:
+                observer.begin(action)
             if action.kind == "F":
                 self._forward(action, step)
             elif action.kind == "W":
                 self._deferred.run((action.stage, action.microbatch))
             else:
                 self._backward(action, step)
-            self._end()
-            self._post_ahead(remote[num_passed : num_passed + _NUM_POSTED], step)
+            for observer in self.observers:
+                observer.end()
+            self._post_ahead(step)
         self._transport.flush()
         return [step.outputs[index] for index in sorted(step.outputs)]
 
     # ------------------------------------------------------------------ actions
 
     def _forward(self, action: Action, step: _Step) -> None:
-        stage, index = action.stage, action.microbatch
-        kept, self.running = _InFlight(), stage
+        _, stage, index = action
+        arrival, likes = Arrival(), list[Like]()
+        self.running = stage
         self.hooks.before_forward(index)
         try:
             output, leaving = self._stages.run(
                 stage,
                 lambda: step.program(index),
                 None if stage == 0 else lambda held: self._receive(action, held, step),
-                kept.arrival,
+                arrival,
                 lambda: self.hooks.at_entrance(index, stage),
             )
         finally:
             self.running = None
         self.hooks.after_forward()
-        if stage > 0 and kept.arrival.hidden is None:
+        if stage > 0 and arrival.hidden is None:
             raise ModelError(f"the step on microbatch {index} ended before it reached the blocks of stage {stage}{_EVERY_STEP}")
         if stage == self._last:
             step.outputs[index] = output
         elif not leaving:
             raise ModelError(f"the step on microbatch {index} ended before it reached the blocks of stage {stage + 1}{_EVERY_STEP}")
         else:
-            self._send(Action("F", stage + 1, index), leaving, step)
+            likes = [_like(tensor) for tensor in leaving]
+            self._send(Action("F", stage + 1, index), leaving, likes, step)
         if torch.is_grad_enabled():
-            returns = returned(self._stages.cuts[stage].leaving)
-            kept.left = [(_edge(tensor), _like(tensor)) for tensor, has in zip(leaving, returns, strict=False) if has]
-            step.flying[stage, index] = kept
+            edges = [_edge(tensor) for tensor in compress(leaving, self._returns[stage])]
+            step.flying[stage, index] = _InFlight(arrival, edges, list(compress(likes, self._returns[stage])))
 
     def _backward(self, action: Action, step: _Step) -> None:
-        stage, index = action.stage, action.microbatch
+        kind, stage, index = action
         kept = step.flying.pop((stage, index))
-        puts_off = self._deferred.collecting((stage, index)) if action.kind == "I" else nullcontext()
+        puts_off = self._deferred.collecting((stage, index)) if kind == "I" else nullcontext()
         with self._stages.backward(stage, kept.arrival, lambda: self.hooks.at_entrance(index, stage)), puts_off:
             if stage == self._last:
-                (step.loss_of(step.outputs[index]) * step.weights[index]).backward()
+                loss = step.loss_of(step.outputs[index])
+                run_backward([loss], [_scaled_one(loss, step.weights[index])])
             else:
-                arrived = self._take(Action("B", stage, index), [like for _, like in kept.left])
-                pairs = [(edge, grad) for (edge, _), grad in zip(kept.left, arrived, strict=True) if edge is not None]
+                arrived = self._take(Action("B", stage, index), kept.likes)
+                pairs = [(edge, grad) for edge, grad in zip(kept.edges, arrived, strict=True) if edge is not None]
                 if pairs:  # none where everything up to here is frozen
-                    torch.autograd.backward([edge for edge, _ in pairs], [grad for _, grad in pairs])
+                    run_backward([edge for edge, _ in pairs], [grad for _, grad in pairs])
         if stage > 0:
             self._transport.send(Action("B", stage - 1, index), kept.arrival.gradients())
         self.hooks.after_backward()
 
     # ------------------------------------------------------------------ messages
 
-    def _is_remote(self, action: Action) -> bool:
-        is_end = action.stage == (0 if action.kind == "F" else self._last)
-        return action.kind != "W" and not is_end and self._transport.is_remote(_message(action))
+    def _message(self, action: Action) -> Action | None:
+        """What an action takes from another rank. Gradients have one name, whatever is computed with them."""
+        kind, stage, index = action
+        if kind == "W" or stage == (0 if kind == "F" else self._last):
+            return None
+        message = action if kind == "F" else Action("B", stage, index)
+        return message if self._transport.is_remote(message) else None
 
-    def _post_ahead(self, actions: Sequence[Action], step: _Step) -> None:
-        """Begin the receives of coming actions, where it is known what will come.
+    def _post_ahead(self, step: _Step) -> None:
+        """Begin the next receives, where it is known what will come.
 
         None overtakes another of its kind: over NCCL messages have no tags.
         """
-        unknown = set()
-        for action in actions:
-            message = _message(action)
-            if message.kind not in unknown and not self._transport.is_posted(message):
-                likes = self._expected(action, step)
-                if likes is None:
-                    unknown.add(message.kind)
-                else:
+        for unposted in step.unposted:
+            while unposted and unposted[0][0] < step.num_taken + _NUM_POSTED:
+                place, message = unposted[0]
+                if place >= step.num_taken:
+                    likes = self._expected(message, step)
+                    if likes is None:
+                        break
                     self._transport.post(message, likes)
+                unposted.popleft()
 
-    def _expected(self, action: Action, step: _Step) -> list[Like] | None:
-        if action.kind == "F":
-            return self._known.get(step.key(action.stage, action.microbatch))
-        kept = step.flying.get((action.stage, action.microbatch))
-        return None if kept is None else [like for _, like in kept.left]
+    def _expected(self, message: Action, step: _Step) -> list[Like] | None:
+        kind, stage, index = message
+        if kind == "F":
+            return self._known.get(step.key(stage, index))
+        kept = step.flying.get((stage, index))
+        return None if kept is None else kept.likes
 
-    def _send(self, message: Action, leaving: list[torch.Tensor], step: _Step) -> None:
-        key, likes = step.key(message.stage, message.microbatch), [_like(tensor) for tensor in leaving]
+    def _send(self, message: Action, leaving: list[torch.Tensor], likes: list[Like], step: _Step) -> None:
+        key = step.key(message.stage, message.microbatch)
         known = None if key is None else self._known.setdefault(key, likes)
         if known is not None and known != likes:
             raise ModelError(
@@ -240,44 +266,39 @@ class Executor:
 
     def _receive(self, action: Action, held: list[torch.Tensor], step: _Step) -> list[torch.Tensor]:
         """What stage ``action.stage`` gets for a microbatch, in the place of the tensors ``held``."""
-        key, likes = step.key(action.stage, action.microbatch), [_like(tensor) for tensor in held]
-        is_told = self._stages.is_told(action.stage) and self._transport.is_remote(action)
-        if key in self._known:
-            likes = self._known[key]
-        elif is_told:
-            likes = self._told(action, len(held))
-        if key is not None:
-            self._known[key] = likes
+        key = step.key(action.stage, action.microbatch)
+        likes = self._known.get(key)
+        if likes is None:
+            is_told = self._stages.is_told(action.stage) and self._transport.is_remote(action)
+            likes = self._told(action, len(held)) if is_told else [_like(tensor) for tensor in held]
+            if key is not None:
+                self._known[key] = likes
         return self._take(action, likes)
 
     def _told(self, action: Action, num_tensors: int) -> list[Like]:
-        with self._waiting():
-            return self._transport.receive_header(action, num_tensors)
+        self._note_wait()
+        likes = self._transport.receive_header(action, num_tensors)
+        self._note_arrival()
+        return likes
 
     def _take(self, message: Action, likes: list[Like]) -> list[torch.Tensor]:
-        with self._waiting():
-            return self._transport.receive(message, likes)
+        self._note_wait()
+        received = self._transport.receive(message, likes)
+        self._note_arrival()
+        return received
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _note_wait(self) -> None:
         for observer in self.observers:
             observer.wait()
-        yield
+
+    def _note_arrival(self) -> None:
         for observer in self.observers:
             observer.arrive()
 
-    def _begin(self, action: Action) -> None:
-        for observer in self.observers:
-            observer.begin(action)
 
-    def _end(self) -> None:
-        for observer in self.observers:
-            observer.end()
-
-
-def _message(action: Action) -> Action:
-    """The name of what an action consumes: gradients have one, whatever is computed with them."""
-    return action if action.kind == "F" else Action("B", action.stage, action.microbatch)
+def _scaled_one(loss: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    """The gradient of ``weight * loss`` with respect to ``loss``."""
+    return weight.to(loss).expand_as(loss) if isinstance(weight, torch.Tensor) else torch.full_like(loss, weight)
 
 
 def _edge(tensor: torch.Tensor) -> GradientEdge | None:

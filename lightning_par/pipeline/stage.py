@@ -72,6 +72,8 @@ class Cut:
         first, last: its blocks, from ``first`` up to but not including ``last``.
         arriving: what it receives beside the hidden state; empty on the first stage.
         leaving: what it sends beside the hidden state; empty on the last one.
+        is_bare: whether the code before its first block runs without gradients; see [Note: in the place of]. Not where
+            reentrant checkpointing turns gradients off around the blocks, and on again behind them.
     """
 
     stage: int
@@ -79,6 +81,7 @@ class Cut:
     last: int
     arriving: tuple[CarriedPlan, ...] = ()
     leaving: tuple[CarriedPlan, ...] = ()
+    is_bare: bool = False
 
 
 class StageProgram:
@@ -137,36 +140,27 @@ class StageProgram:
             What the step returned and nothing on the last stage; None and what crosses, the hidden state first, on the others.
         """
         needs_grad = torch.is_grad_enabled()
-        with self._running(_StageRun(self, stage, arrival, receive, needs_grad, at_entrance)):
-            try:
-                with torch.set_grad_enabled(needs_grad and not self.is_bare(stage)):
-                    return program(), []
-            except StageExit as leaving:
-                return None, leaving.leaving
+        self._set_runner(_StageRun(self, stage, arrival, receive, needs_grad, at_entrance))
+        try:
+            with torch.set_grad_enabled(needs_grad and not self.cuts[stage].is_bare):
+                return program(), []
+        except StageExit as leaving:
+            return None, leaving.leaving
+        finally:
+            self._set_runner(None)
 
     @contextmanager
     def backward(self, stage: int, arrival: Arrival, at_entrance: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Around a backward, in which checkpointing may run blocks of ``stage`` again."""
-        with self._running(_StageRun(self, stage, arrival, None, True, at_entrance, is_again=True)):
-            yield
-
-    @contextmanager
-    def _running(self, run: _StageRun) -> Iterator[None]:
-        if self.blocks is None or len(self.cuts) == 1:
-            yield
-            return
-        self.blocks.runner = run
+        self._set_runner(_StageRun(self, stage, arrival, None, True, at_entrance, is_again=True))
         try:
             yield
         finally:
-            self.blocks.runner = None
+            self._set_runner(None)
 
-    def is_bare(self, stage: int) -> bool:
-        """Whether the code before a stage's first block runs without gradients; see [Note: in the place of].
-
-        Not where reentrant checkpointing turns gradients off around the blocks, and on again behind them.
-        """
-        return stage > 0 and self.blocks is not None and self.blocks.chain.has_gradients[self.cuts[stage].first - 1]
+    def _set_runner(self, run: _StageRun | None) -> None:
+        if self.blocks is not None and len(self.cuts) > 1:
+            self.blocks.runner = run
 
     def _changed(self) -> list[int]:
         """Blocks inside the only stage of a rank are called as they were, but for the last one of all, after which a pass ends."""
@@ -219,7 +213,7 @@ class _StageRun:
     def _pass_over(self, blocks: Blocks, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call of a block of an earlier stage."""
         requires_grad = self.needs_grad and index == self._cut.first - 1
-        if requires_grad and self.program.is_bare(self.stage):
+        if requires_grad and self._cut.is_bare:
             torch.set_grad_enabled(True)  # until the step ends
         output = blocks.pass_over(index, args, kwargs, requires_grad)
         self.see(blocks.chain.blocks[index], output)
@@ -262,4 +256,5 @@ def _cut(plan: Plan, stage: int) -> Cut:
     bounds, last = plan.stages[stage], len(plan.stages) - 1
     arriving = plan.boundaries[stage - 1] if stage > 0 else ()
     leaving = plan.boundaries[stage] if stage < last else ()
-    return Cut(stage, bounds.first, bounds.last, arriving, leaving)
+    is_bare = stage > 0 and plan.chain is not None and plan.chain.has_gradients[bounds.first - 1]
+    return Cut(stage, bounds.first, bounds.last, arriving, leaving, is_bare)

@@ -31,7 +31,8 @@ _DTYPES = (
 class Transport:
     """Sends and receives of one rank.
 
-    A message is named by the action that consumes it: F of a stage takes activations, B (or I) gradients.
+    A message is named by the action that consumes it: F of a stage takes activations, B gradients, whether its
+    backward is one or in halves.
 
     Args:
         layout: where the stages are.
@@ -62,33 +63,35 @@ class Transport:
         """Whether a message comes from another rank."""
         return self._pp_of[_sender(message)] != self._coordinate
 
-    def is_posted(self, message: Action) -> bool:
-        """Whether its receive was posted."""
-        return message in self._posted
-
     def send(self, message: Action, tensors: Sequence[torch.Tensor], with_header: bool = False) -> None:
         """Send ``tensors`` to the stage of ``message``; before them, where asked for, what they are like."""
         peer, sent = self._pp_of[message.stage], [tensor.detach().contiguous() for tensor in tensors]
         if peer == self._coordinate:
             self._local[message] = sent
             return
+        group, tag = self._group(message, self._coordinate, peer), self._tag(message)
         if with_header:
-            self._send(message, 0, peer, _header([(tuple(tensor.shape), tensor.dtype) for tensor in sent], self._device))
+            header = _header([(tuple(tensor.shape), tensor.dtype) for tensor in sent], self._device)
+            self._leaving.append((group.send([header], peer, tag), header))
         for entry, tensor in enumerate(sent, 1):
-            self._send(message, entry, peer, tensor)
+            self._leaving.append((group.send([tensor], peer, tag + entry), tensor))
         if len(self._leaving) > 8:
             self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
 
     def post(self, message: Action, likes: Sequence[Like]) -> None:
         """Begin to receive a message from another rank."""
         peer = self._pp_of[_sender(message)]
-        buffers = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in likes]
-        self._posted[message] = [(self._begin(message, entry, peer, buffer), buffer) for entry, buffer in enumerate(buffers, 1)]
+        group, tag, device = self._group(message, peer, self._coordinate), self._tag(message), self._device
+        posted = self._posted[message] = []
+        for entry, (shape, dtype) in enumerate(likes, 1):
+            buffer = torch.empty(shape, dtype=dtype, device=device)
+            posted.append((group.recv([buffer], peer, tag + entry), buffer))
 
     def receive(self, message: Action, likes: Sequence[Like]) -> list[torch.Tensor]:
         """The tensors of a message. Waits."""
-        if message in self._local:
-            return self._local.pop(message)
+        local = self._local.pop(message, None)
+        if local is not None:
+            return local
         if message not in self._posted:
             self.post(message, likes)
         received = []
@@ -99,8 +102,11 @@ class Transport:
 
     def receive_header(self, message: Action, num_tensors: int) -> list[Like]:
         """What the tensors of a message are like, where its sender says so. Waits."""
-        header = torch.empty(num_tensors * (_MAX_DIMS + 2), dtype=torch.int64, device=self._device)
-        self._begin(message, 0, self._pp_of[_sender(message)], header).wait()
+        peer, header = (
+            self._pp_of[_sender(message)],
+            torch.empty(num_tensors * (_MAX_DIMS + 2), dtype=torch.int64, device=self._device),
+        )
+        self._group(message, peer, self._coordinate).recv([header], peer, self._tag(message)).wait()
         rows = header.view(num_tensors, -1).tolist()
         return [(tuple(row[2 : 2 + row[1]]), _DTYPES[row[0]]) for row in rows]
 
@@ -110,19 +116,12 @@ class Transport:
             work.wait()
         self._leaving.clear()
 
-    def _send(self, message: Action, entry: int, peer: int, tensor: torch.Tensor) -> None:
-        work = self._group(message, self._coordinate, peer).send([tensor], peer, self._tag(message, entry))
-        self._leaving.append((work, tensor))
-
-    def _begin(self, message: Action, entry: int, peer: int, buffer: torch.Tensor) -> dist.Work:
-        work: dist.Work = self._group(message, peer, self._coordinate).recv([buffer], peer, self._tag(message, entry))
-        return work
-
     def _group(self, message: Action, sender: int, receiver: int) -> dist.ProcessGroup:
-        return self._groups["F" if message.kind == "F" else "B"][receiver < sender].group
+        return self._groups[message.kind][receiver < sender].group
 
-    def _tag(self, message: Action, entry: int) -> int:
-        return (message.microbatch * len(self._pp_of) + message.stage) * _MAX_TENSORS + entry
+    def _tag(self, message: Action) -> int:
+        """Of a message's header; its tensors have the next ones."""
+        return (message.microbatch * len(self._pp_of) + message.stage) * _MAX_TENSORS
 
 
 def _sender(message: Action) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (  # the only way to run a step withou
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode  # sees the operations below autograd, collectives among them
 
 Place = tuple[int, int, tuple[int, ...], tuple[int, ...]]
@@ -37,6 +38,7 @@ __all__ = [
     "is_fake",
     "is_gradient_wanted",
     "place_of",
+    "run_backward",
     "runs_as_written",
     "storage_key",
     "unseen_by_modes",
@@ -113,6 +115,14 @@ def backward_call(tensor: torch.Tensor, gradient: torch.Tensor) -> Callable[[], 
     gradients = [gradient.new_zeros(output.shape) for output in node._input_metadata]
     gradients[tensor.output_nr] = gradient
     return partial(node.apply, *gradients)
+
+
+def run_backward(roots: Sequence[torch.Tensor | GradientEdge], gradients: Sequence[torch.Tensor]) -> None:
+    """Run the graph from ``roots``, whose gradients have their shapes, and add up in ``grad`` of its leaves.
+
+    What ``torch.autograd.backward`` ends in; what that does before takes longer than the host has for a stage.
+    """
+    _engine_run_backward(tuple(roots), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def has_backward_hook(module: torch.nn.Module) -> bool:

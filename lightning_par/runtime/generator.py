@@ -12,18 +12,32 @@ import torch.distributed as dist
 
 from lightning_par.runtime.axis import GroupAxis
 
+_CPU = torch.device("cpu")
+
 
 @contextmanager
-def generators_put_back() -> Iterator[None]:
-    """What runs inside draws from the generators of torch (on the CPU), numpy and Python, which afterwards are as before."""
-    torch_state = torch.get_rng_state()
+def generators_put_back(device: torch.device = _CPU) -> Iterator[None]:
+    """What runs inside draws from the `torch_generators`, numpy's and Python's, which afterwards are as before."""
+    generators = torch_generators(device)
+    torch_states = [generator.get_state() for generator in generators]
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
         yield
     finally:
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
+        for generator, state in zip(generators, torch_states, strict=True):
+            generator.set_state(state)
+
+
+def torch_generators(device: torch.device) -> list[torch.Generator]:
+    """The default generators of torch, on the CPU and, where it is another, on ``device``."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    return [
+        torch.default_generator,
+        torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index],
+    ]
 
 
 def share_generators(replica: GroupAxis) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from lightning_par.runtime.axis import Axis
+from lightning_par.runtime.generator import torch_generators
 
 _SEED_BOUND = 2**62
 _PHILOX_STEP = 4  # a CUDA generator's offset counts in multiples of four
@@ -43,8 +44,7 @@ def sharded_stream(axis: Axis, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _cuda_stream(axis: Axis, device: torch.device) -> Iterator[None]:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator = torch.cuda.default_generators[index]
+    generator = torch_generators(device)[-1]
     seed, offset = generator.initial_seed(), generator.get_offset()
     generator.manual_seed(mix_seed(mix_seed(seed, offset), axis.coordinate))  # mixed twice: no sum of the two may be met again
     try:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import numpy
 import torch
 
-from lightning_par.runtime.generator import generators_put_back
+from lightning_par.runtime.generator import generators_put_back, torch_generators
 from lightning_par.runtime.random import mix_seed
 
 
@@ -34,14 +34,14 @@ class MicrobatchStreams:
 
     def __init__(self, seed: int, replica: int, device: torch.device) -> None:
         self._seed, self._device = mix_seed(seed, replica), device
+        self._generators = torch_generators(device)
         self._num_steps = 0
         self._seed_of_step = 0
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around all microbatches of one step."""
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices), generators_put_back():
+        with generators_put_back(self._device):
             self._num_steps += 1
             self._seed_of_step = mix_seed(self._seed, self._num_steps)
             yield
@@ -65,6 +65,5 @@ class MicrobatchStreams:
     def _set(self, seed: int) -> None:
         random.seed(seed)
         numpy.random.seed(seed % 2**32)  # it takes no more
-        torch.default_generator.manual_seed(seed)
-        if self._device.type == "cuda":
-            torch.cuda.default_generators[self._device.index or 0].manual_seed(seed)
+        for generator in self._generators:
+            generator.manual_seed(seed)
