@@ -2,10 +2,11 @@
 
 1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder
 2. convert     planned layers compute on their shards
-3. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
-4. compile     planned modules are compiled when they are first called
-5. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
-6. cut         blocks of other stages only pass the hidden state on, or end the step
+3. float8      planned linear layers multiply in float8
+4. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
+5. compile     planned modules are compiled when they are first called
+6. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
+7. cut         blocks of other stages only pass the hidden state on, or end the step
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.parameter import set_spec
 from lightning_par.split_backward import defer_weight_gradients
 from lightning_par.tensor import (
+    Float8Arithmetic,
     SequenceParallel,
     SharedInput,
     convert_embedding,
     convert_linear,
     convert_positionwise,
+    multiply_in_float8,
     whole_tensor,
 )
 
@@ -56,6 +59,9 @@ def install(
     shard_parameters(module, plan.parameters, pp, tp, device)
     sequence = _sequence(plan, tp)
     convert_layers(module, plan, pp, tp, sequence)
+    if plan.float8 is not None:
+        held = [name for name in plan.float8.layers if module.get_submodule(name)._parameters.get("weight") is not None]
+        multiply_in_float8(module, held, Float8Arithmetic(plan.float8.recipe, emulate=device.type == "cpu"))
     if deferred is not None:
         defer_weight_gradients(module, deferred)
     compile_modules(module, plan, pp)

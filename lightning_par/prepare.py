@@ -16,6 +16,7 @@ from lightning_par.plan.build import with_partial_gradients
 from lightning_par.plan.caution import cautions
 from lightning_par.plan.compare import first_difference
 from lightning_par.plan.compiled import check_compilation, plan_compilation
+from lightning_par.plan.float8 import plan_float8
 from lightning_par.plan.operation import SHAPE
 from lightning_par.plan.reference import differences
 from lightning_par.plan.segments import SPLITS
@@ -65,17 +66,21 @@ def prepare_plan(
     if step == "training_step":
         plan = replace(plan, notes=plan.notes + cautions(trace, plan.layout, batch, counts_targets))
     if layout.tp == 1:
-        return _with_compilation(plan, trace, Flow(), chosen)
+        return _with_options(plan, trace, Flow(), chosen)
     forced = chosen.kinds(trace.layers)
     flow = infer_flow(trace, forced)
     if layout.sp:
         plan = replace(plan, sequence=plan_sequence(trace, layout, plan, flow))
     plan = _choose_activations(module, batch, trace, plan, flow, chosen)
     plan = replace(plan, notes=plan.notes + differences(module, plan, forced))
-    return _with_compilation(plan, trace, flow, chosen)
+    return _with_options(plan, trace, flow, chosen)
 
 
-def _with_compilation(plan: Plan, trace: Trace, flow: Flow, chosen: Overrides) -> Plan:
+def _with_options(plan: Plan, trace: Trace, flow: Flow, chosen: Overrides) -> Plan:
+    """The plan with how its layers compute: in float8, compiled."""
+    if chosen.fp8 is not None:
+        float8, note = plan_float8(trace, plan, chosen.fp8)
+        plan = replace(plan, float8=float8, notes=(*plan.notes, note))
     if chosen.compile is None:
         return plan
     check_compilation(trace, plan)

@@ -37,6 +37,7 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
         plan=instantiate(config.plan, _convert_="all"),
         recompute=config.parallel.get("recompute", "none"),
         compile=config.parallel.get("compile", False),
+        fp8=config.parallel.get("fp8"),
         schedule=config.schedule,
         hang_seconds=config.hang_seconds,
         loss_weight=instantiate({"given": config.get("loss_weight")}, _convert_="all")["given"],  # a plain word, too

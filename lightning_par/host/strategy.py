@@ -37,9 +37,10 @@ from lightning_par.layout import Layout, parse_layout
 from lightning_par.pipeline.tables import choose_schedule
 from lightning_par.plan import Plan
 from lightning_par.plan.compiled import read_backend
-from lightning_par.plan.override import check_recompute_word
+from lightning_par.plan.override import check_float8_word, check_recompute_word
 from lightning_par.runtime.generator import share_generators
 from lightning_par.runtime.mesh import Mesh
+from lightning_par.tensor import check_float8
 from lightning_par.zero.states import OptimizerStates
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class HybridParallelStrategy(Host):
         recompute: what of the blocks' activations the backward computes again: ``none``, ``selective`` (what is cheap to make)
             or ``full`` (all but their inputs). A line of ``plan`` says it for single blocks.
         compile: whether torch.compile compiles the blocks: True, or the name of its backend.
+        fp8: whether the linear layers of the blocks multiply in float8, and how they scale: ``tensorwise`` or ``rowwise``, see
+            `lightning_par.tensor.float8`. Needs a GPU that has float8 units, torchao, and a bf16 precision.
         schedule: the pipeline schedule, one of `lightning_par.pipeline.schedules`, or ``auto``: made for the costs of the
             stages, first by their FLOPs, and after a few steps by their measured time. By default 1F1B, or interleaved where the
             layout has several stages on a rank.
@@ -72,8 +75,8 @@ class HybridParallelStrategy(Host):
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
-        ConfigurationError: the schedule or the word for ``recompute`` or the backend for ``compile`` is unknown, ``loss_weight`` is
-            no such thing, or ``hang_seconds`` is too short.
+        ConfigurationError: the schedule or the word for ``recompute`` or ``fp8`` or the backend for ``compile`` is unknown,
+            ``loss_weight`` is no such thing, or ``hang_seconds`` is too short.
     """
 
     root = ""  # the Lightning namespace, set by `bind`
@@ -90,6 +93,7 @@ class HybridParallelStrategy(Host):
         plan: Mapping[str, Any] | None = None,
         recompute: str = "none",
         compile: bool | str = False,
+        fp8: str | None = None,
         schedule: str | None = None,
         loss_weight: LossWeight | None = None,
         timeout_seconds: float = 600.0,
@@ -105,6 +109,9 @@ class HybridParallelStrategy(Host):
         self.loss_weight = read_loss_weight(loss_weight)
         if compile:
             self.overrides["compile"] = read_backend(compile)
+        if fp8 is not None:
+            check_float8_word(fp8)
+            self.overrides["fp8"] = fp8
         if recompute != "none":
             self.overrides["recompute"] = {"*": recompute, **(self.overrides.get("recompute") or {})}
         self._timeout, self._hang_seconds = timedelta(seconds=timeout_seconds), hang_seconds
@@ -189,6 +196,8 @@ class HybridParallelStrategy(Host):
         """Everything that can be found wrong without other ranks, before they are started; the plan, on rank 0."""
         check_callbacks(trainer)
         check_inference_mode(trainer)
+        if self.overrides.get("fp8") is not None:
+            check_float8(self.overrides["fp8"], self.root_device, self.precision_plugin.precision)
         module = args[0] if args and args[0] is not None else trainer.lightning_module
         check_checkpoints([*args, *kwargs.values()], self.layout)
         engine = check_split(module, self.layout)
