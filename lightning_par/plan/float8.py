@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-from lightning_par.errors import ConfigurationError, ModelError
-from lightning_par.plan.check import looked
+from lightning_par.errors import ConfigurationError
+from lightning_par.plan.check import without_blocks
 from lightning_par.plan.plan import Float8Plan, Float8Recipe, LayerPlan, Plan
 from lightning_par.runtime.parameter import Split
 from lightning_par.trace import Layer, Trace
@@ -25,10 +25,7 @@ def plan_float8(trace: Trace, plan: Plan, recipe: Float8Recipe) -> tuple[Float8P
         ConfigurationError: no layer in them can, or the plan section asks for what has to know the products.
     """
     if plan.chain is None:
-        raise ModelError(
-            f"fp8={recipe} is for the linear layers of the blocks, and {plan.module} has no chain of blocks that the step runs in "
-            f"order ({looked(trace, plan.module)}): name the container of the blocks with plan.chain=PATH, or leave fp8 out"
-        )
+        raise without_blocks(trace, plan.module, f"fp8={recipe} is for the linear layers of the blocks", "leave fp8 out")
     if "selective" in plan.chain.recompute:
         raise ConfigurationError(
             f"fp8={recipe} with recompute=selective: that keeps the results of torch's own products, and float8 ones are others: "
