@@ -8,7 +8,7 @@ every rank holds, by the sizes in the plan alone: neither the reductions nor the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,13 +30,24 @@ MakeBatch = Callable[[int, int], dict[str, torch.Tensor]]
 
 @dataclass
 class Run:
-    """What one process, or one rank of a layout, saw."""
+    """What one process, or one rank of a layout, saw.
+
+    Attributes:
+        losses, norms: of each step.
+        gradients: of the first step, before any reduction.
+        weights: in the end.
+        specs: of each parameter.
+        scales: the loss scale after each step, where there is one.
+        pieces: what a rank holds of the reduced gradients of the first step: name, tp coordinate, where it begins, values.
+    """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     specs: dict[str, ParameterSpec] = field(default_factory=dict)
+    scales: list[float] = field(default_factory=list)
+    pieces: list[tuple[str, int, int, torch.Tensor]] = field(default_factory=list)
 
 
 class Steps(Dataset[dict[str, torch.Tensor]]):
@@ -71,7 +82,14 @@ class Watch(pl.Callback):
             self.run.gradients = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        if not isinstance(trainer.strategy, HybridParallelStrategy):
+        strategy = trainer.strategy
+        if isinstance(strategy, HybridParallelStrategy):
+            if trainer.global_step == 0:
+                self.run.pieces = [
+                    (get_spec(each.parameter).name, strategy.mesh.coordinate.tp, each.start, each.gradient.detach().clone())
+                    for each in strategy.states.gradients()
+                ]
+        else:
             norms = torch.stack([p.grad.double().norm() for p in pl_module.parameters() if p.grad is not None])
             self.run.norms.append(float(norms.norm()))
 
@@ -81,9 +99,17 @@ class Watch(pl.Callback):
         self.run.losses.append(float(outputs["loss"]))
         if isinstance(trainer.strategy, HybridParallelStrategy) and trainer.strategy.grad_norm is not None:  # a step was taken
             self.run.norms.append(float(trainer.strategy.grad_norm))
+            scale = trainer.strategy.engine.loss_scale
+            self.run.scales += [] if scale is None else [scale.scale]
 
 
-def fit(make: MakeModel, loader: DataLoader[Any], **trainer: Any) -> tuple[pl.Trainer, pl.LightningModule, Run]:
+def fit(
+    make: MakeModel,
+    loader: DataLoader[Any],
+    callbacks: Sequence[pl.Callback] = (),
+    ckpt_path: str | None = None,
+    **trainer: Any,
+) -> tuple[pl.Trainer, pl.LightningModule, Run]:
     """Train a freshly made model, without anything that writes."""
     torch.manual_seed(0)
     module, watch = make(), Watch()
@@ -93,8 +119,8 @@ def fit(make: MakeModel, loader: DataLoader[Any], **trainer: Any) -> tuple[pl.Tr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         chosen: dict[str, Any] = {"accelerator": "cpu", "max_steps": STEPS, "gradient_clip_val": CLIP, **quiet, **trainer}
-        host = pl.Trainer(callbacks=[watch], **chosen)
-        host.fit(module, loader)
+        host = pl.Trainer(callbacks=[watch, *callbacks], **chosen)
+        host.fit(module, loader, ckpt_path=ckpt_path)
     return host, module, watch.run
 
 
