@@ -23,7 +23,9 @@ def accumulate_in_float32(parameters: Iterable[nn.Parameter]) -> None:
     """
     for parameter in parameters:
         if parameter.requires_grad and parameter.dtype in HALF:
+            gradient, parameter.grad = parameter.grad, None  # torch changes the dtype of none
             parameter.grad_dtype = torch.float32
+            parameter.grad = None if gradient is None else gradient.float()
 
 
 class Masters:
@@ -81,10 +83,8 @@ class Masters:
         self.inner.param_groups = [{**group, "params": [self._stepped(p) for p in group["params"]]} for group in groups]
 
     def _stepped(self, parameter: nn.Parameter) -> Any:
-        """What is stepped for a parameter: its master, made now if there is none yet."""
-        if parameter.dtype not in HALF:
-            return parameter
-        if parameter not in self._masters:
+        """What is stepped for a parameter: its master, made now if there is none yet; itself, if frozen or in float32."""
+        if parameter not in self._masters and parameter.requires_grad and parameter.dtype in HALF:
             accumulate_in_float32([parameter])
-            self._masters[parameter] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
-        return self._masters[parameter]
+            self._masters[parameter] = nn.Parameter(parameter.detach().float())
+        return self._masters.get(parameter, parameter)
