@@ -132,7 +132,9 @@ def _add_gradients(module: nn.Module, masters: nn.Module) -> None:
             master.grad = gradient if master.grad is None else master.grad + gradient
 
 
-def check_precisions(make: MakeModel, words: Sequence[str], precisions: Sequence[str], timeout: float = 120) -> None:
+def check_precisions(
+    make: MakeModel, words: Sequence[str], precisions: Sequence[str], timeout: float = 120, **strategy_options: Any
+) -> None:
     """Train in every layout and precision, in one start of the ranks, and compare with `train_plainly`.
 
     Args:
@@ -140,13 +142,14 @@ def check_precisions(make: MakeModel, words: Sequence[str], precisions: Sequence
         words: layouts of equal size that differ in their ZeRO stage.
         precisions: Lightning's words.
         timeout: seconds for all together.
+        **strategy_options: what the strategy is given besides the layout.
 
     Raises:
         AssertionError: names the layout, the precision, what differs, by how much.
     """
     layouts = {word: resolved(word) for word in words}
     first = layouts[words[0]]
-    results = run_ranks(_all_runs, first.world_size, make, layouts, precisions, timeout=timeout)
+    results = run_ranks(_all_runs, first.world_size, make, layouts, precisions, strategy_options, timeout=timeout)
     full = train_plainly(make, first, "32-true")
     for precision in precisions:
         alone = train_plainly(make, first, precision)
@@ -209,10 +212,15 @@ def check_pieces(alone: Run, ranks: Sequence[Run], layout: Layout, tolerance: fl
 
 
 def _all_runs(
-    rank: int, world_size: int, make: MakeModel, layouts: dict[str, Layout], precisions: Sequence[str]
+    rank: int,
+    world_size: int,
+    make: MakeModel,
+    layouts: dict[str, Layout],
+    precisions: Sequence[str],
+    strategy_options: dict[str, Any],
 ) -> dict[tuple[str, str], Run]:
     return {
-        (word, precision): train_rank(make, layout, rank, trainer={"precision": precision})
+        (word, precision): train_rank(make, layout, rank, trainer={"precision": precision}, **strategy_options)
         for word, layout in layouts.items()
         for precision in precisions
     }

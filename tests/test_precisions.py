@@ -9,9 +9,11 @@ from typing import Any
 
 import deepspeed
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 import transformers  # noqa: F401
 from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
@@ -20,14 +22,14 @@ from torch.utils.data import DataLoader
 from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.layout import Layout
 from lightning_par.loss_scale import LossScale
-from tests.models import MODELS, ByteModel
+from tests.models import MODELS, VOCABULARY, ByteModel, adamw, make_batch
 from tests.parity import MakeModel, Run, Steps, compare, fit, train_rank
 from tests.plain import check_precisions, frozen_block, resolved, train_plainly
 from tests.ranks import run_ranks
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 SETTINGS: dict[str, Any] = {"init_scale": 2.0**10, "growth_interval": 2}
-NUM_STEPS, BAD_STEP = 6, 2
+NUM_STEPS, BAD_STEP, WIDTH = 6, 2, 32
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,72 @@ def words(mesh: str) -> list[str]:
 
 def test_two_stages_and_two_replicas() -> None:
     check_precisions(frozen_block, words("pp2_dp2"), PRECISIONS)
+
+
+class Narrow(nn.Module):
+    """A block without a residual: under autocast it gives the half precision in which it computes.
+
+    What it multiplies by has torch's default dtype: recomputed in another one, it would not go into the layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x * torch.ones(WIDTH)).tanh()
+
+
+class NarrowModel(pl.LightningModule):
+    """The embedding gives float32 under autocast, its blocks do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.blocks = nn.ModuleList([Narrow() for _ in range(4)])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return F.cross_entropy(self(batch["tokens"][:, :-1]).flatten(0, 1), batch["tokens"][:, 1:].flatten())
+
+    def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self(batch["tokens"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return adamw(self)
+
+
+@pytest.mark.parametrize("options", [{}, {"schedule": "zb-h1"}, {"recompute": "full"}], ids=str)
+def test_stages_whose_hidden_state_changes_its_dtype(options: dict[str, Any]) -> None:
+    check_precisions(NarrowModel, ["pp2_mb4"], PRECISIONS[1:], **options)
+
+
+def predict(rank: int, world_size: int) -> dict[str, np.ndarray]:
+    """Predictions on each rank; arrays, because tensors cannot leave a process that ends."""
+    found = {}
+    for precision in PRECISIONS:
+        torch.manual_seed(0)
+        strategy = "auto" if world_size == 1 else HybridParallelStrategy("pp2_mb4", print_plan=False)
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=world_size, strategy=strategy, precision=precision, logger=False, enable_progress_bar=False
+        )
+        (whole,) = trainer.predict(NarrowModel(), DataLoader([make_batch(0, 8)], batch_size=None))
+        assert whole.dtype is (torch.float32 if precision == "32-true" else torch.bfloat16)
+        found[precision] = whole.float().numpy()
+    return found
+
+
+def test_predictions_are_those_of_the_stock_trainer() -> None:
+    (stock,) = run_ranks(predict, 1)
+    for ours in run_ranks(predict, 2):
+        for precision, expected in stock.items():
+            np.testing.assert_allclose(ours[precision], expected, rtol=1e-6, err_msg=precision)
 
 
 @pytest.mark.slow
