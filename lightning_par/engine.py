@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_par.install import install
+from lightning_par.loss_scale import LossScale
 from lightning_par.pipeline.executor import Executor, Hooks, Observer
 from lightning_par.pipeline.lockstep import Lockstep
 from lightning_par.pipeline.measure import CostMeter
@@ -26,6 +27,7 @@ from lightning_par.pipeline.transport import Transport
 from lightning_par.plan import Plan
 from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.mesh import Mesh
+from lightning_par.runtime.precision import FULL, Precision
 from lightning_par.runtime.streams import MicrobatchStreams
 from lightning_par.runtime.watchdog import Watchdog
 from lightning_par.zero.partitioned import DeepSpeedStates
@@ -47,16 +49,26 @@ class Engine:
         module: the user's module, installed in place.
         device: where it is.
         streams: random numbers.
+        precision: in which the steps are to run; parameters are cast to it.
         states: the owner of the optimizer states; None until something is trained.
+        loss_scale: factor of the loss in the backward; None for none.
         watchdog: an observer that finds out whether this rank hangs, once it is started.
     """
 
     _engines: ClassVar[WeakKeyDictionary[nn.Module, Engine]] = WeakKeyDictionary()
 
     def __init__(
-        self, module: nn.Module, plan: Plan, mesh: Mesh, device: torch.device, schedule: str | None = None, seed: int = 0
+        self,
+        module: nn.Module,
+        plan: Plan,
+        mesh: Mesh,
+        device: torch.device,
+        schedule: str | None = None,
+        seed: int = 0,
+        precision: Precision = FULL,
     ) -> None:
-        self.module, self.plan, self.mesh, self.device = module, plan, mesh, device
+        self.module, self.plan, self.mesh, self.device, self.precision = module, plan, mesh, device, precision
+        precision.convert_module(module)
         broadcast_module(module, mesh)
         for holders in sorted({parameter.spec.stages for parameter in plan.parameters if len(parameter.spec.stages) > 1}):
             mesh.tied(holders)  # every rank makes every group, whether it holds such a weight or not
@@ -78,6 +90,7 @@ class Engine:
         self._num_trained = 0
         self.watchdog = Watchdog()
         self.states: OptimizerStates | None = None
+        self.loss_scale: LossScale | None = None
         Engine._engines[module] = self
 
     @classmethod
@@ -91,9 +104,9 @@ class Engine:
         if self.states is not None:
             self.states.dissolve()
         if layout.zero and self.mesh.dp.size > 1:
-            self.states = DeepSpeedStates(self.module, optimizers, layout.zero, self.mesh)
+            self.states = DeepSpeedStates(self.module, optimizers, layout.zero, self.mesh, self.precision.has_masters)
         else:
-            self.states = ReplicatedStates(self.module, optimizers, self.mesh.dp)
+            self.states = ReplicatedStates(self.module, optimizers, self.mesh.dp, self.precision.has_masters)
         self._hooks.after_forward, self._hooks.after_backward = self.states.after_forward, self.states.after_backward
         return self.states
 
@@ -119,7 +132,7 @@ class Engine:
 
         Args:
             program: runs the user's step on the microbatch of an index.
-            weights: factor of each microbatch's loss in the backward; read where the last stage runs.
+            weights: factor of each microbatch's loss in the backward, without the loss scale; read where the last stage runs.
             loss_of: the loss in what the step returned.
             shapes: of each microbatch, the step and the shapes of its tensors; empty where they are not known.
 
@@ -128,6 +141,8 @@ class Engine:
         """
         row = self.tables.row(self.mesh.coordinate.pp, len(weights), trains=True)
         assert self.states is not None, "training needs an owner of the optimizer states"
+        if self.loss_scale is not None:
+            weights = [self.loss_scale.scale * weight for weight in weights]
         with self.watchdog.step("train"), self.streams.step(), self.states.accumulate(), self._metered():
             return self._executor.run(row, program, loss_of, weights, self._static(shapes))
 
@@ -181,6 +196,7 @@ class Engine:
             "buffers": dict(self.module.named_buffers()),
             "streams": self.streams.state_dict(),
             "states": None if self.states is None else self.states.state_dict(),
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -195,6 +211,8 @@ class Engine:
             for name, tensor in held.items():
                 tensor.copy_(saved[name])
         self.streams.load_state_dict(state["streams"])
+        if self.loss_scale is not None and state.get("loss_scale") is not None:  # none was saved in another precision
+            self.loss_scale.load_state_dict(state["loss_scale"])
 
 
 def traced_costs(plan: Plan) -> Costs:

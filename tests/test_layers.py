@@ -18,7 +18,7 @@ LAYERS = (
     ("plan",),
     ("tensor", "pipeline", "zero"),
     ("recompute", "compilation", "split_backward", "picture"),
-    ("install", "gradients", "checkpoint"),
+    ("install", "gradients", "loss_scale", "checkpoint"),
     ("prepare", "engine"),
     ("host",),
     ("__init__",),

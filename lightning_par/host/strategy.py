@@ -21,7 +21,7 @@ from lightning_par.host.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
 from lightning_par.host.namespace import bind, root_in_use, worker_seeding
 from lightning_par.host.plan_report import report_plan
-from lightning_par.host.precision import check_precision, precision_class
+from lightning_par.host.precision import check_device, precision_class, read_precision, read_scale
 from lightning_par.host.preflight import (
     check_callbacks,
     check_checkpoints,
@@ -40,6 +40,7 @@ from lightning_par.plan.compiled import read_backend
 from lightning_par.plan.override import check_float8_word, check_recompute_word
 from lightning_par.runtime.generator import share_generators
 from lightning_par.runtime.mesh import Mesh
+from lightning_par.runtime.precision import FULL
 from lightning_par.tensor import check_float8
 from lightning_par.zero.states import OptimizerStates
 
@@ -120,7 +121,7 @@ class HybridParallelStrategy(Host):
         self._mesh: Mesh | None = None
         self._engine: Engine | None = None
         self._steps: StepRunner | None = None
-        self._reduced: set[int] = set()  # optimizers whose gradients are reduced and not yet stepped with, by position
+        self._reduced: dict[int, bool] = {}  # optimizers whose gradients are reduced, by position; whether they have overflowed
         self.grad_norm: torch.Tensor | None = None
 
     # ------------------------------------------------------------------ devices and ranks
@@ -194,13 +195,14 @@ class HybridParallelStrategy(Host):
 
     def _preflight(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Everything that can be found wrong without other ranks, before they are started; the plan, on rank 0."""
+        check_device(self.precision, self.root_device)
         check_callbacks(trainer)
         check_inference_mode(trainer)
         if self.overrides.get("fp8") is not None:
-            check_float8(self.overrides["fp8"], self.root_device, self.precision_plugin.precision)
+            check_float8(self.overrides["fp8"], self.root_device, self.precision.name)
         module = args[0] if args and args[0] is not None else trainer.lightning_module
         check_checkpoints([*args, *kwargs.values()], self.layout)
-        engine = check_split(module, self.layout)
+        engine = check_split(module, self.layout, self.precision)
         if engine is not None:
             self._engine, self._mesh, self._plan = engine, engine.mesh, engine.plan
         elif self.global_rank == 0:
@@ -234,6 +236,7 @@ class HybridParallelStrategy(Host):
         watch_engine(self.engine, self._launcher, self._hang_seconds)
         self._steps = StepRunner(self.engine, self.loss_weight)
         share_generators(self.mesh.replica)
+        self.engine.loss_scale = read_scale(self._chosen_precision) if trainer.state.fn == "fit" else None
         if trainer.state.fn == "fit":
             module.__dict__["optimizer_zero_grad"] = _do_nothing  # gradients are there before Lightning would clear them
             self.setup_optimizers(trainer)
@@ -243,7 +246,7 @@ class HybridParallelStrategy(Host):
         plans: list[Any] = [self._plan, torch.initial_seed()]
         dist.broadcast_object_list(plans, src=0, group=self.mesh.world.group)
         self._plan = plans[0]
-        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1])
+        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1], self.precision)
 
     def setup_optimizers(self, trainer: Any) -> None:
         try:
@@ -276,15 +279,15 @@ class HybridParallelStrategy(Host):
 
     @property
     def precision_plugin(self) -> Any:
-        """Ours; Lightning's choice, by ``Trainer(precision=...)``, is only checked."""
+        """Ours; it carries out what Lightning's says, which is made from ``Trainer(precision=...)``."""
         return self._own_precision
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
-        if plugin is not None:
-            check_precision(plugin)
+        self.precision = FULL if plugin is None else read_precision(plugin)
+        self._chosen_precision = plugin
         self._precision_plugin = None  # Lightning would take anything here for the user's plugin and drop precision=
-        self._own_precision = precision_class(self.root)(self)
+        self._own_precision = precision_class(self.root)(self, self.precision)
 
     # ------------------------------------------------------------------ steps
 
@@ -324,18 +327,25 @@ class HybridParallelStrategy(Host):
         """The hooks around a backward; the backward itself has run, except in manual optimization."""
         module = self.lightning_module
         if not module.automatic_optimization:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
+            scale = self.engine.loss_scale
+            scaled = closure_loss if scale is None else closure_loss * scale.scale
+            return super().backward(scaled, optimizer, *args, **kwargs)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         return self.precision_plugin.post_backward(closure_loss, module)
 
     def reduce_gradients(self, optimizer: Any) -> None:
-        """Sum shared gradients, average over dp; once for each step of an optimizer. Collective over the world."""
+        """Sum shared gradients, average over dp, take the loss scale out; once for each step of an optimizer.
+
+        Collective over the world.
+        """
         position = self._position_of(optimizer)
         if position not in self._reduced:
             chosen = self.optimizers[position]
             sum_shared_gradients([p for group in chosen.param_groups for p in group["params"]], self.mesh)
-            self.states.reduce(chosen if len(self.optimizers) > 1 else None)
-            self._reduced.add(position)
+            only = chosen if len(self.optimizers) > 1 else None
+            self.states.reduce(only)
+            scale = self.engine.loss_scale
+            self._reduced[position] = scale is not None and scale.unscale(self.states, self.mesh, only)
 
     def clip_gradients(self, optimizer: Any, value: float, algorithm: str) -> None:
         """Clip the reduced gradients of the whole model, by norm or by value. Collective over the world."""
@@ -348,9 +358,16 @@ class HybridParallelStrategy(Host):
             clip_by_norm(self.states, value, self.grad_norm, chosen)
 
     def step_optimizer(self, optimizer: Any) -> None:
-        """Step with the reduced gradients."""
-        self.states.step(optimizer if len(self.optimizers) > 1 else None)
-        self._reduced.discard(self._position_of(optimizer))
+        """Step with the reduced gradients; where they have overflowed, forget them."""
+        position = self._position_of(optimizer)
+        only = self.optimizers[position] if len(self.optimizers) > 1 else None
+        has_overflowed = self._reduced.pop(position)
+        if has_overflowed:
+            self.states.zero_grad(only)
+        else:
+            self.states.step(only)
+        if self.engine.loss_scale is not None:
+            self.engine.loss_scale.update(has_overflowed)
 
     def _position_of(self, optimizer: Any) -> int:
         """Which of the optimizers is meant; Lightning hands out wrappers, which share the groups."""

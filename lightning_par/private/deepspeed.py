@@ -215,6 +215,7 @@ class ZeroEngine(ABC):
         self.zero.step()
 
     def forget_gradients(self) -> None:
+        """Drop ``p.grad``, and what `flush` made of it."""
         self.zero.zero_grad()
 
     def whole(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
@@ -272,6 +273,10 @@ class ZeroEngine12(ZeroEngine):
         for group, parameters in enumerate(self.zero.params_in_partition):
             starts = chain((self.zero.first_offset[group],), repeat(0))
             yield from zip(self.zero.averaged_gradients[group], parameters, starts, strict=False)
+
+    def forget_gradients(self) -> None:
+        super().forget_gradients()
+        self.zero.averaged_gradients = {}  # those of a step that was not taken would be added to the next ones
 
     def publish(self) -> None:
         self.zero.update_lp_params()

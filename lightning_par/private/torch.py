@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -41,6 +42,7 @@ __all__ = [
     "run_backward",
     "runs_as_written",
     "storage_key",
+    "unscale_gradients",
     "unseen_by_modes",
 ]
 
@@ -146,6 +148,18 @@ def is_gradient_wanted(node: Any, index: int) -> bool:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether calling a module runs what torch.compile made of it."""
     return module.__dict__.get("_compiled_call_impl") is not None or type(module).__name__ == "OptimizedModule"
+
+
+def unscale_gradients(gradients: Iterable[torch.Tensor], found: torch.Tensor, inverse_scale: torch.Tensor) -> None:
+    """Multiply all by ``inverse_scale``, and set ``found`` to 1 if one is infinite or undefined.
+
+    One pass over each gradient; what ``torch.amp.GradScaler.unscale_`` runs.
+    """
+    of_dtype = defaultdict[torch.dtype, list[torch.Tensor]](list)
+    for gradient in gradients:
+        of_dtype[gradient.dtype].append(gradient)
+    for same in of_dtype.values():
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found, inverse_scale)
 
 
 def allow_versions(count: int) -> None:

@@ -118,7 +118,7 @@ class RowParallelLinear(_ParallelLinear):
         if record.sequence is not None:
             return record.sequence.leave_region(part, self.bias)
         total = reduce_from(part, record.axis)
-        return total if self.bias is None else total + self.bias
+        return total if self.bias is None else total + self.bias.to(total.dtype)  # under autocast the product has another
 
     def _local_input(self, input: torch.Tensor, record: LinearRecord) -> torch.Tensor:
         if isinstance(input, ShardedTensor):

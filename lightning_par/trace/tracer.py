@@ -16,6 +16,7 @@ from lightning_par.errors import ModelError
 from lightning_par.private.torch import FakeTensorMode, is_data_dependent
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.nested import map_tensors
+from lightning_par.runtime.precision import FULL, Precision
 from lightning_par.trace.bound import bound_parameters
 from lightning_par.trace.chain import Containers, find_containers
 from lightning_par.trace.copying import copy_module
@@ -39,6 +40,7 @@ def trace_step(
     keep_error: bool = False,
     is_real: bool = False,
     evaluates: bool = False,
+    precision: Precision = FULL,
 ) -> Trace:
     """Run one step of a copy of ``module`` on fake tensors and record it. No memory for weights, no side effect.
 
@@ -58,6 +60,7 @@ def trace_step(
         keep_error: when the step raises, give the trace up to there with the error in it.
         is_real: do not try fake tensors, an earlier run has failed on them.
         evaluates: run it in evaluation mode, gradients included; other steps than ``training_step`` always are, without them.
+        precision: in which the step computes.
 
     Raises:
         ModelError: the step returned None, or the chosen chain is none.
@@ -65,7 +68,7 @@ def trace_step(
     """
     containers = find_containers(module, chain, may_mix)
     containers = containers if may_join else replace(containers, may_join=())
-    mode = _Mode(step, is_training=step == "training_step" and not evaluates, prepare=prepare)
+    mode = _Mode(step, is_training=step == "training_step" and not evaluates, prepare=prepare, precision=precision)
     recorder, output, error, is_real = _run(module, batch, mode, containers, keep_error, is_real)
     seen = containers.seen
     if error is None and recorder.calls.fault is not None:
@@ -89,6 +92,7 @@ class _Mode:
     step: str
     is_training: bool
     prepare: Prepare | None
+    precision: Precision
 
 
 def _run(
@@ -108,7 +112,9 @@ def _run_once(
     copied = _clone if fake is None else fake.from_tensor
     has_gradients = mode.step == "training_step"
     with generators_put_back(), _in_the_open(), fake or contextlib.nullcontext():
-        twin = copy_module(module, copied, by_reference=[getattr(module, "_trainer", None)])
+        twin = copy_module(
+            module, lambda tensor: mode.precision.convert(copied(tensor)), by_reference=[getattr(module, "_trainer", None)]
+        )
         _silence(twin)
         if mode.prepare is not None:
             mode.prepare(twin)
@@ -119,7 +125,8 @@ def _run_once(
         output, failure = None, None
         with torch.set_grad_enabled(has_gradients), FlopCounterMode(display=False) as flops, recorder.running(flops):
             try:
-                output = getattr(twin, mode.step)(inputs, 0)
+                with mode.precision.computing(_device_type(module)):
+                    output = getattr(twin, mode.step)(inputs, 0)
             except PassesSeen:
                 pass
             except Exception as error:
@@ -138,6 +145,10 @@ def _in_the_open() -> Iterator[None]:
             yield
     finally:
         logger.disabled = was_disabled
+
+
+def _device_type(module: nn.Module) -> str:
+    return next((parameter.device.type for parameter in module.parameters()), "cpu")
 
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:

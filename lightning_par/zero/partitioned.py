@@ -7,7 +7,6 @@ hyperparameters of the user's groups are copied over before each step.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,9 +18,11 @@ from torch.optim import Optimizer
 from lightning_par.errors import CheckpointError, ConfigurationError
 from lightning_par.private.deepspeed import ZeroEngine, mark_stepped, start_zero_engine
 from lightning_par.runtime.mesh import Mesh
-from lightning_par.zero.bucket import set_gradient
+from lightning_par.zero.bucket import gradient_dtype, set_gradient
+from lightning_par.zero.masters import accumulate_in_float32
 from lightning_par.zero.mpu import MeshUnit
 from lightning_par.zero.states import Fragment, OptimizerStates
+from lightning_par.zero.twin import hyperparameters, twin_of
 
 BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32; DeepSpeed's default is ten times that, allocated at every step
 # on a flat piece of many parameters these would compute something else, or DeepSpeed rebuilds them without their groups
@@ -31,23 +32,27 @@ NOT_ELEMENTWISE = ("Adafactor", "Muon", "LBFGS", "SparseAdam", "Adagrad")
 class DeepSpeedStates(OptimizerStates):
     """Optimizer states (stage 1), gradients too (2), parameters too (3), partitioned over dp.
 
-    All of it is fp32; mixed precision is left to autocast. Collective over the world to build.
+    States, gradients and what is stepped are float32. Parameters are too, and mixed precision is left to autocast; or they are
+    bfloat16, and DeepSpeed keeps float32 masters. Collective over the world to build.
 
     Args:
         module: the module on this rank. It may hold only parameters that this rank has, no placeholders.
         optimizers: exactly one, whose update of an element reads that element alone (Adam, AdamW, SGD and the like).
         stage: 1, 2 or 3.
         mesh: the mesh of the run, dp at least 2.
+        has_masters: whether the parameters are bfloat16.
 
     Raises:
-        ConfigurationError: several optimizers, one that is not elementwise, parameters that are not float32, or no
+        ConfigurationError: several optimizers, one that is not elementwise, parameters of another dtype, or no
             DeepSpeed of the right version.
     """
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], stage: int, mesh: Mesh) -> None:
+    def __init__(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], stage: int, mesh: Mesh, has_masters: bool = False
+    ) -> None:
         super().__init__(module, optimizers)
         self.stage = stage
-        _check(stage, module, optimizers)
+        _check(stage, module, optimizers, torch.bfloat16 if has_masters else torch.float32)
         trainable = [[p for p in group["params"] if p.requires_grad] for group in optimizers[0].param_groups]
         self._sources = [i for i, parameters in enumerate(trainable) if parameters]
         groups = [{**optimizers[0].param_groups[i], "params": trainable[i]} for i in self._sources]
@@ -59,7 +64,10 @@ class DeepSpeedStates(OptimizerStates):
             root.add_module("stand_in", nn.ParameterList([stand_in]))
             groups = [{**optimizers[0].defaults, "params": [stand_in]}]
         config = _config(stage, sum(p.numel() for p in self._shapes))
-        self.engine: ZeroEngine = start_zero_engine(stage, root, _copy(optimizers[0], groups), MeshUnit(mesh), config, device)
+        if has_masters:
+            accumulate_in_float32(self._shapes)
+            config = _with_masters(config)
+        self.engine: ZeroEngine = start_zero_engine(stage, root, twin_of(optimizers[0], groups), MeshUnit(mesh), config, device)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -88,7 +96,7 @@ class DeepSpeedStates(OptimizerStates):
         """Average gradients over dp. A missing one counts as zero: stage 3 would apply the one of the last step again."""
         for parameter, shape in self._shapes.items():
             if parameter.grad is None:
-                set_gradient(parameter, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
+                set_gradient(parameter, torch.zeros(shape, dtype=gradient_dtype(parameter), device=parameter.device))
         self.engine.flush()
 
     def gradients(self, optimizer: Optimizer | None = None) -> Iterator[Fragment]:
@@ -98,7 +106,7 @@ class DeepSpeedStates(OptimizerStates):
 
     def step(self, optimizer: Optimizer | None = None) -> None:
         for i, group in zip(self._sources, self.engine.inner.param_groups, strict=False):
-            group.update(_hyperparameters(self.optimizers[0].param_groups[i]))
+            group.update(hyperparameters(self.optimizers[0].param_groups[i]))
         self.engine.step()
         mark_stepped(self.optimizers[0])
 
@@ -116,7 +124,7 @@ class DeepSpeedStates(OptimizerStates):
             "constants": self._constants(),
             "masters": [master.detach() for master in self.engine.masters],
             "moments": [dict(self.engine.inner.state[master]) for master in self.engine.masters],
-            "groups": [_hyperparameters(group) for group in self.optimizers[0].param_groups],
+            "groups": [hyperparameters(group) for group in self.optimizers[0].param_groups],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -158,7 +166,7 @@ class DeepSpeedStates(OptimizerStates):
         return value.to(master.device, copy=True) if is_on_device else value.clone()
 
 
-def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer], dtype: torch.dtype) -> None:
     if len(optimizers) != 1:
         raise ConfigurationError(f"zero{stage} steps one optimizer, configure_optimizers gave {len(optimizers)}: use zero0")
     ancestors = [cls.__name__ for cls in type(optimizers[0]).__mro__]
@@ -168,9 +176,12 @@ def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer]) -> No
             "use zero0, or an elementwise optimizer such as AdamW"
         )
     for name, parameter in module.named_parameters():
-        if parameter.dtype != torch.float32:
+        if parameter.dtype != dtype and (parameter.requires_grad or stage == 3):  # stages 1 and 2 leave frozen ones alone
+            keeps, remedy = str(dtype).removeprefix("torch."), "precision=bf16-true"
+            if dtype is torch.bfloat16 or parameter.dtype is not torch.bfloat16:
+                remedy = f"module.{'bfloat16' if dtype is torch.bfloat16 else 'float'}() before the run"
             raise ConfigurationError(
-                f"zero{stage} keeps parameters in float32, and {name} is {parameter.dtype}: use precision=bf16-mixed, or zero0"
+                f"zero{stage} keeps parameters in {keeps} here, and {name} is {parameter.dtype}: use {remedy}, or zero0"
             )
 
 
@@ -201,20 +212,20 @@ def _config(stage: int, num_elements: int) -> dict[str, Any]:
     }
 
 
-def _copy(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
-    """An optimizer of the same class and settings over other groups, without states.
+def _with_masters(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration for bfloat16 parameters with float32 masters, gradients (`accumulate_in_float32`) and messages.
 
-    ``copy.copy`` would drop attributes of the user's subclass, and keep the ``step`` that a learning-rate scheduler bound to
-    the original.
+    With stage 1 DeepSpeed would take an optimizer of its own for this, which cannot reduce once for all microbatches; stage 2
+    gives the same numbers, and frees the gradients of other ranks besides. Contiguous gradients would be rounded to bfloat16.
     """
-    twin: Optimizer = object.__new__(type(optimizer))
-    twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
-    twin.param_groups, twin.state = groups, defaultdict(dict)
-    return twin
-
-
-def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
+    zero = config["zero_optimization"]
+    return {
+        **config,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {**zero, "stage": max(2, zero["stage"]), "contiguous_gradients": zero["stage"] == 3},
+    }
 
 
 def _outline(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,25 @@
+"""A second optimizer that steps something else in the user's place: masters, or flat partitions of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+def twin_of(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """An optimizer of the same class and settings over other groups, without states.
+
+    ``copy.copy`` would drop attributes of the user's subclass, and keep the ``step`` that a learning-rate scheduler bound to
+    the original.
+    """
+    twin: Optimizer = object.__new__(type(optimizer))
+    twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
+    twin.param_groups, twin.state = groups, defaultdict(dict)
+    return twin
+
+
+def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """All of a parameter group but its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}
