@@ -38,6 +38,7 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
         recompute=config.parallel.get("recompute", "none"),
         compile=config.parallel.get("compile", False),
         schedule=config.schedule,
+        zero=instantiate(config.get("zero"), _convert_="all"),
         hang_seconds=config.hang_seconds,
         loss_weight=instantiate({"given": config.get("loss_weight")}, _convert_="all")["given"],  # a plain word, too
     )

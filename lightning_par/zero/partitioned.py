@@ -7,7 +7,6 @@ hyperparameters of the user's groups are copied over before each step.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,12 +19,12 @@ from lightning_par.errors import CheckpointError, ConfigurationError
 from lightning_par.private.deepspeed import ZeroEngine, mark_stepped, start_zero_engine
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.zero.bucket import set_gradient
+from lightning_par.zero.config import deepspeed_config
+from lightning_par.zero.early import EarlyReduction
 from lightning_par.zero.mpu import MeshUnit
+from lightning_par.zero.optimizer import check_optimizer, copy_optimizer, hyperparameters
+from lightning_par.zero.option import MICROBATCH, ZeroOptions
 from lightning_par.zero.states import Fragment, OptimizerStates
-
-BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32; DeepSpeed's default is ten times that, allocated at every step
-# on a flat piece of many parameters these would compute something else, or DeepSpeed rebuilds them without their groups
-NOT_ELEMENTWISE = ("Adafactor", "Muon", "LBFGS", "SparseAdam", "Adagrad")
 
 
 class DeepSpeedStates(OptimizerStates):
@@ -38,14 +37,23 @@ class DeepSpeedStates(OptimizerStates):
         optimizers: exactly one, whose update of an element reads that element alone (Adam, AdamW, SGD and the like).
         stage: 1, 2 or 3.
         mesh: the mesh of the run, dp at least 2.
+        options: the section ``zero``.
 
     Raises:
         ConfigurationError: several optimizers, one that is not elementwise, parameters that are not float32, or no
             DeepSpeed of the right version.
     """
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], stage: int, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        stage: int,
+        mesh: Mesh,
+        options: ZeroOptions | None = None,
+    ) -> None:
         super().__init__(module, optimizers)
+        options = options or ZeroOptions()
         self.stage = stage
         _check(stage, module, optimizers)
         trainable = [[p for p in group["params"] if p.requires_grad] for group in optimizers[0].param_groups]
@@ -58,8 +66,11 @@ class DeepSpeedStates(OptimizerStates):
             stand_in = nn.Parameter(torch.zeros(1, device=device))
             root.add_module("stand_in", nn.ParameterList([stand_in]))
             groups = [{**optimizers[0].defaults, "params": [stand_in]}]
-        config = _config(stage, sum(p.numel() for p in self._shapes))
-        self.engine: ZeroEngine = start_zero_engine(stage, root, _copy(optimizers[0], groups), MeshUnit(mesh), config, device)
+        config = deepspeed_config(stage, sum(p.numel() for p in self._shapes), options, device)
+        self.engine: ZeroEngine = start_zero_engine(
+            stage, root, copy_optimizer(optimizers[0], groups), MeshUnit(mesh), config, device
+        )
+        self._early = EarlyReduction(self.engine, self._shapes, mesh) if options.reduce == MICROBATCH else None
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -82,10 +93,16 @@ class DeepSpeedStates(OptimizerStates):
         self.engine.settle(keep=torch.is_grad_enabled())
 
     def after_backward(self) -> None:
+        """Also, where gradients are reduced at every microbatch, a collective over dp."""
+        if self._early is not None:
+            self._early.after_backward()
         self.engine.release_backward()
 
     def reduce(self, optimizer: Optimizer | None = None) -> None:
         """Average gradients over dp. A missing one counts as zero: stage 3 would apply the one of the last step again."""
+        if self._early is not None:
+            self._early.finish()
+            return
         for parameter, shape in self._shapes.items():
             if parameter.grad is None:
                 set_gradient(parameter, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
@@ -98,12 +115,14 @@ class DeepSpeedStates(OptimizerStates):
 
     def step(self, optimizer: Optimizer | None = None) -> None:
         for i, group in zip(self._sources, self.engine.inner.param_groups, strict=False):
-            group.update(_hyperparameters(self.optimizers[0].param_groups[i]))
+            group.update(hyperparameters(self.optimizers[0].param_groups[i]))
         self.engine.step()
         mark_stepped(self.optimizers[0])
 
     def zero_grad(self, optimizer: Optimizer | None = None) -> None:
         self.engine.forget_gradients()
+        if self._early is not None:
+            self._early.forget()
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
@@ -116,7 +135,7 @@ class DeepSpeedStates(OptimizerStates):
             "constants": self._constants(),
             "masters": [master.detach() for master in self.engine.masters],
             "moments": [dict(self.engine.inner.state[master]) for master in self.engine.masters],
-            "groups": [_hyperparameters(group) for group in self.optimizers[0].param_groups],
+            "groups": [hyperparameters(group) for group in self.optimizers[0].param_groups],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -136,6 +155,8 @@ class DeepSpeedStates(OptimizerStates):
         self.engine.publish()
 
     def close(self) -> None:
+        if self._early is not None:
+            self._early.close()
         self.engine.destroy()
         self._shapes = {}
 
@@ -159,62 +180,12 @@ class DeepSpeedStates(OptimizerStates):
 
 
 def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    if len(optimizers) != 1:
-        raise ConfigurationError(f"zero{stage} steps one optimizer, configure_optimizers gave {len(optimizers)}: use zero0")
-    ancestors = [cls.__name__ for cls in type(optimizers[0]).__mro__]
-    if any(name in ancestors for name in NOT_ELEMENTWISE):
-        raise ConfigurationError(
-            f"zero{stage} steps flat pieces of parameters, and {type(optimizers[0]).__name__} needs whole ones: "
-            "use zero0, or an elementwise optimizer such as AdamW"
-        )
+    check_optimizer(stage, optimizers)
     for name, parameter in module.named_parameters():
         if parameter.dtype != torch.float32:
             raise ConfigurationError(
                 f"zero{stage} keeps parameters in float32, and {name} is {parameter.dtype}: use precision=bf16-mixed, or zero0"
             )
-
-
-def _config(stage: int, num_elements: int) -> dict[str, Any]:
-    """DeepSpeed's configuration; whatever has a default that changes the result or has changed is stated."""
-    bucket = 2 * max(1, min(BUCKET_ELEMENTS, num_elements + 1) // 2)  # must be even
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "overlap_comm": False,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        "round_robin_gradients": False,  # DeepSpeed's own map from parameters to fragments is wrong with it
-        "memory_efficient_linear": False,  # it replaces torch.nn.functional.linear for the whole process
-        "use_multi_rank_bucket_allreduce": False,  # stages 1 and 2 would send half as much again
-    }
-    if stage == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # small parameters travel with the large ones of their module
-    else:
-        zero["compute_grad_norm"] = False  # one collective per parameter group: stages with different numbers hang
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # the default became 1.0 in 2026
-        "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-    }
-
-
-def _copy(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
-    """An optimizer of the same class and settings over other groups, without states.
-
-    ``copy.copy`` would drop attributes of the user's subclass, and keep the ``step`` that a learning-rate scheduler bound to
-    the original.
-    """
-    twin: Optimizer = object.__new__(type(optimizer))
-    twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
-    twin.param_groups, twin.state = groups, defaultdict(dict)
-    return twin
-
-
-def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _outline(state: dict[str, Any]) -> dict[str, Any]:
