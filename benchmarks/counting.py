@@ -24,6 +24,7 @@ from lightning_par.runtime.nested import tensors_in
 # Passes of the whole tensor around the ring, in which each rank sends (t-1)/t of it: an all-reduce is a reduce-scatter and
 # an all-gather.
 PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+REDUCE = "reduce"  # to one rank, around the ring too: every other rank sends the whole tensor once
 _NAMESPACES = ("c10d", "_c10d_functional")
 _SENDS_NOTHING = ("wait_tensor", "_wrap_tensor_autograd")
 
@@ -71,9 +72,14 @@ class CollectiveCounter(TorchDispatchMode):
 
     def _count(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
         kind = next((kind for kind in PASSES if name.replace("_", "").startswith(kind.replace("-", ""))), None)
-        if kind is None:
-            raise ValueError(f"{name}: only {', '.join(PASSES)} have a ring formula here")
         size = _group_size(arguments)
+        if name == "reduce_":
+            self.calls[REDUCE] += 1
+            is_root = arguments["root_rank"] == dist.ProcessGroup.unbox(arguments["process_group"]).rank()
+            self.sent_bytes[REDUCE] += 0 if is_root else _num_bytes(arguments["tensors"])
+            return
+        if kind is None:
+            raise ValueError(f"{name}: only {', '.join((*PASSES, REDUCE))} have a ring formula here")
         if size > 1:
             self.calls[kind] += 1
             # Whichever of input and output is the whole tensor, it is the larger one.

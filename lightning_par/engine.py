@@ -30,6 +30,7 @@ from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.precision import FULL, Precision
 from lightning_par.runtime.streams import MicrobatchStreams
 from lightning_par.runtime.watchdog import Watchdog
+from lightning_par.zero.option import ZeroOptions
 from lightning_par.zero.partitioned import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
@@ -98,13 +99,20 @@ class Engine:
         """The engine of an installed module."""
         return cls._engines.get(module)
 
-    def own_states(self, optimizers: Sequence[Optimizer]) -> OptimizerStates:
-        """Give the optimizers' states an owner: every replica, or DeepSpeed. Collective over the world."""
+    def own_states(self, optimizers: Sequence[Optimizer], options: ZeroOptions | None = None) -> OptimizerStates:
+        """Give the optimizers' states an owner: every replica, or DeepSpeed. Collective over the world.
+
+        Args:
+            optimizers: over the parameters of this rank.
+            options: how DeepSpeed is to do it.
+        """
         layout = self.mesh.layout
         if self.states is not None:
             self.states.dissolve()
         if layout.zero and self.mesh.dp.size > 1:
-            self.states = DeepSpeedStates(self.module, optimizers, layout.zero, self.mesh, self.precision.has_masters)
+            self.states = DeepSpeedStates(
+                self.module, optimizers, layout.zero, self.mesh, options, has_masters=self.precision.has_masters
+            )
         else:
             self.states = ReplicatedStates(self.module, optimizers, self.mesh.dp, self.precision.has_masters)
         self._hooks.after_forward, self._hooks.after_backward = self.states.after_forward, self.states.after_backward

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
 
@@ -26,8 +25,8 @@ from lightning_par.layout import parse_layout
 from lightning_par.plan import Plan, render_plan
 from lightning_par.recompute.keep import is_costly
 from lightning_par.runtime.axis import Axis, LocalAxis
-from lightning_par.runtime.nested import tensors_in
 from tests.axes import tp_axis
+from tests.living import Living
 from tests.models import VOCABULARY, EncoderClassifier, TransformersModel, gpt, gpt2, llama, make_batch
 from tests.parity import Run, check_parity, train_rank
 from tests.planning import Chain, Unordered, plan_of, tokens
@@ -252,27 +251,6 @@ def test_what_a_block_did_not_read_of_a_cache_is_not_kept() -> None:
 
 
 # ---------------------------------------------------------------------- memory
-
-
-class Living(TorchDispatchMode):
-    """Counts the bytes of what was made inside and is still there, views of what was there before aside."""
-
-    def __init__(self, before: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.before = {tensor.untyped_storage()._cdata for tensor in before}
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(output):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.before and not tensor.is_meta:
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return output
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(size for storage, size in self.made.values() if not storage.expired())
 
 
 def living_bytes(make: Callable[[], pl.LightningModule], mode: str) -> int:

@@ -27,7 +27,7 @@ from lightning_par.private.deepspeed import DEEPSPEED_VERSION, check_deepspeed
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.parameter import ParameterSpec, Split, set_spec
 from lightning_par.tensor.linear import convert_linear
-from lightning_par.zero import partitioned
+from lightning_par.zero import config
 from lightning_par.zero.partitioned import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
@@ -50,10 +50,10 @@ class Run:
         self.start()
 
     def start(self) -> None:
-        case, mesh, optimizer = self.case, self.mesh, zero_model.build_optimizer(self.model)
+        case, mesh, optimizer = self.case, self.mesh, zero_model.build_optimizer(self.model, self.case.optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         self.states: OptimizerStates = (
-            DeepSpeedStates(self.model, [optimizer], case.zero, mesh)
+            DeepSpeedStates(self.model, [optimizer], case.zero, mesh, case.options)
             if case.zero
             else ReplicatedStates(self.model, [optimizer], mesh.dp)
         )
@@ -180,9 +180,9 @@ def check_weights(run: Run, reference: nn.Module) -> None:
 
 def check_cases(rank: int, world_size: int, cases: list[Case]) -> None:
     for case in cases:
-        bucket = case.bucket_elements or partitioned.BUCKET_ELEMENTS
+        bucket = case.bucket_elements or config.BUCKET_ELEMENTS
         try:
-            with mock.patch.object(partitioned, "BUCKET_ELEMENTS", bucket), running(case) as run:
+            with mock.patch.object(config, "BUCKET_ELEMENTS", bucket), running(case) as run:
                 check_parity(run)
         except Exception as error:
             raise AssertionError(f"{case}") from error

@@ -7,8 +7,8 @@ frozen, unused and absent parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lightning_par.runtime.axis import Axis, LocalAxis
 from lightning_par.runtime.collective import copy_to, reduce_from
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.parameter import ParameterSpec, Split, get_spec, set_spec
+from lightning_par.zero.option import ZeroOptions
 from tests.ranks import COLLECTIVE_TIMEOUT
 
 VOCABULARY, WIDTH, HIDDEN, LENGTH, NUM_BLOCKS, ROWS = 11, 6, 10, 5, 4, 2
@@ -43,6 +44,8 @@ class Case:
     max_value: float | None = None
     is_interleaved: bool = False
     bucket_elements: int | None = None
+    options: ZeroOptions = field(default_factory=ZeroOptions)
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
 
     @property
     def layout(self) -> Layout:
@@ -171,7 +174,7 @@ def build_mesh(case: Case) -> Mesh:
     return mesh
 
 
-def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW) -> torch.optim.Optimizer:
     """Groups as users write them: by dimension, one that only the first stage fills, one of whatever is frozen.
 
     eps is 1e-4: at AdamW's 1e-8 the step is the sign of the gradient where it is tiny, and the order of a sum over ranks
@@ -184,7 +187,7 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in named.values() if p.ndim == 1 and p.requires_grad], "weight_decay": 0.0},
         {"params": [p for p in named.values() if p.ndim == 1 and not p.requires_grad], "betas": (0.5, 0.5)},
     ]
-    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-4)
+    return kind(groups, lr=1e-2, eps=1e-4)
 
 
 Batch = list[tuple[torch.Tensor, torch.Tensor]]
@@ -207,7 +210,7 @@ def loss_of(case: Case, logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 def train_alone(case: Case, num_steps: int) -> Iterator[tuple[Model, float, float]]:
     """The training in one process. Yields the model with its gradients, the loss and the norm; then steps."""
     model = Model(case)
-    optimizer = build_optimizer(model)
+    optimizer = build_optimizer(model, case.optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     for step in range(num_steps):
         total = 0.0

@@ -39,6 +39,7 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
         compile=config.parallel.get("compile", False),
         fp8=config.parallel.get("fp8"),
         schedule=config.schedule,
+        zero=instantiate(config.get("zero"), _convert_="all"),
         hang_seconds=config.hang_seconds,
         loss_weight=instantiate({"given": config.get("loss_weight")}, _convert_="all")["given"],  # a plain word, too
     )

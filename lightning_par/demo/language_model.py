@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
 class LanguageModel(pl.LightningModule):
-    """Cross-entropy of the next token, AdamW, linear warm-up and cosine decay over the trainer's steps.
+    """Cross-entropy of the next token, linear warm-up and cosine decay over the trainer's steps.
 
     Args:
         network: maps tokens [B, T] to logits [B, T, vocab_size].
         lr: peak learning rate.
         warmup_steps: optimizer steps to reach it; the decay ends at a tenth of it.
         weight_decay: of matrices; norms have none.
+        optimizer: makes it from parameter groups and ``lr``, as a class of ``torch.optim`` does; by default AdamW.
     """
 
-    def __init__(self, network: nn.Module, lr: float = 3e-3, warmup_steps: int = 50, weight_decay: float = 0.1) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        lr: float = 3e-3,
+        warmup_steps: int = 50,
+        weight_decay: float = 0.1,
+        optimizer: Callable[..., Optimizer] | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
+        self.make_optimizer = optimizer or partial(torch.optim.AdamW, betas=(0.9, 0.95))
         self.lr, self.warmup_steps, self.weight_decay = lr, warmup_steps, weight_decay
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
@@ -44,7 +56,7 @@ class LanguageModel(pl.LightningModule):
             {"params": [p for p in self.parameters() if p.dim() >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
+        optimizer = self.make_optimizer(groups, lr=self.lr)
         num_steps = self.trainer.estimated_stepping_batches
         scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, self.warmup_steps, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -21,10 +21,12 @@ from lightning_par.layout import Coordinate, Layout, nearest_layouts
 from lightning_par.pipeline.schedules import check_schedule
 from lightning_par.plan import Plan
 from lightning_par.prepare import prepare_plan
+from lightning_par.private.deepspeed import check_operator
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.parameter import has_spec
 from lightning_par.runtime.precision import Precision
 from lightning_par.trace.copying import copy_module
+from lightning_par.zero.optimizer import check_optimizer
 
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 _LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
@@ -224,7 +226,8 @@ def _configure_optimizers(twin: Any, layout: Layout) -> None:
     trainer, twin.__dict__["_trainer"] = twin.__dict__["_trainer"], None
     try:
         configured = twin.configure_optimizers()
-    except Exception:
+    except Exception as error:
+        check_operator(error)
         return
     finally:
         twin.__dict__["_trainer"] = trainer
@@ -233,6 +236,8 @@ def _configure_optimizers(twin: Any, layout: Layout) -> None:
     several = configured if isinstance(configured, (list, tuple)) else [configured]
     optimizers = [entry["optimizer"] if isinstance(entry, Mapping) else entry for entry in several]
     check_optimization(twin, optimizers, layout)
+    if layout.zero and layout.dp != 1:
+        check_optimizer(layout.zero, optimizers)
     twin.__dict__["optimizers"] = lambda use_pl_optimizer=True: optimizers[0] if len(optimizers) == 1 else optimizers
 
 

@@ -34,7 +34,7 @@ from lightning_par.host.preflight import (
 from lightning_par.host.steps import StepRunner
 from lightning_par.host.watch import check_hang_seconds, watch_engine
 from lightning_par.layout import Layout, parse_layout
-from lightning_par.pipeline.tables import choose_schedule
+from lightning_par.pipeline.tables import choose_schedule, splits_backward
 from lightning_par.plan import Plan
 from lightning_par.plan.compiled import read_backend
 from lightning_par.plan.override import check_float8_word, check_recompute_word
@@ -42,6 +42,8 @@ from lightning_par.runtime.generator import share_generators
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.precision import FULL
 from lightning_par.tensor import check_float8
+from lightning_par.zero.config import overwritten
+from lightning_par.zero.option import check_zero_options, read_zero_options
 from lightning_par.zero.states import OptimizerStates
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class HybridParallelStrategy(Host):
             layout has several stages on a rank.
         loss_weight: what names or counts the targets of a batch where parts of it have different numbers of them, see
             `lightning_par.host.loss_weight`; parts count by their samples without it.
+        zero: options of ZeRO by name, see `lightning_par.zero.option.ZeroOptions`; the stage is in the layout.
         timeout_seconds: how long a collective may wait for a rank before it is an error.
         hang_seconds: how long one forward or backward of a microbatch may stand still on a rank, when those before it were quick,
             before its stack is shown and the run ends; see `lightning_par.runtime.watchdog`. None for any time.
@@ -77,7 +80,8 @@ class HybridParallelStrategy(Host):
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
         ConfigurationError: the schedule or the word for ``recompute`` or ``fp8`` or the backend for ``compile`` is unknown,
-            ``loss_weight`` is no such thing, or ``hang_seconds`` is too short.
+            ``loss_weight`` is no such thing, ``hang_seconds`` is too short, or an option in ``zero`` is unknown or not one of the
+            layout.
     """
 
     root = ""  # the Lightning namespace, set by `bind`
@@ -97,6 +101,7 @@ class HybridParallelStrategy(Host):
         fp8: str | None = None,
         schedule: str | None = None,
         loss_weight: LossWeight | None = None,
+        zero: Mapping[str, Any] | None = None,
         timeout_seconds: float = 600.0,
         hang_seconds: float | None = 20.0,
         print_plan: bool = True,
@@ -106,6 +111,8 @@ class HybridParallelStrategy(Host):
         self.schedule, self.layout = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
         check_recompute_word(recompute)
         check_hang_seconds(hang_seconds)
+        self.zero_options = read_zero_options(zero)
+        check_zero_options(self.zero_options, self.layout, self.schedule, splits_backward(self.schedule, self.layout))
         self.overrides, self._print_plan = dict(plan or {}), print_plan
         self.loss_weight = read_loss_weight(loss_weight)
         if compile:
@@ -255,7 +262,9 @@ class HybridParallelStrategy(Host):
             check_trainable(self.lightning_module, self.mesh.coordinate, error)
             raise
         check_optimization(self.lightning_module, self.optimizers, self.layout)
-        self.engine.own_states(self.optimizers)
+        for warning in overwritten(self.layout.zero, self.zero_options) if self.layout.zero else ():
+            rank_zero_warn(warning)
+        self.engine.own_states(self.optimizers, self.zero_options)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Seed a loader's workers by replica, not by rank: the ranks of a replica augment alike."""

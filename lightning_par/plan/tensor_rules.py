@@ -2,7 +2,9 @@
 
 A Linear that reads the residual stream is column-parallel; one that reads only outputs of column-parallel layers is
 row-parallel (the pairing of arXiv 1909.08053, section 3). A column layer whose output meets the stream before a row
-layer takes it in stays whole. On Llama, GPT-2, Gemma 2 and BERT this gives the hand-written plans.
+layer takes it in stays whole; where the stream is the output of a smaller pair beside it, as of a low-rank adapter, the
+pair's first half does instead, and its second is split as the layer is. On Llama, GPT-2, Gemma 2 and BERT this gives the
+hand-written plans.
 
 [Note: neutral values] Masks, positions and rotary tables depend on no parameter: they are the same on every tp rank and
 may meet split activations. So may tables that are made of parameters and not of the hidden state, such as relative position
@@ -12,7 +14,7 @@ its part and sum the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lightning_par.plan.operation import OVER_LAST
@@ -20,6 +22,7 @@ from lightning_par.plan.plan import Kind
 from lightning_par.plan.stream import hidden_values
 from lightning_par.trace import Layer, Op, Trace
 
+NARROW = "narrower than the layer beside it"
 _NONE: frozenset[str] = frozenset()
 _REORDERS = {"index_select"}  # between two passes over the blocks, the samples of what they have cached: a beam search
 
@@ -92,6 +95,7 @@ def _sweep(
     refused: dict[str, str] = {}
     split: dict[int, frozenset[str]] = {}  # value -> column layers whose split output it holds
     home: dict[int, str] = {}  # value -> block that made it
+    rows: dict[int, str] = {}  # value -> row layer whose output it holds, at most scaled
     used: set[str] = set()
     kinds: dict[str, set[Kind]] = {}
     outside: set[str] = set()
@@ -101,6 +105,9 @@ def _sweep(
         crosses = any(n in split and n in trace.leaving and home[n] != op.block for n in op.inputs)
         flow.columns[index] = columns
         home.update(dict.fromkeys(op.outputs, op.block))
+        read = [n for n in op.inputs if n in hidden]
+        if op.layer is None and len(read) == 1 and read[0] in rows:
+            rows.update(dict.fromkeys(op.outputs, rows[read[0]]))
         if columns and trace.again and op.name in _REORDERS and not trace.is_inside_block(op):
             split.update(dict.fromkeys(op.outputs, columns))
         elif crosses or not trace.is_inside_block(op):
@@ -113,6 +120,7 @@ def _sweep(
             kinds.setdefault(op.layer, set()).add(kind)
             if kind == "row":
                 flow.feeds[op.layer] = flow.feeds.get(op.layer, _NONE) | columns
+                rows[op.outputs[0]] = op.layer
                 used |= columns
             elif kind == "column":
                 flow.reads[op.layer] = op.inputs[0]
@@ -127,6 +135,11 @@ def _sweep(
         elif len(columns) > 1 and _normalizes_outputs(trace, op, columns):
             why = f"its output is added to another's and normalised ({_place(op)})"
             refused[min(columns, key=list(kinds).index)] = why  # the first; others may turn out to be row layers
+        elif (
+            columns and stream and (narrow := _narrower(trace, {rows[n] for n in read if n in rows}, columns, flow) - forced.keys())
+        ):
+            refused.update(dict.fromkeys(narrow, NARROW))
+            split.update(dict.fromkeys(op.outputs, columns))  # as it will be then
         elif columns and stream:
             refused.update({name: f"its output meets the hidden state before a row layer ({_place(op)})" for name in columns})
         elif columns:
@@ -149,6 +162,17 @@ def _normalizes_outputs(trace: Trace, op: Op, columns: frozenset[str]) -> bool:
     """Whether a norm runs over all features that column layers give, rather than over those of a head: it ends a residual."""
     shape = trace.values[op.inputs[0]].shape
     return op.name in OVER_LAST and shape[-1] in {trace.layers[name].out_size for name in columns}
+
+
+def _narrower(trace: Trace, rows: set[str], columns: frozenset[str], flow: Flow) -> frozenset[str]:
+    """The column layers that feed ``rows``, where these pairs have fewer parameters than ``columns``, which they meet."""
+    feeding = frozenset().union(*(flow.feeds[row] for row in rows))
+    is_apart = feeding.isdisjoint(columns)
+    return feeding if is_apart and _numel(trace, feeding | rows) < _numel(trace, columns) else _NONE
+
+
+def _numel(trace: Trace, layers: Iterable[str]) -> int:
+    return sum(trace.layers[name].in_size * trace.layers[name].out_size for name in layers)
 
 
 def _kind(layer: Layer, columns: frozenset[str], forced: Mapping[str, Kind], whole: Mapping[str, str]) -> Kind:

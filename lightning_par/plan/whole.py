@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 from lightning_par.plan.plan import Kind, LayerPlan
-from lightning_par.plan.tensor_rules import read_from_outside
+from lightning_par.plan.tensor_rules import NARROW, read_from_outside
 from lightning_par.trace import Trace
 
-_EXPECTED = ("outside the blocks", "not the vocabulary", "as the plan section says")
+_EXPECTED = ("outside the blocks", "not the vocabulary", "as the plan section says", NARROW)
 _WORTH_A_NOTE = 0.01  # of all parameters
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import textwrap
+import traceback
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -29,8 +31,9 @@ _REMEDY = f"install deepspeed=={DEEPSPEED_VERSION}, or train without ZeRO (zero0
 
 # module, object in it, attributes that must exist on it
 _DEEPSPEED_NAMES = (
-    # the process-wide answer to "who is the mpu", which engine.destroy leaves set
+    # process-wide, and left set by engine.destroy: who is the mpu, and the groups of ZeRO++'s second partition
     ("deepspeed.utils.groups", "mpu", ()),
+    ("deepspeed.utils.groups", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", ()),
     # one pass of the reduction over gradients that piled up in p.grad; what engine.coalesce_grad_reduction runs on exit. That
     # context itself is no option: it also runs its collectives while an exception flies through, and the peers hang
     ("deepspeed.runtime.engine", "DeepSpeedEngine", ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3")),
@@ -89,6 +92,29 @@ def _require(owner: Any, attributes: Iterable[str]) -> None:
 def _wrong_version(missing: AttributeError) -> ConfigurationError:
     found = importlib.import_module("deepspeed").__version__
     return ConfigurationError(f"DeepSpeed {found} is not the one that ZeRO here was written for ({missing}): {_REMEDY}")
+
+
+def check_operator(error: BaseException) -> None:
+    """Explain an error that DeepSpeed raised while it built one of its C++ operators, as for ``DeepSpeedCPUAdam``.
+
+    Args:
+        error: anything.
+
+    Raises:
+        ConfigurationError: it is such an error; names the operator and what to install.
+    """
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for cause in reversed(causes):  # what went wrong first says the most
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            builder: Any = frame.f_locals.get("self")
+            if frame.f_globals.get("__name__", "").startswith("deepspeed.ops.op_builder") and hasattr(builder, "NAME"):
+                reason = textwrap.shorten(str(cause), 100) or type(cause).__name__  # of a compiler it is its whole command
+                raise ConfigurationError(
+                    f"DeepSpeed's operator {builder.NAME} cannot be built on this machine ({reason}): install a C++ compiler (g++) "
+                    "and ninja (pip install ninja), or use an optimizer of torch, such as torch.optim.AdamW"
+                ) from error
 
 
 def mark_stepped(optimizer: Optimizer) -> None:
@@ -193,6 +219,12 @@ class ZeroEngine(ABC):
         inner: Optimizer = self.zero.optimizer
         return inner
 
+    def _clear_offloaded(self) -> None:
+        """Where gradients are with the masters on the host: a parameter that has none in this backward would keep the last one."""
+        for master in self.masters:
+            if master.grad is not None:
+                master.grad.zero_()
+
     @property
     @abstractmethod
     def masters(self) -> list[Tensor]:
@@ -205,6 +237,28 @@ class ZeroEngine(ABC):
     @abstractmethod
     def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter, int]]:
         """The averaged gradient partitions between `flush` and `step`, live, each with its parameter and where in it it begins."""
+
+    @abstractmethod
+    def open_early(self) -> None:
+        """Before the first `reduce_early` of a step: there is no gradient yet."""
+
+    @abstractmethod
+    def reduce_early(self, parameter: nn.Parameter) -> None:
+        """During a backward: average ``parameter.grad`` over dp into its partition, at the latest in `close_early`. ``grad`` is
+        gone then. Collective over dp: every dp rank calls it for the same parameters in the same order, each at most once
+        before `close_early`."""
+
+    @abstractmethod
+    def close_early(self, late: Iterable[nn.Parameter]) -> None:
+        """Reduce what `reduce_early` was given and has not reduced yet. Collective over dp.
+
+        Args:
+            late: the parameters that are left to `flush_late`; their gradients stay.
+        """
+
+    @abstractmethod
+    def flush_late(self) -> None:
+        """`flush` at the end of a step with `reduce_early`: the gradients left in ``p.grad``, added to the others."""
 
     @abstractmethod
     def publish(self) -> None:
@@ -252,13 +306,30 @@ class ZeroEngine(ABC):
         self.marks.remove()
         groups: Any = importlib.import_module("deepspeed.utils.groups")
         groups.mpu = None
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         del self.engine, self.zero, self.root, self.marks
 
 
 class ZeroEngine12(ZeroEngine):
     """Stages 1 and 2: parameters are whole on every rank; masters, moments and in 2 gradients are partitioned."""
 
-    NAMES = ("_grad_acc_hooks", "averaged_gradients", "first_offset", "params_in_partition", "single_partition_of_fp32_groups")
+    NAMES = (
+        "_grad_acc_hooks",
+        "all_grad_tensors",
+        "averaged_gradients",
+        "cpu_offload",
+        "first_offset",
+        "micro_step_id",
+        "params_in_partition",
+        "single_partition_of_fp32_groups",
+    )
+
+    def __init__(self, engine: Any, marks: _Marks) -> None:
+        super().__init__(engine, marks)
+        # a valid norm, without a collective per group, where offload insists on one
+        self.zero.scaled_global_norm = lambda norm_type=2: torch.zeros(())
+        self.group_of = {p: i for i, parameters in enumerate(self.zero.bit16_groups) for p in parameters}
+        self.sums: list[Tensor] = []
 
     @property
     def masters(self) -> list[Tensor]:
@@ -268,6 +339,9 @@ class ZeroEngine12(ZeroEngine):
         self.engine._flush_coalesced_reduction_zero12(self.zero)
 
     def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter, int]]:
+        if self.zero.cpu_offload:
+            yield from self._offloaded_fragments()
+            return
         # the fragments of a group are in the order of its parameters; one more at the end is padding. Only the first parameter
         # may have begun in the partition before
         for group, parameters in enumerate(self.zero.params_in_partition):
@@ -277,6 +351,50 @@ class ZeroEngine12(ZeroEngine):
     def forget_gradients(self) -> None:
         super().forget_gradients()
         self.zero.averaged_gradients = {}  # those of a step that was not taken would be added to the next ones
+
+    def open_early(self) -> None:
+        self.sums = [torch.zeros_like(master) for master in self.masters]
+        self._clear_offloaded()
+
+    def reduce_early(self, parameter: nn.Parameter) -> None:
+        self.zero.micro_step_id = -1  # with offload, DeepSpeed would add up whole gradients on the host from the second pass on
+        self.zero.setup_buckets()
+        self.zero.reduce_ready_partitions_and_remove_grads(parameter, self.group_of[parameter])
+
+    def close_early(self, late: Iterable[nn.Parameter]) -> None:
+        kept = {parameter: parameter.grad for parameter in late}
+        for parameter in kept:
+            parameter.grad = None
+        self.zero.overlapping_partition_gradients_reduce_epilogue()  # it drops all gradients, those of `late` too
+        for total, gradients in zip(self.sums, self._reduced(), strict=True):
+            for part, gradient in zip(total.split([each.numel() for each in gradients]), gradients, strict=True):
+                part.add_(gradient.reshape(-1))
+        for group in list(self.zero.averaged_gradients):
+            self.zero.averaged_gradients[group] = None
+        self._clear_offloaded()
+        for parameter, grad in kept.items():
+            parameter.grad = grad
+
+    def flush_late(self) -> None:
+        self.zero.micro_step_id = -1
+        self.flush()
+        for total, gradients in zip(self.sums, self._reduced(), strict=True):
+            for part, gradient in zip(total.split([each.numel() for each in gradients]), gradients, strict=True):
+                gradient.add_(part.view_as(gradient))
+        self.sums = []
+
+    def _reduced(self) -> list[list[Tensor]]:
+        """What the last reduction left of each group, in pieces that make up the partition."""
+        if self.zero.cpu_offload:
+            return [[master.grad] for master in self.masters if master.grad is not None]
+        return [list(self.zero.averaged_gradients[group]) for group in range(len(self.masters))]
+
+    def _offloaded_fragments(self) -> Iterator[tuple[Tensor, nn.Parameter, int]]:
+        """Gradients are with the masters on the host: parameter by parameter, from where in it to where there, how many."""
+        for group, parameters in enumerate(self.zero.params_in_partition):
+            for parameter in parameters:
+                _, start, place, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
+                yield self.masters[group].grad.view(-1).narrow(0, place, length), parameter, start  # type: ignore[union-attr]
 
     def publish(self) -> None:
         self.zero.update_lp_params()
@@ -299,7 +417,17 @@ class ZeroEngine3(ZeroEngine):
     opening hooks of their backward. `settle` stands in for both.
     """
 
-    NAMES = ("_grad_acc_hooks", "averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "parameter_offload")
+    NAMES = (
+        "_grad_acc_hooks",
+        "averaged_gradients",
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "grad_partitions_flat_buffer",
+        "grad_position",
+        "micro_step_id",
+        "offload_optimizer",
+        "parameter_offload",
+    )
 
     def __init__(self, engine: Any, marks: _Marks) -> None:
         super().__init__(engine, marks)
@@ -318,8 +446,37 @@ class ZeroEngine3(ZeroEngine):
 
     def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter, int]]:
         for group, parameters in enumerate(self.zero.fp16_groups):
-            for gradient, parameter in zip(self.zero.averaged_gradients[group], parameters, strict=True):
+            gradients = self._offloaded(group) if self.zero.offload_optimizer else self.zero.averaged_gradients[group]
+            for gradient, parameter in zip(gradients, parameters, strict=True):
                 yield gradient, parameter, self.zero._get_param_partition_rank(parameter) * parameter.partition_numel()
+
+    def open_early(self) -> None:
+        self.zero.grad_partitions_flat_buffer.zero_()
+        self._clear_offloaded()
+
+    def reduce_early(self, parameter: nn.Parameter) -> None:
+        self._add_up(is_last=False)
+        self.zero.reduce_ready_partitions_and_remove_grads(parameter)
+
+    def close_early(self, late: Iterable[nn.Parameter]) -> None:
+        self.zero.independent_gradient_partition_epilogue()  # in this stage it leaves other gradients alone
+
+    def flush_late(self) -> None:
+        self._add_up(is_last=True)
+        self.flush()
+        if self.zero.offload_optimizer:  # what was reduced before has not gone to the host yet
+            self.zero._finalize_offload_gradient_accumulation()
+
+    def _add_up(self, is_last: bool) -> None:
+        """Let a reduction add to what the partition has; by itself DeepSpeed does so from the second of a step on."""
+        self.zero.micro_step_id = 1
+        self.zero.set_gradient_accumulation_boundary(is_last)
+
+    def _offloaded(self, group: int) -> Iterator[Tensor]:
+        """Gradients are with the masters on the host."""
+        for parameter in self.zero.fp16_groups[group]:
+            _, place, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            yield self.masters[group].grad.narrow(0, place, length)  # type: ignore[union-attr]
 
     def publish(self) -> None:
         self.zero._partition_all_parameters()

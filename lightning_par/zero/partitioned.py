@@ -19,14 +19,14 @@ from lightning_par.errors import CheckpointError, ConfigurationError
 from lightning_par.private.deepspeed import ZeroEngine, mark_stepped, start_zero_engine
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.zero.bucket import gradient_dtype, set_gradient
+from lightning_par.zero.config import deepspeed_config
+from lightning_par.zero.early import EarlyReduction
 from lightning_par.zero.masters import accumulate_in_float32
 from lightning_par.zero.mpu import MeshUnit
+from lightning_par.zero.optimizer import check_optimizer
+from lightning_par.zero.option import MICROBATCH, ZeroOptions
 from lightning_par.zero.states import Fragment, OptimizerStates
 from lightning_par.zero.twin import hyperparameters, twin_of
-
-BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32; DeepSpeed's default is ten times that, allocated at every step
-# on a flat piece of many parameters these would compute something else, or DeepSpeed rebuilds them without their groups
-NOT_ELEMENTWISE = ("Adafactor", "Muon", "LBFGS", "SparseAdam", "Adagrad")
 
 
 class DeepSpeedStates(OptimizerStates):
@@ -40,6 +40,7 @@ class DeepSpeedStates(OptimizerStates):
         optimizers: exactly one, whose update of an element reads that element alone (Adam, AdamW, SGD and the like).
         stage: 1, 2 or 3.
         mesh: the mesh of the run, dp at least 2.
+        options: the section ``zero``.
         has_masters: whether the parameters are bfloat16.
 
     Raises:
@@ -48,9 +49,16 @@ class DeepSpeedStates(OptimizerStates):
     """
 
     def __init__(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], stage: int, mesh: Mesh, has_masters: bool = False
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        stage: int,
+        mesh: Mesh,
+        options: ZeroOptions | None = None,
+        has_masters: bool = False,
     ) -> None:
         super().__init__(module, optimizers)
+        options = options or ZeroOptions()
         self.stage = stage
         _check(stage, module, optimizers, torch.bfloat16 if has_masters else torch.float32)
         trainable = [[p for p in group["params"] if p.requires_grad] for group in optimizers[0].param_groups]
@@ -63,11 +71,11 @@ class DeepSpeedStates(OptimizerStates):
             stand_in = nn.Parameter(torch.zeros(1, device=device))
             root.add_module("stand_in", nn.ParameterList([stand_in]))
             groups = [{**optimizers[0].defaults, "params": [stand_in]}]
-        config = _config(stage, sum(p.numel() for p in self._shapes))
         if has_masters:
             accumulate_in_float32(self._shapes)
-            config = _with_masters(config)
+        config = deepspeed_config(stage, sum(p.numel() for p in self._shapes), options, device, has_masters)
         self.engine: ZeroEngine = start_zero_engine(stage, root, twin_of(optimizers[0], groups), MeshUnit(mesh), config, device)
+        self._early = EarlyReduction(self.engine, self._shapes, mesh) if options.reduce == MICROBATCH else None
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -90,10 +98,16 @@ class DeepSpeedStates(OptimizerStates):
         self.engine.settle(keep=torch.is_grad_enabled())
 
     def after_backward(self) -> None:
+        """Also, where gradients are reduced at every microbatch, a collective over dp."""
+        if self._early is not None:
+            self._early.after_backward()
         self.engine.release_backward()
 
     def reduce(self, optimizer: Optimizer | None = None) -> None:
         """Average gradients over dp. A missing one counts as zero: stage 3 would apply the one of the last step again."""
+        if self._early is not None:
+            self._early.finish()
+            return
         for parameter, shape in self._shapes.items():
             if parameter.grad is None:
                 set_gradient(parameter, torch.zeros(shape, dtype=gradient_dtype(parameter), device=parameter.device))
@@ -112,6 +126,8 @@ class DeepSpeedStates(OptimizerStates):
 
     def zero_grad(self, optimizer: Optimizer | None = None) -> None:
         self.engine.forget_gradients()
+        if self._early is not None:
+            self._early.forget()
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
@@ -144,6 +160,8 @@ class DeepSpeedStates(OptimizerStates):
         self.engine.publish()
 
     def close(self) -> None:
+        if self._early is not None:
+            self._early.close()
         self.engine.destroy()
         self._shapes = {}
 
@@ -167,14 +185,7 @@ class DeepSpeedStates(OptimizerStates):
 
 
 def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer], dtype: torch.dtype) -> None:
-    if len(optimizers) != 1:
-        raise ConfigurationError(f"zero{stage} steps one optimizer, configure_optimizers gave {len(optimizers)}: use zero0")
-    ancestors = [cls.__name__ for cls in type(optimizers[0]).__mro__]
-    if any(name in ancestors for name in NOT_ELEMENTWISE):
-        raise ConfigurationError(
-            f"zero{stage} steps flat pieces of parameters, and {type(optimizers[0]).__name__} needs whole ones: "
-            "use zero0, or an elementwise optimizer such as AdamW"
-        )
+    check_optimizer(stage, optimizers)
     for name, parameter in module.named_parameters():
         if parameter.dtype != dtype and (parameter.requires_grad or stage == 3):  # stages 1 and 2 leave frozen ones alone
             keeps, remedy = str(dtype).removeprefix("torch."), "precision=bf16-true"
@@ -183,49 +194,6 @@ def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer], dtype
             raise ConfigurationError(
                 f"zero{stage} keeps parameters in {keeps} here, and {name} is {parameter.dtype}: use {remedy}, or zero0"
             )
-
-
-def _config(stage: int, num_elements: int) -> dict[str, Any]:
-    """DeepSpeed's configuration; whatever has a default that changes the result or has changed is stated."""
-    bucket = 2 * max(1, min(BUCKET_ELEMENTS, num_elements + 1) // 2)  # must be even
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "overlap_comm": False,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        "round_robin_gradients": False,  # DeepSpeed's own map from parameters to fragments is wrong with it
-        "memory_efficient_linear": False,  # it replaces torch.nn.functional.linear for the whole process
-        "use_multi_rank_bucket_allreduce": False,  # stages 1 and 2 would send half as much again
-    }
-    if stage == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # small parameters travel with the large ones of their module
-    else:
-        zero["compute_grad_norm"] = False  # one collective per parameter group: stages with different numbers hang
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # the default became 1.0 in 2026
-        "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-    }
-
-
-def _with_masters(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration for bfloat16 parameters with float32 masters, gradients (`accumulate_in_float32`) and messages.
-
-    With stage 1 DeepSpeed would take an optimizer of its own for this, which cannot reduce once for all microbatches; stage 2
-    gives the same numbers, and frees the gradients of other ranks besides. Contiguous gradients would be rounded to bfloat16.
-    """
-    zero = config["zero_optimization"]
-    return {
-        **config,
-        "bf16": {"enabled": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {**zero, "stage": max(2, zero["stage"]), "contiguous_gradients": zero["stage"] == 3},
-    }
 
 
 def _outline(state: dict[str, Any]) -> dict[str, Any]:

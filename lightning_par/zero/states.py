@@ -76,7 +76,7 @@ class OptimizerStates(ABC):
 
     @abstractmethod
     def after_backward(self) -> None:
-        """After each microbatch's backward. No collective."""
+        """After each microbatch's backward. Every dp rank calls it at the same place: it may be a collective over dp."""
 
     @abstractmethod
     def reduce(self, optimizer: Optimizer | None = None) -> None:
