@@ -315,6 +315,7 @@ class ZeroEngine12(ZeroEngine):
 
     NAMES = (
         "_grad_acc_hooks",
+        "_gradient_reduction_buffer_dtype",
         "all_grad_tensors",
         "averaged_gradients",
         "cpu_offload",
@@ -328,6 +329,8 @@ class ZeroEngine12(ZeroEngine):
         super().__init__(engine, marks)
         # a valid norm, without a collective per group, where offload insists on one
         self.zero.scaled_global_norm = lambda norm_type=2: torch.zeros(())
+        # contiguous gradients, which offload turns on, lie in a buffer of this: the gradients' dtype, not the parameters'
+        self.zero._gradient_reduction_buffer_dtype = lambda: torch.float32
         self.group_of = {p: i for i, parameters in enumerate(self.zero.bit16_groups) for p in parameters}
         self.sums: list[Tensor] = []
 
