@@ -202,14 +202,14 @@ def compare(alone: Run, ranks: list[Run], layout: Layout, allowed: Mapping[str, 
             ours, theirs = torch.tensor(getattr(run, what)), torch.tensor(getattr(alone, what))
             errors.append(_close(f"{what} on rank {rank}", ours, theirs, allowed.get(what, TOLERANCE)))
     for what, total in (("gradients", True), ("weights", False)):
-        whole, expected = dict(_assemble(ranks, layout, what, total)), getattr(alone, what)
+        whole, expected = dict(assemble(ranks, layout, what, total)), getattr(alone, what)
         assert whole.keys() == expected.keys(), f"{what} of {sorted(whole.keys() ^ expected.keys())} are on one side only"
         tolerance = allowed.get(what, TOLERANCE)
         errors += [_close(f"{what}[{name}]", whole[name], tensor, tolerance) for name, tensor in expected.items()]
     return max(errors)
 
 
-def _assemble(ranks: list[Run], layout: Layout, what: str, total: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def assemble(ranks: list[Run], layout: Layout, what: str, total: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Global tensors by the user's name, from the pieces on all ranks.
 
     Args:
