@@ -31,6 +31,7 @@ __all__ = [
     "beside_fakes",
     "call_as_written",
     "custom_function",
+    "finished_work",
     "has_backward_hook",
     "has_gradient_hook",
     "is_compiled",
@@ -81,6 +82,15 @@ def alias_below_autograd(tensor: torch.Tensor) -> torch.Tensor:
     """
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
+
+
+def finished_work() -> Any:
+    """What a collective's operation returns, of one that has ended."""
+    import torch._C._distributed_c10d as c10d  # here, because it is not there without torch.distributed
+
+    future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+    future.set_result([])
+    return c10d._create_work_from_future(future).boxed()  # type: ignore[attr-defined]  # nothing else makes one without a collective
 
 
 def call_as_written(module: torch.nn.Module) -> None:
