@@ -198,6 +198,11 @@ class ZeroEngine(ABC):
     def masters(self) -> list[Tensor]:
         """The flat weights that this rank steps, by group (stage 3: by sub-group)."""
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What is kept for gradients besides ``p.grad``, from step to step."""
+        return []
+
     @abstractmethod
     def flush(self) -> None:
         """Average ``p.grad`` over dp into partitions; ``p.grad`` is gone then. Collective over dp."""
@@ -294,7 +299,14 @@ class ZeroEngine3(ZeroEngine):
     opening hooks of their backward. `settle` stands in for both.
     """
 
-    NAMES = ("_grad_acc_hooks", "averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "parameter_offload")
+    NAMES = (
+        "_grad_acc_hooks",
+        "averaged_gradients",
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "grad_partitions_flat_buffer",
+        "parameter_offload",
+    )
 
     def __init__(self, engine: Any, marks: _Marks) -> None:
         super().__init__(engine, marks)
@@ -307,6 +319,10 @@ class ZeroEngine3(ZeroEngine):
     @property
     def masters(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [self.zero.grad_partitions_flat_buffer]
 
     def flush(self) -> None:
         self.engine._flush_coalesced_reduction_zero3(self.zero)

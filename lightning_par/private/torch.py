@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (  # the only way to run a step withou
     unset_fake_temporarily,
 )
 from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.multiprocessing.reductions import StorageWeakRef  # knows whether memory is still there, without holding it
 from torch.utils._python_dispatch import TorchDispatchMode  # sees the operations below autograd, collectives among them
 
 Place = tuple[int, int, tuple[int, ...], tuple[int, ...]]
@@ -24,6 +25,7 @@ Place = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 __all__ = [
     "FakeTensorMode",
     "Place",
+    "StorageWeakRef",
     "TorchDispatchMode",
     "alias_below_autograd",
     "allow_versions",
@@ -34,10 +36,12 @@ __all__ = [
     "finished_work",
     "has_backward_hook",
     "has_gradient_hook",
+    "has_memory",
     "is_compiled",
     "is_data_dependent",
     "is_fake",
     "is_gradient_wanted",
+    "is_plain",
     "place_of",
     "run_backward",
     "runs_as_written",
@@ -49,6 +53,11 @@ __all__ = [
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape but no values."""
     return isinstance(tensor, FakeTensor)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of no class of its own: a subclass may compute otherwise. A fake one stands for a plain one."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def is_data_dependent(error: BaseException) -> bool:
@@ -73,6 +82,11 @@ def unseen_by_modes() -> AbstractContextManager[None]:
 def storage_key(tensor: torch.Tensor) -> int:
     """A number that two tensors share while both are alive exactly if they are views of one storage."""
     return tensor.untyped_storage()._cdata  # data_ptr() is 0 for every fake tensor
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in a storage of its device, of which a fake tensor has the size."""
+    return tensor.layout == torch.strided and tensor.device.type != "meta"
 
 
 def alias_below_autograd(tensor: torch.Tensor) -> torch.Tensor:

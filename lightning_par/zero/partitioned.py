@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from lightning_par.errors import CheckpointError, ConfigurationError
 from lightning_par.private.deepspeed import ZeroEngine, mark_stepped, start_zero_engine
 from lightning_par.runtime.mesh import Mesh
+from lightning_par.runtime.nested import tensors_in
 from lightning_par.zero.bucket import set_gradient
 from lightning_par.zero.mpu import MeshUnit
-from lightning_par.zero.states import Fragment, OptimizerStates
+from lightning_par.zero.states import Fragment, OptimizerStates, Stored
 
 BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32; DeepSpeed's default is ten times that, allocated at every step
 # on a flat piece of many parameters these would compute something else, or DeepSpeed rebuilds them without their groups
@@ -104,6 +105,13 @@ class DeepSpeedStates(OptimizerStates):
 
     def zero_grad(self, optimizer: Optimizer | None = None) -> None:
         self.engine.forget_gradients()
+
+    def stored(self) -> Stored:
+        parameters = list(self.module.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        moments = tensors_in(list(self.engine.inner.state.values()))
+        stored = [self.engine.stored(parameter) for parameter in parameters]
+        return Stored(stored, gradients + self.engine.buffers, self.engine.masters + moments)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
