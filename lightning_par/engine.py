@@ -129,6 +129,11 @@ class Engine:
         """Who sees the actions of this rank, as a clock does."""
         return self._executor.observers
 
+    @property
+    def on_the_way(self) -> list[torch.Tensor]:
+        """What this rank holds of messages between stages."""
+        return self._executor.on_the_way
+
     def train(
         self,
         program: Program,

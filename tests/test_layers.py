@@ -19,6 +19,7 @@ LAYERS = (
     ("tensor", "pipeline", "zero"),
     ("recompute", "compilation", "split_backward", "picture"),
     ("install", "gradients", "loss_scale", "checkpoint"),
+    ("memory",),
     ("prepare", "engine"),
     ("host",),
     ("__init__",),

@@ -19,6 +19,7 @@ from lightning_par.pipeline.stage import StageProgram
 from lightning_par.pipeline.transport import Like, Transport
 from lightning_par.private.torch import run_backward
 from lightning_par.runtime.deferral import DeferredGradients
+from lightning_par.runtime.nested import map_tensors
 
 Program = Callable[[int], Any]
 _EVERY_STEP = ": every step of a pipeline runs all blocks; do not return early, and let no bare `except:` stop a step"
@@ -162,8 +163,8 @@ class Executor:
                 needed; empty where they may depend on values.
 
         Returns:
-            What the user's step returned for each microbatch on the rank of the last stage, detached from the graph's loss only
-            by the backward that has run; an empty list on the others.
+            What the user's step returned for each microbatch on the rank of the last stage, without a graph where it has been run
+            backward; an empty list on the others.
         """
         step = _Step(program, loss_of, weights, shapes)
         self._deferred.forget()  # what a step that failed has left
@@ -186,6 +187,11 @@ class Executor:
             self._post_ahead(step)
         self._transport.flush()
         return [step.outputs[index] for index in sorted(step.outputs)]
+
+    @property
+    def on_the_way(self) -> list[torch.Tensor]:
+        """What this rank holds of messages, see `Transport.on_the_way`."""
+        return self._transport.on_the_way
 
     # ------------------------------------------------------------------ actions
 
@@ -227,6 +233,9 @@ class Executor:
             if stage == self._last:
                 loss = step.loss_of(step.outputs[index])
                 run_backward([loss], [_scaled_one(loss, step.weights[index])])
+                del loss
+                # the rest of its graph would keep what this microbatch received until the step ends
+                step.outputs[index] = map_tensors(torch.Tensor.detach, step.outputs[index])
             else:
                 arrived = self._take(Action("B", stage, index), kept.likes)
                 pairs = [(edge, grad) for edge, grad in zip(kept.edges, arrived, strict=True) if edge is not None]

@@ -70,6 +70,13 @@ class Transport:
         self._posted: dict[Action, list[tuple[dist.Work, torch.Tensor]]] = {}
         self._local: dict[Action, list[torch.Tensor]] = {}
 
+    @property
+    def on_the_way(self) -> list[torch.Tensor]:
+        """Tensors that are leaving, and those that receives have begun into; what two stages here give each other too."""
+        received = [buffer for posted in self._posted.values() for _, buffer in posted]
+        local = [tensor for tensors in self._local.values() for tensor in tensors]
+        return [*(tensor for _, tensor in self._leaving), *received, *local]
+
     def pp_of(self, stage: int) -> int:
         """The pp coordinate that runs a stage."""
         return self._pp_of[stage]

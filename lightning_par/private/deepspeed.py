@@ -230,6 +230,11 @@ class ZeroEngine(ABC):
     def masters(self) -> list[Tensor]:
         """The flat weights that this rank steps, by group (stage 3: by sub-group)."""
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What is kept for gradients besides ``p.grad``, from step to step."""
+        return []
+
     @abstractmethod
     def flush(self) -> None:
         """Average ``p.grad`` over dp into partitions; ``p.grad`` is gone then. Collective over dp."""
@@ -443,6 +448,10 @@ class ZeroEngine3(ZeroEngine):
     @property
     def masters(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [self.zero.grad_partitions_flat_buffer]
 
     def flush(self) -> None:
         self.engine._flush_coalesced_reduction_zero3(self.zero)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (  # the only way to run a step withou
     unset_fake_temporarily,
 )
 from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.multiprocessing.reductions import StorageWeakRef  # knows whether memory is still there, without holding it
 from torch.utils._python_dispatch import TorchDispatchMode  # sees the operations below autograd, collectives among them
 
 Place = tuple[int, int, tuple[int, ...], tuple[int, ...]]
@@ -25,6 +26,7 @@ Place = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 __all__ = [
     "FakeTensorMode",
     "Place",
+    "StorageWeakRef",
     "TorchDispatchMode",
     "alias_below_autograd",
     "allow_versions",
@@ -32,12 +34,15 @@ __all__ = [
     "beside_fakes",
     "call_as_written",
     "custom_function",
+    "finished_work",
     "has_backward_hook",
     "has_gradient_hook",
+    "has_memory",
     "is_compiled",
     "is_data_dependent",
     "is_fake",
     "is_gradient_wanted",
+    "is_plain",
     "place_of",
     "run_backward",
     "runs_as_written",
@@ -50,6 +55,11 @@ __all__ = [
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape but no values."""
     return isinstance(tensor, FakeTensor)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of no class of its own: a subclass may compute otherwise. A fake one stands for a plain one."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def is_data_dependent(error: BaseException) -> bool:
@@ -76,6 +86,11 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata  # data_ptr() is 0 for every fake tensor
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in a storage of its device, of which a fake tensor has the size."""
+    return tensor.layout == torch.strided and tensor.device.type != "meta"
+
+
 def alias_below_autograd(tensor: torch.Tensor) -> torch.Tensor:
     """An alias, made inside a `TorchDispatchMode`, that counts changes in place together with ``tensor``.
 
@@ -83,6 +98,15 @@ def alias_below_autograd(tensor: torch.Tensor) -> torch.Tensor:
     """
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
+
+
+def finished_work() -> Any:
+    """What a collective's operation returns, of one that has ended."""
+    import torch._C._distributed_c10d as c10d  # here, because it is not there without torch.distributed
+
+    future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+    future.set_result([])
+    return c10d._create_work_from_future(future).boxed()  # type: ignore[attr-defined]  # nothing else makes one without a collective
 
 
 def call_as_written(module: torch.nn.Module) -> None:

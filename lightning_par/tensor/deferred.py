@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_par.private.torch import has_gradient_hook, is_gradient_wanted
+from lightning_par.private.torch import has_gradient_hook, is_gradient_wanted, is_plain
 from lightning_par.runtime.arithmetic import AS_GIVEN, Arithmetic
 from lightning_par.runtime.deferral import DeferredGradients, Note
 
@@ -17,7 +17,7 @@ def can_defer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 
     Asked at each forward: users freeze weights and add hooks while they train.
     """
-    if not (torch.is_grad_enabled() and weight.requires_grad and type(x) in (torch.Tensor, nn.Parameter)) or x.is_meta:
+    if not (torch.is_grad_enabled() and weight.requires_grad and is_plain(x)) or x.device.type == "meta":
         return False  # a tensor without memory has no autocast either
     return _is_unwatched(weight) and (bias is None or not bias.requires_grad or _is_unwatched(bias))
 

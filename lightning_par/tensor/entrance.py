@@ -123,7 +123,9 @@ def product(
         if deferred is not None or arithmetic is not AS_GIVEN:
             return deferred_linear(x, weight, bias, transposed, deferred, arithmetic)
         return nn.functional.linear(x, weight.t() if transposed else weight, bias)
-    return _Product.apply(x, weight.detach(), None if bias is None else bias.detach(), handle.node, handle, transposed, arithmetic)
+    node = handle.node
+    del handle.node  # the graph holds it, and it would hold the graph in a circle, with all that a block keeps
+    return _Product.apply(x, weight.detach(), None if bias is None else bias.detach(), node, handle, transposed, arithmetic)
 
 
 def _open(tensor: torch.Tensor, axis: Axis, readers: list[nn.Module]) -> tuple[torch.Tensor, dict[int, _Handle]]:

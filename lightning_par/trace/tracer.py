@@ -112,10 +112,7 @@ def _run_once(
     copied = _clone if fake is None else fake.from_tensor
     has_gradients = mode.step == "training_step"
     with generators_put_back(), _in_the_open(), fake or contextlib.nullcontext():
-        twin = copy_module(
-            module, lambda tensor: mode.precision.convert(copied(tensor)), by_reference=[getattr(module, "_trainer", None)]
-        )
-        _silence(twin)
+        twin = silent_copy(module, lambda tensor: mode.precision.convert(copied(tensor)))
         if mode.prepare is not None:
             mode.prepare(twin)
         inputs = map_tensors(lambda tensor: copied(tensor.detach()), batch)
@@ -182,15 +179,20 @@ def _check_loss(output: Any, name: str) -> None:
         )
 
 
-def _silence(twin: nn.Module) -> None:
-    """Cut the copy's ways out: metrics, prints and a backward of a dry run mean nothing."""
+def silent_copy(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy of a LightningModule on other tensors, see `copy_module`, with its ways out cut.
+
+    Metrics, logs, prints and a backward of a dry run mean nothing.
+    """
     from torchmetrics import Metric
 
-    ways_out = ("print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
+    twin = copy_module(module, replace, by_reference=[getattr(module, "_trainer", None)])
+    ways_out = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
     twin.__dict__.update(dict.fromkeys(ways_out, _ignore))
     for child in list(twin.modules()):
         if isinstance(child, Metric):
             child.__dict__.update(forward=_zero, update=_ignore, compute=_zero, reset=_ignore)
+    return twin
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

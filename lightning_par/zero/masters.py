@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ class Masters:
         self.optimizer, self.inner = optimizer, twin_of(optimizer, [])
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
         self._read_groups()
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        """The states of the optimizer, by master."""
+        return self.inner.state
 
     def step(self) -> None:
         """Step with the gradients of the parameters."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_par.errors import CheckpointError, ConfigurationError
 from lightning_par.private.deepspeed import ZeroEngine, mark_stepped, start_zero_engine
 from lightning_par.runtime.mesh import Mesh
+from lightning_par.runtime.nested import tensors_in
 from lightning_par.zero.bucket import gradient_dtype, set_gradient
 from lightning_par.zero.config import deepspeed_config
 from lightning_par.zero.early import EarlyReduction
@@ -25,7 +26,7 @@ from lightning_par.zero.masters import accumulate_in_float32
 from lightning_par.zero.mpu import MeshUnit
 from lightning_par.zero.optimizer import check_optimizer
 from lightning_par.zero.option import MICROBATCH, ZeroOptions
-from lightning_par.zero.states import Fragment, OptimizerStates
+from lightning_par.zero.states import Fragment, OptimizerStates, Stored
 from lightning_par.zero.twin import hyperparameters, twin_of
 
 
@@ -128,6 +129,13 @@ class DeepSpeedStates(OptimizerStates):
         self.engine.forget_gradients()
         if self._early is not None:
             self._early.forget()
+
+    def stored(self) -> Stored:
+        parameters = list(self.module.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        moments = tensors_in(list(self.engine.inner.state.values()))
+        stored = [self.engine.stored(parameter) for parameter in parameters]
+        return Stored(stored, gradients + self.engine.buffers, self.engine.masters + moments)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():

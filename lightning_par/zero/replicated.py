@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from lightning_par.errors import CheckpointError
 from lightning_par.runtime.axis import Axis
+from lightning_par.runtime.nested import tensors_in
 from lightning_par.zero.bucket import sum_gradients
 from lightning_par.zero.masters import Masters
-from lightning_par.zero.states import Fragment, OptimizerStates
+from lightning_par.zero.states import Fragment, OptimizerStates, Stored
 
 
 class ReplicatedStates(OptimizerStates):
@@ -60,6 +61,13 @@ class ReplicatedStates(OptimizerStates):
     def zero_grad(self, optimizer: Optimizer | None = None) -> None:
         for each in self._chosen(optimizer):
             each.zero_grad()
+
+    def stored(self) -> Stored:
+        parameters = list(self.module.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        states = [tensor for each in self.optimizers for tensor in tensors_in(list(self._stepper(each).state.values()))]
+        masters = [master for _, master in self._named_masters()]
+        return Stored([parameter.detach() for parameter in parameters], gradients, masters + states)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
