@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_par.install import install
+from lightning_par.materialize import is_deferred, share_records
 from lightning_par.pipeline.executor import Executor, Hooks, Observer
 from lightning_par.pipeline.lockstep import Lockstep
 from lightning_par.pipeline.measure import CostMeter
@@ -57,6 +58,7 @@ class Engine:
         self, module: nn.Module, plan: Plan, mesh: Mesh, device: torch.device, schedule: str | None = None, seed: int = 0
     ) -> None:
         self.module, self.plan, self.mesh, self.device = module, plan, mesh, device
+        share_records(module, mesh.world)
         broadcast_module(module, mesh)
         for holders in sorted({parameter.spec.stages for parameter in plan.parameters if len(parameter.spec.stages) > 1}):
             mesh.tied(holders)  # every rank makes every group, whether it holds such a weight or not
@@ -204,12 +206,12 @@ def traced_costs(plan: Plan) -> Costs:
 
 
 def broadcast_module(module: nn.Module, mesh: Mesh) -> None:
-    """Give every rank the parameters and buffers of rank 0. Collective over the world.
+    """Give every rank the parameters and buffers of rank 0 that have memory. Collective over the world.
 
     A script that draws its weights without a seed has other weights in every process.
     """
     for tensor in (*module.parameters(), *module.buffers()):
-        if mesh.world.size > 1:
+        if mesh.world.size > 1 and not is_deferred(tensor):
             dist.broadcast(tensor.data, src=0, group=mesh.world.group)
 
 

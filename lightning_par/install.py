@@ -1,11 +1,12 @@
 """Installing a plan on a module: the one place where a user's module is changed, in an order that is the documentation.
 
-1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder
+1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder. Weights that have
+               no memory yet are made here, this rank's shards alone
 2. convert     planned layers compute on their shards
 3. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
 4. compile     planned modules are compiled when they are first called
 5. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
-6. cut         blocks of other stages only pass the hidden state on, or end the step
+6. cut         blocks of other stages only pass the hidden state on, or end the step; buffers without memory are made
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 
 from lightning_par.compilation import compile_modules
 from lightning_par.errors import ModelError
+from lightning_par.materialize import give_values, is_deferred, materialize_rest, materialize_shard
 from lightning_par.pipeline.stage import StageProgram
 from lightning_par.plan import LayerPlan, Plan
 from lightning_par.plan.plan import ParameterPlan
@@ -60,7 +62,9 @@ def install(
         defer_weight_gradients(module, deferred)
     compile_modules(module, plan, pp)
     recompute_blocks(module, plan, pp, tp)
-    return cut_stages(module, plan, pp, device, sequence)
+    stages = cut_stages(module, plan, pp, device, sequence)
+    materialize_rest(module)
+    return stages
 
 
 def install_tensor_parallel(module: nn.Module, plan: Plan, tp: Axis) -> None:
@@ -159,7 +163,9 @@ def _shard_parameter(module: nn.Module, plan: ParameterPlan, aliases: Iterable[s
     owner, name = _owner(module, aliases[0])
     parameter = owner._parameters[name]
     assert parameter is not None
-    if plan.spec.split is not None and tp.size > 1:
+    if is_deferred(parameter):
+        give_values(parameter, materialize_shard(parameter, plan.spec.split, tp.size, tp.coordinate), plan.spec.name)
+    elif plan.spec.split is not None and tp.size > 1:
         with torch.no_grad():
             parameter.data = plan.spec.split.shard(parameter.data, tp.size, tp.coordinate)
     set_spec(parameter, plan.spec)

@@ -28,6 +28,7 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
     from hydra.utils import instantiate
 
     from lightning_par import HybridParallelStrategy
+    from lightning_par.host.construction import construct
 
     # Lightning 2.6 on torch 2.13 warns of its own code, on every rank
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
@@ -39,6 +40,7 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
         compile=config.parallel.get("compile", False),
         schedule=config.schedule,
         hang_seconds=config.hang_seconds,
+        init=config.get("init", "exact"),
         loss_weight=instantiate({"given": config.get("loss_weight")}, _convert_="all")["given"],  # a plain word, too
     )
     options: dict[str, Any] = {
@@ -51,4 +53,5 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
     if "logger" not in options:
         options["logger"] = instantiate(config.logger, _convert_="all")
     trainer = instantiate(config.trainer, _convert_="all", _partial_=True)(**options)
-    return trainer, instantiate(config.model, _convert_="all"), instantiate(config.data, _convert_="all")
+    module = construct(lambda: instantiate(config.model, _convert_="all"), config.get("init", "exact"))
+    return trainer, module, instantiate(config.data, _convert_="all")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from lightning_par.checkpoint import check_layout, load_checkpoint, load_rank_state, save_checkpoint
 from lightning_par.engine import Engine
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
+from lightning_par.host.construction import check_init_word, configuring
 from lightning_par.host.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
 from lightning_par.host.namespace import bind, root_in_use, worker_seeding
@@ -34,6 +36,7 @@ from lightning_par.host.preflight import (
 from lightning_par.host.steps import StepRunner
 from lightning_par.host.watch import check_hang_seconds, watch_engine
 from lightning_par.layout import Layout, parse_layout
+from lightning_par.materialize import materialize_attributes
 from lightning_par.pipeline.tables import choose_schedule
 from lightning_par.plan import Plan
 from lightning_par.plan.compiled import read_backend
@@ -65,6 +68,7 @@ class HybridParallelStrategy(Host):
             layout has several stages on a rank.
         loss_weight: what names or counts the targets of a batch where parts of it have different numbers of them, see
             `lightning_par.host.loss_weight`; parts count by their samples without it.
+        init: how the weights are made that ``configure_model`` builds, see `lightning_par.host.construction`.
         timeout_seconds: how long a collective may wait for a rank before it is an error.
         hang_seconds: how long one forward or backward of a microbatch may stand still on a rank, when those before it were quick,
             before its stack is shown and the run ends; see `lightning_par.runtime.watchdog`. None for any time.
@@ -72,8 +76,8 @@ class HybridParallelStrategy(Host):
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
-        ConfigurationError: the schedule or the word for ``recompute`` or the backend for ``compile`` is unknown, ``loss_weight`` is
-            no such thing, or ``hang_seconds`` is too short.
+        ConfigurationError: the schedule, the word for ``recompute`` or for ``init`` or the backend for ``compile`` is unknown,
+            ``loss_weight`` is no such thing, or ``hang_seconds`` is too short.
     """
 
     root = ""  # the Lightning namespace, set by `bind`
@@ -92,6 +96,7 @@ class HybridParallelStrategy(Host):
         compile: bool | str = False,
         schedule: str | None = None,
         loss_weight: LossWeight | None = None,
+        init: str = "exact",
         timeout_seconds: float = 600.0,
         hang_seconds: float | None = 20.0,
         print_plan: bool = True,
@@ -103,6 +108,7 @@ class HybridParallelStrategy(Host):
         check_hang_seconds(hang_seconds)
         self.overrides, self._print_plan = dict(plan or {}), print_plan
         self.loss_weight = read_loss_weight(loss_weight)
+        self.init = check_init_word(init)
         if compile:
             self.overrides["compile"] = read_backend(compile)
         if recompute != "none":
@@ -191,6 +197,7 @@ class HybridParallelStrategy(Host):
         check_inference_mode(trainer)
         module = args[0] if args and args[0] is not None else trainer.lightning_module
         check_checkpoints([*args, *kwargs.values()], self.layout)
+        materialize_attributes(module)
         engine = check_split(module, self.layout)
         if engine is not None:
             self._engine, self._mesh, self._plan = engine, engine.mesh, engine.plan
@@ -230,7 +237,20 @@ class HybridParallelStrategy(Host):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
+    def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
+        """Around ``configure_model``: what it builds is built on the CPU, and moved as shards."""
+        return nullcontext()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Around ``configure_model``: what it builds has no memory for weights yet."""
+        module = self.lightning_module
+        assert module is not None
+        with configuring(module, self.init):
+            yield
+
     def _install(self, module: Any) -> None:
+        materialize_attributes(module)
         plans: list[Any] = [self._plan, torch.initial_seed()]
         dist.broadcast_object_list(plans, src=0, group=self.mesh.world.group)
         self._plan = plans[0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,10 @@ from torch._subclasses.fake_tensor import (  # the only way to run a step withou
     unset_fake_temporarily,
 )
 from torch.autograd.graph import GradientEdge, _engine_run_backward
-from torch.utils._python_dispatch import TorchDispatchMode  # sees the operations below autograd, collectives among them
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,  # sees the operations below autograd, collectives among them
+    _disable_current_modes,
+)
 
 Place = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
@@ -37,10 +40,13 @@ __all__ = [
     "is_data_dependent",
     "is_fake",
     "is_gradient_wanted",
+    "outside_modes",
     "place_of",
     "run_backward",
     "runs_as_written",
     "storage_key",
+    "swap_contents",
+    "trunc_normal_by",
     "unseen_by_modes",
 ]
 
@@ -67,6 +73,22 @@ def unseen_by_modes() -> AbstractContextManager[None]:
     """Inside, torch functions reach no `TorchFunctionMode`, and no tensor's own ``__torch_function__``."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return context
+
+
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """Inside, operations reach neither a `TorchDispatchMode` nor a `TorchFunctionMode`."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+def swap_contents(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Let two tensors of one class change places; the Python objects stay who they are.
+
+    What ``torch.utils.swap_tensors`` ends in: that refuses a tensor with a weak reference to it, which the weights of
+    ``nn.LSTM`` have.
+    """
+    torch._C._swap_tensor_impl(tensor, other)
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -153,3 +175,20 @@ def allow_versions(count: int) -> None:
     from torch._dynamo import config  # here, because it imports the compiler
 
     config.recompile_limit = max(config.recompile_limit, count)
+
+
+@contextmanager
+def trunc_normal_by(function: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Inside, ``torch.nn.init.trunc_normal_`` calls ``function`` with its own implementation and its arguments.
+
+    That implementation does nothing for tensors on the meta device. The public function cannot be replaced: other libraries
+    hold on to it.
+    """
+    from torch.nn import init
+
+    original = init._no_grad_trunc_normal_
+    init._no_grad_trunc_normal_ = partial(function, original)
+    try:
+        yield
+    finally:
+        init._no_grad_trunc_normal_ = original

@@ -1,0 +1,27 @@
+"""Models larger than a host: the constructor runs without memory for weights, and each rank makes its shards alone."""
+
+from lightning_par.materialize.module import (
+    defer_values,
+    deferred_init,
+    give_values,
+    is_deferred,
+    materialize_attributes,
+    materialize_rest,
+    records_in,
+    share_records,
+    whole_value,
+)
+from lightning_par.materialize.shard import materialize_shard
+
+__all__ = [
+    "defer_values",
+    "deferred_init",
+    "give_values",
+    "is_deferred",
+    "materialize_attributes",
+    "materialize_rest",
+    "materialize_shard",
+    "records_in",
+    "share_records",
+    "whole_value",
+]
