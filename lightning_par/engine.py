@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_par.install import install
-from lightning_par.materialize import is_deferred, share_records
+from lightning_par.materialize import Weights, is_deferred, share_records
 from lightning_par.pipeline.executor import Executor, Hooks, Observer
 from lightning_par.pipeline.lockstep import Lockstep
 from lightning_par.pipeline.measure import CostMeter
@@ -55,7 +55,14 @@ class Engine:
     _engines: ClassVar[WeakKeyDictionary[nn.Module, Engine]] = WeakKeyDictionary()
 
     def __init__(
-        self, module: nn.Module, plan: Plan, mesh: Mesh, device: torch.device, schedule: str | None = None, seed: int = 0
+        self,
+        module: nn.Module,
+        plan: Plan,
+        mesh: Mesh,
+        device: torch.device,
+        schedule: str | None = None,
+        seed: int = 0,
+        weights: Weights | None = None,
     ) -> None:
         self.module, self.plan, self.mesh, self.device = module, plan, mesh, device
         share_records(module, mesh.world)
@@ -69,7 +76,7 @@ class Engine:
         self.tables = Tables(schedule or default_schedule(layout.vp), layout, traced_costs(plan), is_ordered)
         deferred = DeferredGradients()
         splits = splits_backward(self.tables.schedule, layout)
-        stages = install(module, plan, pp, mesh.tp, device, deferred if splits else None)
+        stages = install(module, plan, pp, mesh.tp, device, deferred if splits else None, weights)
         module.to(device)
         self.streams = MicrobatchStreams(seed, mesh.coordinate.dp, device)
         self._hooks = Hooks(before_forward=self.streams.begin, at_entrance=self.streams.enter_stage)

@@ -21,7 +21,7 @@ from torch import nn
 
 from lightning_par.compilation import compile_modules
 from lightning_par.errors import ModelError
-from lightning_par.materialize import give_values, is_deferred, materialize_rest, materialize_shard
+from lightning_par.materialize import Weights, give_values, is_deferred, materialize_rest, materialize_shard
 from lightning_par.pipeline.stage import StageProgram
 from lightning_par.plan import LayerPlan, Plan
 from lightning_par.plan.plan import ParameterPlan
@@ -41,7 +41,13 @@ from lightning_par.tensor import (
 
 
 def install(
-    module: nn.Module, plan: Plan, pp: int, tp: Axis, device: torch.device, deferred: DeferredGradients | None = None
+    module: nn.Module,
+    plan: Plan,
+    pp: int,
+    tp: Axis,
+    device: torch.device,
+    deferred: DeferredGradients | None = None,
+    weights: Weights | None = None,
 ) -> StageProgram:
     """Make ``module`` this rank's part of the plan, in place. Not a collective.
 
@@ -54,8 +60,9 @@ def install(
         tp: this rank's tensor-parallel axis.
         device: where the module is going to run; placeholders are made there.
         deferred: where layers leave their weight gradients during an action I; None where the schedule has none.
+        weights: values in files that win over the module's own.
     """
-    shard_parameters(module, plan.parameters, pp, tp, device)
+    shard_parameters(module, plan.parameters, pp, tp, device, weights)
     sequence = _sequence(plan, tp)
     convert_layers(module, plan, pp, tp, sequence)
     if deferred is not None:
@@ -64,6 +71,8 @@ def install(
     recompute_blocks(module, plan, pp, tp)
     stages = cut_stages(module, plan, pp, device, sequence)
     materialize_rest(module)
+    if weights is not None:
+        weights.read_buffers(module)
     return stages
 
 
@@ -78,11 +87,18 @@ def install_tensor_parallel(module: nn.Module, plan: Plan, tp: Axis) -> None:
         StageProgram(module, replace(plan, stages=(whole,), boundaries=()), (0,), sequence)
 
 
-def shard_parameters(module: nn.Module, parameters: Iterable[ParameterPlan], pp: int, tp: Axis, device: torch.device) -> None:
+def shard_parameters(
+    module: nn.Module,
+    parameters: Iterable[ParameterPlan],
+    pp: int,
+    tp: Axis,
+    device: torch.device,
+    weights: Weights | None = None,
+) -> None:
     """Replace every parameter's data by this rank's shard, and take away what its stages do not hold."""
     for parameter in parameters:
         held = [alias for alias, holders in parameter.aliases if pp in holders]
-        _shard_parameter(module, parameter, held, tp)
+        _shard_parameter(module, parameter, held, tp, weights)
         for alias, _ in parameter.aliases:
             if alias not in held:
                 owner, name = _owner(module, alias)
@@ -155,7 +171,9 @@ def _convert_layer(
         )
 
 
-def _shard_parameter(module: nn.Module, plan: ParameterPlan, aliases: Iterable[str], tp: Axis) -> None:
+def _shard_parameter(
+    module: nn.Module, plan: ParameterPlan, aliases: Iterable[str], tp: Axis, weights: Weights | None = None
+) -> None:
     """Give the parameter its shard under every alias; ties stay ties."""
     aliases = list(aliases)
     if not aliases:
@@ -163,8 +181,13 @@ def _shard_parameter(module: nn.Module, plan: ParameterPlan, aliases: Iterable[s
     owner, name = _owner(module, aliases[0])
     parameter = owner._parameters[name]
     assert parameter is not None
+    where = plan.spec.split, tp.size, tp.coordinate
+    names = [alias for alias, _ in plan.aliases]
+    stored = None if weights is None else weights.read_shard(names, *where, parameter.dtype)
     if is_deferred(parameter):
-        give_values(parameter, materialize_shard(parameter, plan.spec.split, tp.size, tp.coordinate), plan.spec.name)
+        give_values(parameter, materialize_shard(parameter, *where) if stored is None else stored, plan.spec.name)
+    elif stored is not None:
+        parameter.data = stored
     elif plan.spec.split is not None and tp.size > 1:
         with torch.no_grad():
             parameter.data = plan.spec.split.shard(parameter.data, tp.size, tp.coordinate)

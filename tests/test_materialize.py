@@ -212,7 +212,7 @@ def deferred(make: Callable[[], pl.LightningModule]) -> Callable[[], pl.Lightnin
     return make_deferred
 
 
-@pytest.mark.parametrize("word", ["tp2_pp2", "tp2_dp2_zero3"])
+@pytest.mark.parametrize("word", ["tp2_pp2", pytest.param("tp2_dp2_zero3", marks=pytest.mark.slow)])
 def test_training_is_that_of_one_process(word: str) -> None:
     makers = {"GPT": deferred(gpt), "GPT-2, tied": deferred(gpt2), "Llama": deferred(llama)}
     check_parity(makers, word)

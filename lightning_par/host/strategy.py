@@ -36,7 +36,7 @@ from lightning_par.host.preflight import (
 from lightning_par.host.steps import StepRunner
 from lightning_par.host.watch import check_hang_seconds, watch_engine
 from lightning_par.layout import Layout, parse_layout
-from lightning_par.materialize import materialize_attributes
+from lightning_par.materialize import match_weights, materialize_attributes
 from lightning_par.pipeline.tables import choose_schedule
 from lightning_par.plan import Plan
 from lightning_par.plan.compiled import read_backend
@@ -69,6 +69,8 @@ class HybridParallelStrategy(Host):
         loss_weight: what names or counts the targets of a batch where parts of it have different numbers of them, see
             `lightning_par.host.loss_weight`; parts count by their samples without it.
         init: how the weights are made that ``configure_model`` builds, see `lightning_par.host.construction`.
+        weights: a folder that transformers' ``save_pretrained`` wrote, or a safetensors file: each rank reads its shards of it,
+            in the place of initial weights.
         timeout_seconds: how long a collective may wait for a rank before it is an error.
         hang_seconds: how long one forward or backward of a microbatch may stand still on a rank, when those before it were quick,
             before its stack is shown and the run ends; see `lightning_par.runtime.watchdog`. None for any time.
@@ -97,6 +99,7 @@ class HybridParallelStrategy(Host):
         schedule: str | None = None,
         loss_weight: LossWeight | None = None,
         init: str = "exact",
+        weights: str | Path | None = None,
         timeout_seconds: float = 600.0,
         hang_seconds: float | None = 20.0,
         print_plan: bool = True,
@@ -108,7 +111,7 @@ class HybridParallelStrategy(Host):
         check_hang_seconds(hang_seconds)
         self.overrides, self._print_plan = dict(plan or {}), print_plan
         self.loss_weight = read_loss_weight(loss_weight)
-        self.init = check_init_word(init)
+        self.init, self.weights = check_init_word(init), weights
         if compile:
             self.overrides["compile"] = read_backend(compile)
         if recompute != "none":
@@ -254,7 +257,8 @@ class HybridParallelStrategy(Host):
         plans: list[Any] = [self._plan, torch.initial_seed()]
         dist.broadcast_object_list(plans, src=0, group=self.mesh.world.group)
         self._plan = plans[0]
-        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1])
+        weights = None if self.weights is None else match_weights(module, self.weights)
+        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1], weights)
 
     def setup_optimizers(self, trainer: Any) -> None:
         try:

@@ -12,12 +12,15 @@ from lightning_par.materialize.module import (
     whole_value,
 )
 from lightning_par.materialize.shard import materialize_shard
+from lightning_par.materialize.weights import Weights, match_weights
 
 __all__ = [
+    "Weights",
     "defer_values",
     "deferred_init",
     "give_values",
     "is_deferred",
+    "match_weights",
     "materialize_attributes",
     "materialize_rest",
     "materialize_shard",
