@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_par.demo.gpt import GPT
 from lightning_par.errors import ConfigurationError, ModelError, ReplicaError
-from lightning_par.host.construction import construct
-from lightning_par.install import shard_parameters
+from lightning_par.host.construction import configuring, construct, guard_setup
+from lightning_par.install import install, shard_parameters
 from lightning_par.materialize import (
     deferred_init,
     give_values,
@@ -30,9 +34,9 @@ from lightning_par.materialize import (
 from lightning_par.materialize.stream import CELL, skip
 from lightning_par.runtime.axis import GroupAxis, LocalAxis
 from lightning_par.runtime.parameter import Split
-from tests.models import gpt, gpt2, llama
+from tests.models import VOCABULARY, ByteModel, TransformersModel, gpt, gpt2, llama, make_batch
 from tests.parity import check_parity
-from tests.planning import plan_of
+from tests.planning import plan_of, quiet_trainer
 from tests.ranks import run_ranks
 from tests.zoo import ZOO
 
@@ -133,6 +137,20 @@ def test_values_are_those_of_one_process(make: Make) -> None:
                 assert torch.equal(value, getattr(twin, key)), f"{path}.{key}"
 
 
+def test_generators_of_the_user_are_left_where_one_process_leaves_them() -> None:
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    expected = (
+        torch.empty(40, 30).normal_(generator=generators[0]),
+        nn.init.trunc_normal_(torch.empty(9, 9), generator=generators[0]),
+    )
+    with deferred_init():
+        normal = torch.empty(40, 30).normal_(generator=generators[1])
+        truncated = nn.init.trunc_normal_(torch.empty(9, 9), generator=generators[1])
+    assert torch.equal(whole_value(normal), expected[0]) and torch.equal(whole_value(truncated), expected[1])
+    assert torch.equal(materialize_shard(truncated, None, 1, 0), expected[1])
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
 def test_what_a_constructor_reads_is_computed() -> None:
     (module, _), (other, _) = build(Awkward, None), build(Awkward)
     for name in ("rates", "drawn", "chosen"):
@@ -163,6 +181,8 @@ def test_weights_of_several_pieces(numel: int, init: str) -> None:
     def make() -> nn.Module:
         module = nn.Module()
         module.normal, module.uniform = nn.Parameter(torch.randn(numel) * 3), nn.Parameter(torch.empty(numel).uniform_(-1, 2))
+        module.truncated = nn.Parameter(nn.init.trunc_normal_(torch.empty(numel), 0.1, 1.0, -1.5, 1.0))
+        module.lower = nn.Parameter(nn.init.trunc_normal_(torch.empty(numel, dtype=torch.bfloat16), std=0.02))
         return module
 
     (module, _), (other, _) = build(make, None), build(make, init)
@@ -171,6 +191,9 @@ def test_weights_of_several_pieces(numel: int, init: str) -> None:
         for coordinate in range(3):
             shard = materialize_shard(tensor, Split(0, (numel,)), 3, coordinate)
             assert torch.equal(shard, Split(0, (numel,)).shard(expected, 3, coordinate)), f"{name} at {coordinate}"
+        if name in ("truncated", "lower"):
+            assert expected.min() >= -1.5 and expected.max() <= 1.0 and abs(expected.double().mean()) < 0.2
+            continue
         error = 5 * 3 / math.sqrt(numel)  # five deviations of the mean of so many normal numbers
         assert abs(expected.mean() - (0 if name == "normal" else 0.5)) < error
         assert abs(expected.std() - (3 if name == "normal" else math.sqrt(0.75))) < error
@@ -272,6 +295,58 @@ def test_a_hook_on_a_gradient_is_not_lost_silently() -> None:
         give_values(module.weight, whole_value(module.weight), "weight")
 
 
+class Late(ByteModel):
+    """Fills weights in the hook for data."""
+
+    def setup(self, stage: str) -> None:
+        self.noise = torch.randn(3)
+        self.network.head.weight.data.zero_()
+
+
+@pytest.mark.parametrize("word", ["tp2", "single"])
+def test_setup_comes_too_late_for_weights(word: str) -> None:
+    with deferred_init():
+        module = Late()
+    trainer = quiet_trainer(word, 2 if word == "tp2" else 1, max_steps=1)
+    batches: Any = [make_batch(0, 4)]
+    with pytest.raises(
+        ModelError, match=r"Late.setup calls zero_ on network.head.weight, and weights get their memory after it: do"
+    ):
+        trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    guard_setup(module)
+    with pytest.raises(ModelError, match=r"Late\.setup calls zero_ on network\.head\.weight"):
+        module.setup("fit")
+
+
+class ConfiguredReading(ByteModel):
+    """Reads values in the hook that builds the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.network
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "network"):
+            self.network = ByteModel().network
+            self.total = float(self.network.head.weight.detach().numpy().sum())
+
+
+@pytest.mark.parametrize("init", ["exact", "constructor"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_that_the_hook_builds_whole(init: str) -> None:
+    torch.manual_seed(4)
+    expected, module = ConfiguredReading(), ConfiguredReading()
+    torch.manual_seed(4)
+    expected.configure_model()
+    torch.manual_seed(4)
+    notice = pytest.warns(UserWarning, match=r"ConfiguredReading\.configure_model cannot run")
+    with notice if init == "exact" else nullcontext(), configuring(module, init):
+        module.configure_model()
+    assert module.total == expected.total
+    materialize_rest(module)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), expected.parameters(), strict=True))
+
+
 def other_constructors(rank: int, world_size: int) -> str:
     with deferred_init():
         module = nn.Linear(4, 20 + rank)
@@ -304,3 +379,58 @@ def test_only_the_shards_of_a_rank_are_made() -> None:
             if 1 in holders:
                 expected, split = whole.get_parameter(alias).detach(), parameter.spec.split
                 assert torch.equal(held, expected if split is None else split.shard(expected, 2, 1)), alias
+
+
+GIB = 1 << 30
+
+
+def of_three_gib(kind: str) -> pl.LightningModule:
+    """A model of 3 GiB in fp32."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    if kind == "Llama":
+        sizes = dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=13, num_attention_heads=16)
+        return TransformersModel(LlamaForCausalLM(LlamaConfig(**sizes)))  # type: ignore[arg-type]
+    if kind == "GPT-2":
+        return TransformersModel(GPT2LMHeadModel(GPT2Config(n_embd=2048, n_layer=14, n_head=16)))
+    module = ByteModel()
+    module.network = GPT(vocab_size=VOCABULARY, width=2048, depth=16, heads=16)
+    module.network.scale = nn.Parameter(torch.randn(2048) * 0.02)  # type: ignore[assignment]
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 2:
+            nn.init.trunc_normal_(parameter, std=0.02)
+        if name.endswith(("output.weight", "down.weight")):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * 16))
+    return module
+
+
+def resident(field: str) -> int:
+    """Bytes of this process that are in memory: ``VmRSS`` now, ``VmHWM`` at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def build_coordinate(rank: int, world_size: int, kind: str, init: str, pp: int) -> dict[str, float]:
+    """One coordinate of tp4_pp2, played in this process: what it took to build its part."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    base, start = resident("VmRSS"), time.process_time()
+    with deferred_init(init):
+        module = of_three_gib(kind)
+    total = sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
+    plan = plan_of(module, "tp4_pp2", {"tokens": torch.zeros(8, 17, dtype=torch.long)})
+    install(module, plan, pp, LocalAxis("tp", 4, 1), torch.device("cpu"))
+    shard = sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
+    return {"total": total, "shard": shard, "peak": resident("VmHWM") - base, "seconds": time.process_time() - start}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["fast", "exact"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2", "truncated"])
+def test_a_model_larger_than_what_is_built(kind: str, init: str) -> None:
+    """Peak memory is at most 1.1 times the shard and 100 MB; the weights of a seed of their own take less than 10 CPU seconds."""
+    for pp in range(2):
+        (built,) = run_ranks(build_coordinate, 1, kind, init, pp, timeout=300)
+        print(kind, init, pp, built)
+        assert 2.9 * GIB < built["total"] < 3.1 * GIB and built["shard"] < built["total"] / 5
+        assert built["peak"] < 1.1 * built["shard"] + 100e6, f"{built['peak'] / 2**20:.0f} MiB"
+        assert init == "exact" or built["seconds"] < 10

@@ -22,8 +22,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_par.errors import ConfigurationError
-from lightning_par.materialize import defer_values, deferred_init
+from lightning_par.errors import ConfigurationError, ModelError
+from lightning_par.materialize import defer_values, deferred_init, is_deferred, seeing_deferred, shares_record
 from lightning_par.private.torch import has_gradient_hook
 from lightning_par.runtime.generator import generators_put_back_on_error
 from lightning_par.trace.bound import views_of_parameters
@@ -64,6 +64,7 @@ def configuring(module: nn.Module, init: str) -> Iterator[None]:
     if init == "constructor":
         with _turn():
             yield
+            _move_to_files(module)
         return
     held: list[dict[str, Any]] = [module._modules, module._parameters, module._buffers]
     before = [dict(each) for each in held]
@@ -76,6 +77,37 @@ def configuring(module: nn.Module, init: str) -> Iterator[None]:
             each.update(old)
         _construct_whole(partial(_configure, module))
         _say(f"{type(module).__name__}.configure_model", error)
+
+
+@contextmanager
+def weights_untouched(module: nn.Module) -> Iterator[None]:
+    """Around the module's ``setup``, in which weights that have no memory yet can neither be read nor changed.
+
+    Raises:
+        ModelError: it tries.
+    """
+
+    def refuse(tensor: torch.Tensor, operation: str) -> None:
+        names = [name for name, each in (*module.named_parameters(), *module.named_buffers()) if shares_record(each, tensor)]
+        raise ModelError(
+            f"{type(module).__name__}.setup calls {operation} on {names[0] if names else 'a weight'}, and weights get their memory "
+            "after it: do it in the constructor or in configure_model, or use init=constructor"
+        )
+
+    with seeing_deferred(refuse):
+        yield
+
+
+def guard_setup(module: Any) -> None:
+    """Let `weights_untouched` hold for the call of ``setup`` that the Trainer makes."""
+    setup = module.setup
+
+    def guarded(stage: str) -> None:
+        with weights_untouched(module):
+            setup(stage)
+
+    if any(is_deferred(tensor) for tensor in module.parameters()):
+        module.__dict__["setup"] = guarded
 
 
 def _configure(module: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from lightning_par.checkpoint import check_layout
 from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
-from lightning_par.host.construction import configuring
+from lightning_par.host.construction import configuring, weights_untouched
 from lightning_par.host.first_batch import first_batch
 from lightning_par.host.loss_weight import TargetCount, check_loss_weight
 from lightning_par.host.timeline import PipelineTimeline
@@ -56,7 +56,8 @@ def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any]
         source = twin if datamodule is None else _copied(datamodule, trainer)
         for owner in dict.fromkeys((source, twin)):
             owner.prepare_data()
-            owner.setup(what)
+            with weights_untouched(twin):
+                owner.setup(what)
         with configuring(twin, trainer.strategy.init):
             twin.configure_model()
         materialize_attributes(twin)

@@ -18,7 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from lightning_par.checkpoint import check_layout, load_checkpoint, load_rank_state, save_checkpoint
 from lightning_par.engine import Engine
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
-from lightning_par.host.construction import check_init_word, configuring
+from lightning_par.host.construction import check_init_word, configuring, guard_setup
 from lightning_par.host.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
 from lightning_par.host.namespace import bind, root_in_use, worker_seeding
@@ -208,6 +208,8 @@ class HybridParallelStrategy(Host):
             self._plan = plan_from_trainer(
                 trainer, self.layout, self.overrides, trainer.state.fn.value, module, *args[1:], **kwargs
             )
+        if engine is None:
+            guard_setup(module)
 
     # ------------------------------------------------------------------ setup
 
@@ -439,7 +441,8 @@ class HybridParallelStrategy(Host):
     def teardown(self) -> None:
         module = self.lightning_module
         if module is not None:
-            module.__dict__.pop("optimizer_zero_grad", None)
+            for name in ("optimizer_zero_grad", "setup"):
+                module.__dict__.pop(name, None)
         if self._steps is not None:
             self.engine.watchdog.stop()
             self._steps.close()

@@ -8,7 +8,9 @@ from lightning_par.materialize.module import (
     materialize_attributes,
     materialize_rest,
     records_in,
+    seeing_deferred,
     share_records,
+    shares_record,
     whole_value,
 )
 from lightning_par.materialize.shard import materialize_shard
@@ -25,6 +27,8 @@ __all__ = [
     "materialize_rest",
     "materialize_shard",
     "records_in",
+    "seeing_deferred",
     "share_records",
+    "shares_record",
     "whole_value",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast, get_args
 
@@ -14,8 +14,9 @@ from lightning_par.errors import ConfigurationError, ModelError, ReplicaError
 from lightning_par.materialize.record import Init, Operation, Place, Record, record_of
 from lightning_par.materialize.recorder import begin_record, recording
 from lightning_par.materialize.replay import replay
-from lightning_par.private.torch import has_gradient_hook, swap_contents
+from lightning_par.private.torch import TorchDispatchMode, has_gradient_hook, swap_contents
 from lightning_par.runtime.axis import GroupAxis
+from lightning_par.runtime.nested import tensors_in
 
 
 @contextmanager
@@ -71,9 +72,35 @@ def share_records(module: nn.Module, world: GroupAxis) -> None:
     for record, (start, seed, _) in zip(records, box[0], strict=True):
         if not torch.equal(start, record.start):
             record.cache.clear()
+            record.passes.clear()
         record.start, record.seed = start, seed
         for constant in record.constants():
             dist.broadcast(constant, src=world.ranks[0], group=world.group)
+
+
+def shares_record(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two deferred tensors are views of one storage."""
+    return is_deferred(tensor) and is_deferred(other) and record_key(tensor) == record_key(other)
+
+
+@contextmanager
+def seeing_deferred(see: Callable[[torch.Tensor, str], None]) -> Iterator[None]:
+    """Inside, ``see`` is called with each deferred tensor that an operation reads or changes, and its name; views apart."""
+    with _Watch(see):
+        yield
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, see: Callable[[torch.Tensor, str], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in tensors_in([args, kwargs]) if not func.is_view else ():
+            if is_deferred(tensor):
+                self._see(tensor, func.overloadpacket.__name__)
+        return func(*args, **kwargs)
 
 
 def whole_value(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from lightning_par.materialize.record import Operation, Place, Record, map_places, places_in
-from lightning_par.materialize.replay import call_of, fill_fast, state_before
-from lightning_par.materialize.stream import CELL, offset_words, skip
+from lightning_par.materialize.replay import call_of, fill_fast, is_truncation, passes_of, state_before
+from lightning_par.materialize.stream import CELL, GROUP, offset_words, piece_end, skip
+from lightning_par.materialize.truncation import fill_truncated
 from lightning_par.runtime.generator import generators_put_back
 
 Range = tuple[int, int]
 Cursors = dict[int, tuple[int, torch.Tensor]]  # by operation: how far it has drawn, and the state of the generator there
-_GROUP = 16
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _SHAPED = {"zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1, "zeros": 0, "ones": 1}
 _COPIES = {"clone", "_to_copy", "copy_", "detach"}
@@ -46,7 +46,7 @@ def fill_pieces(
         for first, last in ranges:
             start = _start(first, place.numel)
             while start < last:
-                end = _end(start, last, place.numel)
+                end = piece_end(start, last, place.numel)
                 piece = _piece(record, operations, place.key, (start, end), cursors, buffers)
                 low, high = max(start, first), min(end, last)
                 yield low, piece[low - start : high - start]
@@ -55,14 +55,8 @@ def fill_pieces(
 
 def _start(first: int, numel: int) -> int:
     """Where the first piece begins: at a multiple of 16, and not within the last 16 elements."""
-    start = first // _GROUP * _GROUP
-    return max(start - _GROUP, 0) if numel - start < _GROUP else start
-
-
-def _end(start: int, last: int, numel: int) -> int:
-    """Where a piece ends: a multiple of 16, or the end of the tensor, which keeps its last 16 elements in one piece."""
-    end = min(start + CELL - start % CELL, -(-last // _GROUP) * _GROUP, numel)
-    return numel if numel - end < _GROUP else end
+    start = first // GROUP * GROUP
+    return max(start - GROUP, 0) if numel - start < GROUP else start
 
 
 def _piece(
@@ -74,7 +68,7 @@ def _piece(
     def at(place: Place) -> torch.Tensor:
         if place.key not in held:
             if place.key not in buffers:
-                buffers[place.key] = torch.empty(CELL + _GROUP, dtype=place.dtype)
+                buffers[place.key] = torch.empty(CELL + GROUP, dtype=place.dtype)
             held[place.key] = buffers[place.key][: end - start]
         return held[place.key]
 
@@ -113,6 +107,11 @@ def _draw(
         return
     assert operation.draw is not None
     (name, args), generator = call_of(operation), operation.draw.generator
+    if name == "trunc_normal_":
+        words = offset_words("normal_", args[:2], out.dtype, start)
+        assert words is not None
+        fill_truncated(out, passes_of(record, operation), args, words, generator)
+        return
     position, state = cursors.get(operation.index, (0, None))
     if state is None or position > start:
         position, state = 0, state_before(record, operation.draw)
@@ -151,8 +150,10 @@ def _works(record: Record, operation: Operation, place: Place) -> bool:
 def _draws(record: Record, operation: Operation, target: Place) -> bool:
     if record.init == "fast":
         return operation.name in {*_DRAWS, "trunc_normal_"}
-    known = operation.name in _DRAWS and target.numel >= _GROUP
-    return known and offset_words(*call_of(operation), target.dtype, _GROUP) is not None
+    if operation.name == "trunc_normal_":
+        return is_truncation(operation)
+    known = operation.name in _DRAWS and target.numel >= GROUP
+    return known and offset_words(*call_of(operation), target.dtype, GROUP) is not None
 
 
 def _is_number(values: Sequence[Any]) -> bool:

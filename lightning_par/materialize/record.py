@@ -60,7 +60,7 @@ class Draw:
     """That an operation draws random numbers.
 
     Attributes:
-        generator: from which.
+        generator: from which; for one of the user's own a stand-in, which a replay may move.
         previous: the draw before it from the same generator; the state that the generator was in, where it was set anew; None
             for the state at the beginning of the record.
     """
@@ -133,6 +133,7 @@ class Record:
     storages: dict[int, torch.UntypedStorage] = field(default_factory=dict)
     writers: dict[int, list[int]] = field(default_factory=dict)
     cache: dict[Draw, torch.Tensor] = field(default_factory=dict)  # states before draws, found once
+    passes: dict[Draw, Any] = field(default_factory=dict)  # those of truncated draws, see `lightning_par.materialize.truncation`
 
     def hold(self, tensor: torch.Tensor) -> bool:
         """Note a tensor's storage, which stays alive so that its key stays its own; whether it is a new one."""

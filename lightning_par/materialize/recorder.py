@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_par.materialize.record import Draw, Init, Operation, Place, Record, places_in, record_of
 from lightning_par.materialize.replay import replay, state_after
-from lightning_par.private.torch import TorchDispatchMode, outside_modes, trunc_normal_by, unseen_by_modes
+from lightning_par.private.torch import TorchDispatchMode, generator_key, outside_modes, trunc_normal_by, unseen_by_modes
 from lightning_par.runtime.nested import map_tensors, tensors_in
 
 _SMALL = 1 << 16  # elements of a tensor of known values that is simply made
@@ -53,6 +53,7 @@ class _Recorder(TorchDispatchMode):
         self.record = record
         self._positions: dict[tuple[int, bytes], Draw] = {}  # after which draw a generator is in a state, see `_draw`
         self._generators: dict[int, torch.Generator] = {}
+        self._stand_ins: dict[int, torch.Generator] = {}  # for the user's generators, which no replay may move
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -90,7 +91,7 @@ class _Recorder(TorchDispatchMode):
         with outside_modes():
             place, draw = Place.of(tensor), self._draw(generator or torch.default_generator)
             whole = frozenset([place.key]) if self._covers(place) else frozenset()
-            kwargs = {} if generator is None else {"generator": generator}
+            kwargs = {} if generator is None else {"generator": draw.generator}
             function, keys = torch.nn.init.trunc_normal_, frozenset([place.key])
             self.record.add(Operation(draw.index, function, (place, *args), kwargs, (place,), keys - whole, keys, whole, draw))
         return tensor
@@ -145,7 +146,7 @@ class _Recorder(TorchDispatchMode):
             len(self.record.operations),
             func,
             again[0],
-            {**again[1], **({"device": _CPU} if on_meta else {})},
+            {**again[1], **({"device": _CPU} if on_meta else {}), **(_generator_of(draw) if kwargs.get("generator") else {})},
             tuple(Place.of(output) for output in outputs),
             frozenset(reads),
             frozenset(made | {place.key for place in written}),
@@ -168,16 +169,21 @@ class _Recorder(TorchDispatchMode):
         if generator.device.type != "cpu":
             raise Unrecordable(f"a generator on {generator.device}")
         state = generator.get_state()
-        is_start = generator is torch.default_generator and torch.equal(state, self.record.start)
-        previous = self._positions.get((id(generator), _bytes(state)), None if is_start else state)
-        draw = Draw(generator, previous, len(self.record.operations))
+        is_start = self._stand_in(generator) is torch.default_generator and torch.equal(state, self.record.start)
+        previous = self._positions.get((generator_key(generator), _bytes(state)), None if is_start else state)
+        draw = Draw(self._stand_in(generator), previous, len(self.record.operations))
         torch.empty(1).uniform_(generator=generator)
-        self._positions[id(generator), _bytes(generator.get_state())] = draw
-        self._generators[id(generator)] = generator
+        self._positions[generator_key(generator), _bytes(generator.get_state())] = draw
+        self._generators[generator_key(generator)] = generator
         return draw
 
+    def _stand_in(self, generator: torch.Generator) -> torch.Generator:
+        if generator_key(generator) == generator_key(torch.default_generator):
+            return torch.default_generator
+        return self._stand_ins.setdefault(generator_key(generator), torch.Generator())
+
     def _settle(self, generator: torch.Generator) -> None:
-        draw = self._positions.get((id(generator), _bytes(generator.get_state())))
+        draw = self._positions.get((generator_key(generator), _bytes(generator.get_state())))
         if draw is not None:
             generator.set_state(state_after(self.record, draw))
 
@@ -217,6 +223,10 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[t
         if argument.alias_info is not None and argument.alias_info.is_write:
             found += tensors_in(value)
     return found
+
+
+def _generator_of(draw: Draw | None) -> dict[str, torch.Generator]:
+    return {} if draw is None else {"generator": draw.generator}
 
 
 def _takes_device(func: Any) -> bool:

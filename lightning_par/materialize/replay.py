@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lightning_par.materialize.record import Draw, Operation, Place, Record, map_places, places_in
-from lightning_par.materialize.stream import in_cells, skip, words_for
+from lightning_par.materialize.stream import GROUP, in_cells, skip, words_for
+from lightning_par.materialize.truncation import Passes, find_passes, is_known
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.random import mix_seed
 
@@ -51,10 +52,31 @@ def state_after(record: Record, draw: Draw) -> torch.Tensor:
         words = words_for(*call_of(operation), place.dtype, place.numel)
     if words is not None:
         return skip(state, words)
+    if is_truncation(operation):
+        return passes_of(record, operation).end
     with generators_put_back(), torch.no_grad():
         storages = _run(record, record.needed(operation.reads, operation.index), keep=set(operation.reads))
         _call(record, operation, storages)
         return draw.generator.get_state()
+
+
+def passes_of(record: Record, operation: Operation) -> Passes:
+    """How often torch draws the tensor of a truncated draw."""
+    draw, target = operation.draw, operation.target
+    assert draw is not None
+    if draw not in record.passes:
+        state, args = state_before(record, draw), operation.args[1:]
+        with generators_put_back(), torch.no_grad():
+            record.passes[draw] = find_passes(state, args, target.dtype, target.numel, draw.generator)
+    passes: Passes = record.passes[draw]
+    return passes
+
+
+def is_truncation(operation: Operation) -> bool:
+    """Whether it is a truncated draw of which parts can be made alone."""
+    target, args = operation.target, operation.args[1:]
+    is_plain = operation.name == "trunc_normal_" and target.is_contiguous and target.numel >= GROUP
+    return is_plain and is_known(args, target.dtype)
 
 
 def call_of(operation: Operation) -> tuple[str, tuple[Any, ...]]:

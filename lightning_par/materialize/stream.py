@@ -12,6 +12,7 @@ import torch
 from lightning_par.runtime.generator import generators_put_back
 
 CELL = 1 << 18  # numbers drawn from one seed in `fast`
+GROUP = 16  # numbers that torch draws at once
 # Bytes of the state of torch's CPU generator (aten/src/ATen/CPUGeneratorImpl.cpp, CPUGeneratorImplStateLegacy): the Mersenne
 # twister's 624 words lie in the middle, its position before them.
 _LEFT, _NEXT, _WORDS = slice(8, 12), slice(16, 24), slice(24, 24 + 8 * 624)
@@ -39,7 +40,7 @@ def words_for(name: str, args: tuple[Any, ...], dtype: torch.dtype, numel: int) 
     ``normal_`` fills 16 elements at once and the last 16 a second time where that does not divide; fewer than 16 it draws
     one by one (aten/src/ATen/native/cpu/DistributionTemplates.h). Held against torch itself, once for each kind of call.
     """
-    if numel < 16:
+    if numel < GROUP:
         return None
     each = _words_each(name, args, dtype)
     return None if each is None else _count(name, each, numel)
@@ -75,6 +76,15 @@ def offset_words(name: str, args: tuple[Any, ...], dtype: torch.dtype, first: in
     """Numbers of 32 bits before element ``first``, a multiple of 16."""
     each = _words_each(name, args, dtype)
     return None if each is None else each * first
+
+
+def piece_end(start: int, last: int, numel: int) -> int:
+    """Where a piece ends that begins at ``start``: a multiple of 16, or the end of the tensor.
+
+    The last 16 elements stay in one piece, because torch draws them a second time where 16 does not divide their number.
+    """
+    end = min(start + CELL - start % CELL, -(-last // GROUP) * GROUP, numel)
+    return numel if numel - end < GROUP else end
 
 
 def in_cells(out: torch.Tensor, first: int, numel: int, seed_of: Callable[[int], int], fill: Callable[[torch.Tensor], Any]) -> None:

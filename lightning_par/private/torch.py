@@ -34,6 +34,7 @@ __all__ = [
     "beside_fakes",
     "call_as_written",
     "custom_function",
+    "generator_key",
     "has_backward_hook",
     "has_gradient_hook",
     "is_compiled",
@@ -80,6 +81,12 @@ def outside_modes() -> Iterator[None]:
     """Inside, operations reach neither a `TorchDispatchMode` nor a `TorchFunctionMode`."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         yield
+
+
+def generator_key(generator: torch.Generator) -> int:
+    """A number of a generator while it is alive: an operation gets another Python object for it than the user has."""
+    key: int = generator._cdata  # type: ignore[attr-defined]
+    return key
 
 
 def swap_contents(tensor: torch.Tensor, other: torch.Tensor) -> None:
