@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_par.install import install
 from lightning_par.loss_scale import LossScale
+from lightning_par.materialize import Weights, is_deferred, share_records
 from lightning_par.pipeline.executor import Executor, Hooks, Observer
 from lightning_par.pipeline.lockstep import Lockstep
 from lightning_par.pipeline.measure import CostMeter
@@ -67,9 +68,10 @@ class Engine:
         schedule: str | None = None,
         seed: int = 0,
         precision: Precision = FULL,
+        weights: Weights | None = None,
     ) -> None:
         self.module, self.plan, self.mesh, self.device, self.precision = module, plan, mesh, device, precision
-        precision.convert_module(module)
+        share_records(module, mesh.world)
         broadcast_module(module, mesh)
         for holders in sorted({parameter.spec.stages for parameter in plan.parameters if len(parameter.spec.stages) > 1}):
             mesh.tied(holders)  # every rank makes every group, whether it holds such a weight or not
@@ -80,7 +82,7 @@ class Engine:
         self.tables = Tables(schedule or default_schedule(layout.vp), layout, traced_costs(plan), is_ordered)
         deferred = DeferredGradients()
         splits = splits_backward(self.tables.schedule, layout)
-        stages = install(module, plan, pp, mesh.tp, device, deferred if splits else None)
+        stages = install(module, plan, pp, mesh.tp, device, deferred if splits else None, weights, precision)
         module.to(device)
         self.streams = MicrobatchStreams(seed, mesh.coordinate.dp, device)
         self._hooks = Hooks(before_forward=self.streams.begin, at_entrance=self.streams.enter_stage)
@@ -235,12 +237,12 @@ def traced_costs(plan: Plan) -> Costs:
 
 
 def broadcast_module(module: nn.Module, mesh: Mesh) -> None:
-    """Give every rank the parameters and buffers of rank 0. Collective over the world.
+    """Give every rank the parameters and buffers of rank 0 that have memory. Collective over the world.
 
     A script that draws its weights without a seed has other weights in every process.
     """
     for tensor in (*module.parameters(), *module.buffers()):
-        if mesh.world.size > 1:
+        if mesh.world.size > 1 and not is_deferred(tensor):
             dist.broadcast(tensor.data, src=0, group=mesh.world.group)
 
 

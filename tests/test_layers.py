@@ -14,6 +14,7 @@ LAYERS = (
     ("errors",),
     ("layout",),
     ("private", "runtime"),
+    ("materialize",),
     ("trace",),
     ("plan",),
     ("tensor", "pipeline", "zero"),

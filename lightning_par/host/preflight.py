@@ -13,11 +13,13 @@ from typing import Any
 from lightning_par.checkpoint import check_layout
 from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
+from lightning_par.host.construction import configuring, weights_untouched
 from lightning_par.host.first_batch import first_batch
 from lightning_par.host.loss_weight import TargetCount, check_loss_weight
 from lightning_par.host.timeline import PipelineTimeline
 from lightning_par.host.whole_parts import explain_sizes, note_whole_parts
 from lightning_par.layout import Coordinate, Layout, nearest_layouts
+from lightning_par.materialize import match_weights, materialize_attributes
 from lightning_par.pipeline.schedules import check_schedule
 from lightning_par.plan import Plan
 from lightning_par.prepare import prepare_plan
@@ -58,9 +60,13 @@ def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any]
         source = twin if datamodule is None else _copied(datamodule, trainer)
         for owner in dict.fromkeys((source, twin)):
             owner.prepare_data()
-            owner.setup(what)
-        with precision.creating():
+            with weights_untouched(twin):
+                owner.setup(what)
+        with precision.creating(), configuring(twin, trainer.strategy.init):
             twin.configure_model()
+        materialize_attributes(twin)
+        if trainer.strategy.weights is not None:
+            match_weights(twin, trainer.strategy.weights)
         if what == "fit":
             _configure_optimizers(twin, layout)
         loaders = args[1] if len(args) > 1 and args[1] is not None and args[1] is not datamodule else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from lightning_par.checkpoint import check_layout, load_checkpoint, load_rank_state, save_checkpoint
 from lightning_par.engine import Engine
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
+from lightning_par.host.construction import check_init_word, configuring, guard_setup
 from lightning_par.host.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
 from lightning_par.host.namespace import bind, root_in_use, worker_seeding
@@ -34,6 +36,7 @@ from lightning_par.host.preflight import (
 from lightning_par.host.steps import StepRunner
 from lightning_par.host.watch import check_hang_seconds, watch_engine
 from lightning_par.layout import Layout, parse_layout
+from lightning_par.materialize import match_weights, materialize_attributes
 from lightning_par.pipeline.tables import choose_schedule, splits_backward
 from lightning_par.plan import Plan
 from lightning_par.plan.compiled import read_backend
@@ -72,6 +75,9 @@ class HybridParallelStrategy(Host):
         loss_weight: what names or counts the targets of a batch where parts of it have different numbers of them, see
             `lightning_par.host.loss_weight`; parts count by their samples without it.
         zero: options of ZeRO by name, see `lightning_par.zero.option.ZeroOptions`; the stage is in the layout.
+        init: how the weights are made that ``configure_model`` builds, see `lightning_par.host.construction`.
+        weights: a folder that transformers' ``save_pretrained`` wrote, or a safetensors file: each rank reads its shards of it,
+            in the place of initial weights.
         timeout_seconds: how long a collective may wait for a rank before it is an error.
         hang_seconds: how long one forward or backward of a microbatch may stand still on a rank, when those before it were quick,
             before its stack is shown and the run ends; see `lightning_par.runtime.watchdog`. None for any time.
@@ -79,9 +85,9 @@ class HybridParallelStrategy(Host):
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
-        ConfigurationError: the schedule or the word for ``recompute`` or ``fp8`` or the backend for ``compile`` is unknown,
-            ``loss_weight`` is no such thing, ``hang_seconds`` is too short, or an option in ``zero`` is unknown or not one of the
-            layout.
+        ConfigurationError: the schedule or the word for ``recompute``, ``fp8`` or ``init`` or the backend for ``compile`` is
+            unknown, ``loss_weight`` is no such thing, ``hang_seconds`` is too short, or an option in ``zero`` is unknown or not
+            one of the layout.
     """
 
     root = ""  # the Lightning namespace, set by `bind`
@@ -102,6 +108,8 @@ class HybridParallelStrategy(Host):
         schedule: str | None = None,
         loss_weight: LossWeight | None = None,
         zero: Mapping[str, Any] | None = None,
+        init: str = "exact",
+        weights: str | Path | None = None,
         timeout_seconds: float = 600.0,
         hang_seconds: float | None = 20.0,
         print_plan: bool = True,
@@ -115,6 +123,7 @@ class HybridParallelStrategy(Host):
         check_zero_options(self.zero_options, self.layout, self.schedule, splits_backward(self.schedule, self.layout))
         self.overrides, self._print_plan = dict(plan or {}), print_plan
         self.loss_weight = read_loss_weight(loss_weight)
+        self.init, self.weights = check_init_word(init), weights
         if compile:
             self.overrides["compile"] = read_backend(compile)
         if fp8 is not None:
@@ -209,6 +218,7 @@ class HybridParallelStrategy(Host):
             check_float8(self.overrides["fp8"], self.root_device, self.precision.name)
         module = args[0] if args and args[0] is not None else trainer.lightning_module
         check_checkpoints([*args, *kwargs.values()], self.layout)
+        materialize_attributes(module)
         engine = check_split(module, self.layout, self.precision)
         if engine is not None:
             self._engine, self._mesh, self._plan = engine, engine.mesh, engine.plan
@@ -216,6 +226,8 @@ class HybridParallelStrategy(Host):
             self._plan = plan_from_trainer(
                 trainer, self.layout, self.overrides, trainer.state.fn.value, module, *args[1:], **kwargs
             )
+        if engine is None:
+            guard_setup(module)
 
     # ------------------------------------------------------------------ setup
 
@@ -249,11 +261,25 @@ class HybridParallelStrategy(Host):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
+    def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
+        """Around ``configure_model``: what it builds is built on the CPU, and moved as shards."""
+        return nullcontext()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Around ``configure_model``: what it builds has no memory for weights yet."""
+        module = self.lightning_module
+        assert module is not None
+        with configuring(module, self.init):
+            yield
+
     def _install(self, module: Any) -> None:
+        materialize_attributes(module)
         plans: list[Any] = [self._plan, torch.initial_seed()]
         dist.broadcast_object_list(plans, src=0, group=self.mesh.world.group)
         self._plan = plans[0]
-        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1], self.precision)
+        weights = None if self.weights is None else match_weights(module, self.weights)
+        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1], self.precision, weights)
 
     def setup_optimizers(self, trainer: Any) -> None:
         try:
@@ -450,7 +476,8 @@ class HybridParallelStrategy(Host):
     def teardown(self) -> None:
         module = self.lightning_module
         if module is not None:
-            module.__dict__.pop("optimizer_zero_grad", None)
+            for name in ("optimizer_zero_grad", "setup"):
+                module.__dict__.pop(name, None)
         if self._steps is not None:
             self.engine.watchdog.stop()
             self._steps.close()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,10 @@ from torch._subclasses.fake_tensor import (  # the only way to run a step withou
 )
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.multiprocessing.reductions import StorageWeakRef  # knows whether memory is still there, without holding it
-from torch.utils._python_dispatch import TorchDispatchMode  # sees the operations below autograd, collectives among them
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,  # sees the operations below autograd, collectives among them
+    _disable_current_modes,
+)
 
 Place = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
@@ -35,6 +38,7 @@ __all__ = [
     "call_as_written",
     "custom_function",
     "finished_work",
+    "generator_key",
     "has_backward_hook",
     "has_gradient_hook",
     "has_memory",
@@ -43,10 +47,13 @@ __all__ = [
     "is_fake",
     "is_gradient_wanted",
     "is_plain",
+    "outside_modes",
     "place_of",
     "run_backward",
     "runs_as_written",
     "storage_key",
+    "swap_contents",
+    "trunc_normal_by",
     "unscale_gradients",
     "unseen_by_modes",
 ]
@@ -79,6 +86,28 @@ def unseen_by_modes() -> AbstractContextManager[None]:
     """Inside, torch functions reach no `TorchFunctionMode`, and no tensor's own ``__torch_function__``."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return context
+
+
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """Inside, operations reach neither a `TorchDispatchMode` nor a `TorchFunctionMode`."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+def generator_key(generator: torch.Generator) -> int:
+    """A number of a generator while it is alive: an operation gets another Python object for it than the user has."""
+    key: int = generator._cdata  # type: ignore[attr-defined]
+    return key
+
+
+def swap_contents(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Let two tensors of one class change places; the Python objects stay who they are.
+
+    What ``torch.utils.swap_tensors`` ends in: that refuses a tensor with a weak reference to it, which the weights of
+    ``nn.LSTM`` have.
+    """
+    torch._C._swap_tensor_impl(tensor, other)
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -191,3 +220,20 @@ def allow_versions(count: int) -> None:
     from torch._dynamo import config  # here, because it imports the compiler
 
     config.recompile_limit = max(config.recompile_limit, count)
+
+
+@contextmanager
+def trunc_normal_by(function: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Inside, ``torch.nn.init.trunc_normal_`` calls ``function`` with its own implementation and its arguments.
+
+    That implementation does nothing for tensors on the meta device. The public function cannot be replaced: other libraries
+    hold on to it.
+    """
+    from torch.nn import init
+
+    original = init._no_grad_trunc_normal_
+    init._no_grad_trunc_normal_ = partial(function, original)
+    try:
+        yield
+    finally:
+        init._no_grad_trunc_normal_ = original

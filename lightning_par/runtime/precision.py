@@ -54,9 +54,13 @@ class Precision:
         """Inside, new floating-point tensors have the dtype of the parameters, where no dtype is given."""
         return nullcontext() if self.parameters is None else default_dtype(self.parameters)
 
+    def dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
+        """What `convert` makes of its dtype."""
+        return tensor.dtype if self.parameters is None or not tensor.is_floating_point() else self.parameters
+
     def convert(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in the dtype of the parameters, if it is of floating point; a parameter stays one."""
-        if self.parameters is None or not tensor.is_floating_point() or tensor.dtype == self.parameters:
+        if tensor.dtype == self.dtype_of(tensor):
             return tensor
         converted = tensor.detach().to(self.parameters)
         return nn.Parameter(converted, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else converted

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_par.errors import ModelError
+from lightning_par.materialize import is_deferred, whole_value
 from lightning_par.private.torch import FakeTensorMode, is_data_dependent
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.nested import map_tensors
@@ -109,7 +111,7 @@ def _run(
 def _run_once(
     module: nn.Module, batch: Any, mode: _Mode, containers: Containers, fake: FakeTensorMode | None
 ) -> tuple[Recorder, Any, Exception | None]:
-    copied = _clone if fake is None else fake.from_tensor
+    copied = _clone if fake is None else partial(_fake_of, fake)
     has_gradients = mode.step == "training_step"
     with generators_put_back(), _in_the_open(), fake or contextlib.nullcontext():
         twin = silent_copy(module, lambda tensor: mode.precision.convert(copied(tensor)))
@@ -148,8 +150,15 @@ def _device_type(module: nn.Module) -> str:
     return next((parameter.device.type for parameter in module.parameters()), "cpu")
 
 
+def _fake_of(fake: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    if not is_deferred(tensor):
+        return fake.from_tensor(tensor)
+    twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)  # on the CPU, where it is going to be made
+    return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
-    twin = tensor.detach().clone()
+    twin = whole_value(tensor) if is_deferred(tensor) else tensor.detach().clone()
     return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
 
 
