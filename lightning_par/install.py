@@ -1,7 +1,7 @@
 """Installing a plan on a module: the one place where a user's module is changed, in an order that is the documentation.
 
-1. shard       every parameter becomes this rank's shard, in the precision of the run; what the stage does not hold becomes a placeholder. Weights that have
-               no memory yet are made here, this rank's shards alone
+1. shard       every parameter becomes this rank's shard, in the precision of the run; what the stage does not hold becomes a
+               placeholder. Weights that have no memory yet are made here, this rank's shards alone
 2. convert     planned layers compute on their shards
 3. float8      planned linear layers multiply in float8
 4. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
@@ -209,11 +209,12 @@ def _shard_parameter(
     if is_deferred(parameter):
         values = materialize_shard(parameter, *where) if values is None else values
         give_values(parameter, precision.convert(values), plan.spec.name)
+    elif values is not None:
+        parameter.data = values
     else:
-        if values is None:
-            values = (
-                parameter.data if plan.spec.split is None or tp.size == 1 else plan.spec.split.shard(parameter.data, *where[1:])
-            )
+        values = parameter.data
+        if plan.spec.split is not None and tp.size > 1:
+            values = plan.spec.split.shard(values, tp.size, tp.coordinate)
         parameter.data = precision.convert(values)
     set_spec(parameter, plan.spec)
 
