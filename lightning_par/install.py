@@ -5,7 +5,8 @@
 3. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
 4. compile     planned modules are compiled when they are first called
 5. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
-6. cut         blocks of other stages only pass the hidden state on, or end the step
+6. offload     blocks whose activations are to wait on the host have hooks on what autograd saves
+7. cut         blocks of other stages only pass the hidden state on, or end the step
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 
 from lightning_par.compilation import compile_modules
 from lightning_par.errors import ModelError
+from lightning_par.offload import offload_blocks
 from lightning_par.pipeline.stage import StageProgram
 from lightning_par.plan import LayerPlan, Plan
 from lightning_par.plan.plan import ParameterPlan
@@ -60,6 +62,7 @@ def install(
         defer_weight_gradients(module, deferred)
     compile_modules(module, plan, pp)
     recompute_blocks(module, plan, pp, tp)
+    offload_blocks(module, plan, pp, device)
     return cut_stages(module, plan, pp, device, sequence)
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     ("trace",),
     ("plan",),
     ("tensor", "pipeline", "zero"),
-    ("recompute", "compilation", "split_backward", "picture"),
+    ("recompute", "offload", "compilation", "split_backward", "picture"),
     ("install", "gradients", "checkpoint"),
     ("memory",),
     ("prepare", "engine"),

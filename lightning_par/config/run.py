@@ -36,6 +36,8 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
         layout,
         plan=instantiate(config.plan, _convert_="all"),
         recompute=config.parallel.get("recompute", "none"),
+        memory_gib=config.parallel.get("memory_gib"),
+        offload_activations=config.parallel.get("offload_activations", False),
         compile=config.parallel.get("compile", False),
         schedule=config.schedule,
         hang_seconds=config.hang_seconds,
