@@ -7,7 +7,8 @@
 4. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
 5. compile     planned modules are compiled when they are first called
 6. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
-7. cut         blocks of other stages only pass the hidden state on, or end the step; buffers without memory are made
+7. offload     blocks whose activations are to wait on the host have hooks on what autograd saves
+8. cut         blocks of other stages only pass the hidden state on, or end the step; buffers without memory are made
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 from lightning_par.compilation import compile_modules
 from lightning_par.errors import ModelError
 from lightning_par.materialize import Weights, give_values, is_deferred, materialize_rest, materialize_shard
+from lightning_par.offload import offload_blocks
 from lightning_par.pipeline.stage import StageProgram
 from lightning_par.plan import LayerPlan, Plan
 from lightning_par.plan.plan import ParameterPlan
@@ -78,6 +80,7 @@ def install(
         defer_weight_gradients(module, deferred)
     compile_modules(module, plan, pp)
     recompute_blocks(module, plan, pp, tp)
+    offload_blocks(module, plan, pp, device)
     stages = cut_stages(module, plan, pp, device, sequence, precision)
     materialize_rest(module)
     if weights is not None:
