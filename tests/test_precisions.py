@@ -23,7 +23,7 @@ from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.layout import Layout
 from lightning_par.loss_scale import LossScale
 from tests.models import MODELS, VOCABULARY, ByteModel, adamw, make_batch
-from tests.parity import MakeModel, Run, Steps, compare, fit, train_rank
+from tests.parity import MakeModel, Run, Steps, assemble, compare, fit, relative_error, train_rank
 from tests.plain import check_precisions, frozen_block, resolved, train_plainly
 from tests.ranks import run_ranks
 
@@ -175,6 +175,34 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
         compare(alone, list(runs), layout, dict.fromkeys(("losses", "norms", "weights"), 5e-5))
 
 
+def train_from_too_large(rank: int, world_size: int, cases: list[tuple[Layout, dict[str, Any]]]) -> list[Run]:
+    runs = []
+    for layout, options in cases:
+        trainer = {"plugins": half(init_scale=2.0**23, growth_interval=4), "max_steps": 2 * NUM_STEPS}
+        runs.append(train_rank(frozen_block, layout, rank, trainer=trainer, zero=options))
+    return runs
+
+
+@pytest.mark.slow
+def test_skipped_steps_leave_nothing_behind_with_any_option() -> None:
+    """Overflows at the start, and whenever the scale grows, in all the ways in which DeepSpeed may keep reduced gradients."""
+    kept: list[dict[str, Any]] = [{"reduce": "microbatch"}, {"offload_optimizer": "cpu"}]
+    kept.append({**kept[0], **kept[1]})
+    cases = [(resolved(f"pp2_dp2_zero{stage}_mb2"), options) for stage in (2, 3) for options in kept]
+    cases.append((resolved("pp2_dp2_zero1_mb2"), kept[1]))
+    results = run_ranks(train_from_too_large, 4, cases, timeout=250)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**23, growth_interval=4)
+    alone = train_plainly(frozen_block, cases[0][0], "16-mixed", 2 * NUM_STEPS, scaler)
+    falls = [step for step in range(1, len(alone.scales)) if alone.scales[step] < alone.scales[step - 1]]
+    assert falls and max(falls) < 2 * NUM_STEPS - 1, f"no step is skipped, or the last one is: {alone.scales}"
+    for (layout, options), runs in zip(cases, zip(*results, strict=True), strict=True):
+        for run in runs:
+            assert run.scales == alone.scales, (layout, options)
+        weights = dict(assemble(list(runs), layout, "weights", total=False))
+        for name, expected in alone.weights.items():
+            assert relative_error(weights[name], expected) < 1e-3, (layout, options, name)
+
+
 class Same(Steps):
     """One batch for all steps: in the middle of an epoch Lightning begins with the first one again."""
 
@@ -184,7 +212,7 @@ class Same(Steps):
 
 def interrupt(rank: int, world_size: int, folder: Path) -> None:
     """A run that is interrupted after three steps goes on bit for bit, its loss scale and its masters too."""
-    for precision, word in (("16-mixed", "pp2_dp2_zero1_mb2"), *(("bf16-true", f"pp2_dp2_zero{stage}_mb2") for stage in range(4))):
+    for precision, word in (("16-mixed", "pp2_dp2_zero1_mb2"), *(("bf16-true", f"pp2_dp2_zero{stage}_mb2") for stage in (0, 1, 3))):
         layout, weights, scales = resolved(word), [], []
         for part, (first, last) in enumerate([(0, 6), (0, 3), (3, 6)]):
             strategy = HybridParallelStrategy(layout, print_plan=False)

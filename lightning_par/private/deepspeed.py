@@ -327,6 +327,7 @@ class ZeroEngine12(ZeroEngine):
         "first_offset",
         "micro_step_id",
         "params_in_partition",
+        "reset_cpu_buffers",
         "single_partition_of_fp32_groups",
     )
 
@@ -358,7 +359,12 @@ class ZeroEngine12(ZeroEngine):
 
     def forget_gradients(self) -> None:
         super().forget_gradients()
-        self.zero.averaged_gradients = {}  # those of a step that was not taken would be added to the next ones
+        # what a step would have done: else gradients of one that was not taken are added to the next ones, or a whole step is left
+        # out because these were infinite
+        self.zero.averaged_gradients = {}
+        self.zero.micro_step_id = -1
+        if self.zero.cpu_offload:
+            self.zero.reset_cpu_buffers()
 
     def open_early(self) -> None:
         self.sums = [torch.zeros_like(master) for master in self.masters]
