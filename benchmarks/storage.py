@@ -35,6 +35,7 @@ from lightning_par.plan.memory import RankMemory
 from lightning_par.prepare import prepare_plan
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.nested import tensors_in
+from lightning_par.runtime.precision import FULL, PRECISIONS, Precision
 
 WIDTH, DEPTH, HEADS, BATCH, LENGTH, VOCABULARY = 128, 8, 4, 8, 64, 250
 TOLERANCE = 0.03  # of activations; all else must be exact
@@ -49,17 +50,20 @@ class Case:
     Attributes:
         word: the layout.
         schedule: of its pipeline; None for the usual one.
-        options: lines of the plan section.
+        recompute: what of the blocks is computed again.
+        precision: Lightning's word.
     """
 
     word: str
     schedule: str | None = None
     recompute: str = "none"
+    precision: str = FULL.name
 
     @property
     def name(self) -> str:
         """Such as ``pp2_vp2 interleaved-zb``."""
-        words = (self.word, self.schedule, self.recompute if self.recompute != "none" else None)
+        usual = Case(self.word)
+        words = (self.word, self.schedule, *({self.recompute, self.precision} - {usual.recompute, usual.precision}))
         return " ".join(word for word in words if word)
 
 
@@ -136,19 +140,26 @@ def measure_rank(rank: int, world_size: int, case: Case, make: Callable[[], pl.L
     warnings.simplefilter("ignore")  # a log without a Trainer
     schedule, layout = choose_schedule(case.schedule, parse_layout(case.word).resolve(world_size))
     module, batch = make(), make_batch()
-    plan = prepare_plan(module, batch, layout, {"recompute": {"*": case.recompute}} if case.recompute != "none" else None)
+    precision = PRECISIONS[case.precision]
+    lines = {"recompute": {"*": case.recompute}} if case.recompute != "none" else None
+    plan = prepare_plan(module, batch, layout, lines, precision=precision)
     pieces = split_batch(batch, plan.layout.microbatches or 1)
-    expected = _forecast(module, pieces[0][0], plan, schedule)[layout.coordinate_of(rank).pp]
-    engine = Engine(module, plan, Mesh(layout, timedelta(seconds=60)), torch.device("cpu"), schedule)
+    expected = _forecast(module, pieces[0][0], plan, schedule, precision)[layout.coordinate_of(rank).pp]
+    engine = Engine(module, plan, Mesh(layout, timedelta(seconds=60)), torch.device("cpu"), schedule, precision=precision)
     states = engine.own_states([make_optimizer(module)])
     shapes = [("training_step", size) for _, size in pieces]
     weights = [size / BATCH for _, size in pieces]
     step: Any = module.training_step
+
+    def program(index: int) -> Any:
+        with precision.computing("cpu"):
+            return step(pieces[index][0], 0)
+
     measured: dict[str, int] = {}
     for is_last in (False, True):
         ledger = _Ledger(engine, batch)
         with ledger:
-            engine.train(lambda index: step(pieces[index][0], 0), weights, loss_of, shapes)
+            engine.train(program, weights, loss_of, shapes)
         if is_last:
             measured = {**_count(states.stored()._asdict()), "activations": ledger.most}
         states.reduce()
@@ -158,13 +169,13 @@ def measure_rank(rank: int, world_size: int, case: Case, make: Callable[[], pl.L
     return Row(case.name, rank, measured, {kind: getattr(expected, kind) for kind in KINDS})
 
 
-def _forecast(module: pl.LightningModule, piece: Any, plan: Any, schedule: str) -> tuple[RankMemory, ...]:
+def _forecast(module: pl.LightningModule, piece: Any, plan: Any, schedule: str, precision: Precision) -> tuple[RankMemory, ...]:
     from lightning_par.engine import traced_costs
 
     form = read_optimizer(make_optimizer(module), dict(module.named_parameters()))
     assert form is not None
     table = Tables(schedule, plan.layout, traced_costs(plan)).training(plan.layout.microbatches or 1)
-    return forecast(module, piece, plan, table, form, loss_of, splits_backward(schedule, plan.layout))
+    return forecast(module, piece, plan, table, form, loss_of, splits_backward(schedule, plan.layout), precision)
 
 
 def _count(stored: Mapping[str, list[torch.Tensor]]) -> dict[str, int]:

@@ -71,6 +71,12 @@ def test_two_ranks_store_what_the_forecast_says() -> None:
     )
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_other_precisions(precision: str) -> None:
+    words = ("tp2_mb2", "pp2_mb4", "dp2", "dp2_zero1", "dp2_zero2_mb2", "dp2_zero3")
+    check_cases(*(Case(word, precision=precision) for word in words))
+
+
 @pytest.mark.slow
 def test_more_layouts() -> None:
     check_cases(*(case for case in CASES if parse_layout(case.word).world_size == 1))

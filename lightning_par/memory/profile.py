@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -104,10 +103,10 @@ class _Rank:
         step: str,
     ) -> None:
         module, batch, plan = run
-        twin = silent_copy(module, partial(fake_of, fake))
+        twin = silent_copy(module, lambda tensor: precision.convert(fake_of(fake, tensor)))
         self._batch = map_tensors(lambda tensor: fake.from_tensor(tensor.detach()), batch)
         deferred, tp = DeferredGradients(), LocalAxis("tp", plan.layout.tp, 0)
-        stages = install(twin, plan, pp, tp, _CPU, deferred if splits_backward else None, precision=precision)
+        stages = install(twin, plan, pp, tp, _CPU, deferred if splits_backward else None)
         twin.train()
         accumulate_in_float32(twin.parameters())
         for parameter in twin.parameters():  # as they are from the second microbatch on
