@@ -21,7 +21,7 @@ from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.materialize import deferred_init, match_weights
 from lightning_par.materialize.weight_file import StoredTensor
 from lightning_par.runtime.parameter import Split
-from tests.models import TransformersModel, gpt2, llama
+from tests.models import TransformersModel, gpt2, llama, make_batch
 from tests.parity import check_parity
 from tests.zoo import ZOO
 
@@ -192,3 +192,16 @@ def test_the_key_of_the_model() -> None:
     assert weights == "folder" and "weights" not in left and left.in_features == 2
     model = OmegaConf.create({"_target_": "tests.test_weights.Takes", "weights": "folder"})
     assert take_weights(model) == (model, None)
+
+
+def test_no_process_is_started_for_weights_that_do_not_fit(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a process is started")
+
+    monkeypatch.setattr("lightning_par.host.processes.RankProcesses.__init__", refuse)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    strategy: Any = HybridParallelStrategy("tp2", weights=folders["GPT-2"], print_plan=False)
+    trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2, max_steps=1, **quiet)  # type: ignore[arg-type]
+    loader = torch.utils.data.DataLoader([make_batch(0, 4)], batch_size=None)  # type: ignore[arg-type, var-annotated]
+    with pytest.raises(ConfigurationError, match=r"do not fit TransformersModel:\n  missing: "):
+        trainer.fit(llama(), loader)
