@@ -22,7 +22,7 @@ from tests.living import Living
 from tests.models import gpt2
 from tests.parity import Run, compare, train_alone, train_rank
 from tests.ranks import COLLECTIVE_TIMEOUT, run_ranks
-from tests.test_zero import NUM_STEPS, check_cases, check_parity, running
+from tests.test_zero import NUM_STEPS, check_cases, check_parity, resume, running
 from tests.zero_model import Case
 
 MICROBATCH = ZeroOptions(reduce="microbatch")
@@ -52,6 +52,13 @@ def test_offloaded_states_train_as_one_process_does(zero: int) -> None:
     if zero == 3:
         cases.append(replace(cases[0], options=ZeroOptions(offload_optimizer="cpu", offload_param="cpu")))
     run_ranks(check_cases, 4, cases)
+
+
+def test_training_resumed_with_options_is_bitwise_the_same() -> None:
+    pipeline = Case(pp=2, dp=2, tp=1, zero=2, frozen=("chain.1.",), options=ZeroOptions(offload_optimizer="cpu"))
+    persistent = ZeroOptions(config={"zero_optimization": {"stage3_param_persistence_threshold": 20}})
+    cases = [pipeline, replace(pipeline, zero=3), replace(pipeline, zero=3, options=persistent)]
+    run_ranks(resume, 4, [*cases, replace(pipeline, options=MICROBATCH)])
 
 
 class OwnAdamW(torch.optim.AdamW):

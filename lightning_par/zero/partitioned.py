@@ -7,7 +7,7 @@ hyperparameters of the user's groups are copied over before each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,8 @@ class DeepSpeedStates(OptimizerStates):
         stage: 1, 2 or 3.
         mesh: the mesh of the run, dp at least 2.
         options: the section ``zero``.
+        units: modules whose parameters stage 3 gathers all at once, such as the blocks: a collective for each of their small
+            layers would cost more than it saves.
 
     Raises:
         ConfigurationError: several optimizers, one that is not elementwise, parameters that are not float32, or no
@@ -51,6 +53,7 @@ class DeepSpeedStates(OptimizerStates):
         stage: int,
         mesh: Mesh,
         options: ZeroOptions | None = None,
+        units: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__(module, optimizers)
         options = options or ZeroOptions()
@@ -68,7 +71,7 @@ class DeepSpeedStates(OptimizerStates):
             groups = [{**optimizers[0].defaults, "params": [stand_in]}]
         config = deepspeed_config(stage, sum(p.numel() for p in self._shapes), options, device)
         self.engine: ZeroEngine = start_zero_engine(
-            stage, root, copy_optimizer(optimizers[0], groups), MeshUnit(mesh), config, device
+            stage, root, copy_optimizer(optimizers[0], groups), MeshUnit(mesh), config, device, units
         )
         self._early = EarlyReduction(self.engine, self._shapes, mesh) if options.reduce == MICROBATCH else None
 
