@@ -25,6 +25,7 @@ from tests.ranks import COLLECTIVE_TIMEOUT, run_ranks
 from tests.test_zero import NUM_STEPS, check_cases, check_parity, resume, running
 from tests.zero_model import Case
 
+SLOW = pytest.mark.slow  # beside a case that proves the same at another stage or size
 MICROBATCH = ZeroOptions(reduce="microbatch")
 
 
@@ -42,7 +43,7 @@ def test_gradients_reduced_at_every_microbatch_train_as_one_process_does(zero: i
     run_ranks(check_cases, 4, cases)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=SLOW), 2, 3])
 def test_offloaded_states_train_as_one_process_does(zero: int) -> None:
     offload = ZeroOptions(offload_optimizer="cpu")
     cases = [
@@ -65,7 +66,7 @@ class OwnAdamW(torch.optim.AdamW):
     """What a user makes of AdamW."""
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 def test_other_optimizers_and_settings_train_as_one_process_does(zero: int) -> None:
     """Four parameter groups, of which a stage has some, and a learning-rate schedule."""
     config = {"zero_optimization": {"sub_group_size": 50} if zero == 3 else {"contiguous_gradients": False}}
@@ -145,7 +146,7 @@ def measure_step(rank: int, world_size: int, zero: int, choices: list[ZeroOption
     return costs
 
 
-@pytest.mark.parametrize("dp", [2, 4])
+@pytest.mark.parametrize("dp", [2, pytest.param(4, marks=SLOW)])
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_bytes_sent_and_kept_are_those_of_the_formula(zero: int, dp: int) -> None:
     """ZeRO, arXiv 1910.02054, section 7: 2Ψ for stages 1 and 2, 3Ψ for stage 3, each of a pass around a ring of d ranks.
