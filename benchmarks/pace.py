@@ -38,7 +38,7 @@ class Effort:
         num_working_steps, num_idle_steps: in each turn.
     """
 
-    num_rounds: int = 2
+    num_rounds: int = 3
     num_working_steps: int = 2
     num_idle_steps: int = 10
 

@@ -25,6 +25,7 @@ from lightning_par.layout import Layout, parse_layout
 if TYPE_CHECKING:
     from lightning_par.host.strategy import HybridParallelStrategy
     from lightning_par.host.timeline import PipelineTimeline
+    from lightning_par.materialize import deferred_init
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "PlanError",
     "ReplicaError",
     "__version__",
+    "deferred_init",
     "parse_layout",
 ]
 
@@ -53,6 +55,10 @@ def __getattr__(name: str) -> Any:
         from lightning_par.host.timeline import PipelineTimeline
 
         return PipelineTimeline
+    if name == "deferred_init":
+        from lightning_par.materialize import deferred_init
+
+        return deferred_init
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -16,6 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_par.install import install
+from lightning_par.loss_scale import LossScale
+from lightning_par.materialize import Weights, is_deferred, share_records
 from lightning_par.pipeline.executor import Executor, Hooks, Observer
 from lightning_par.pipeline.lockstep import Lockstep
 from lightning_par.pipeline.measure import CostMeter
@@ -26,6 +28,7 @@ from lightning_par.pipeline.transport import Transport
 from lightning_par.plan import Plan
 from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.mesh import Mesh
+from lightning_par.runtime.precision import FULL, Precision
 from lightning_par.runtime.streams import MicrobatchStreams
 from lightning_par.runtime.watchdog import Watchdog
 from lightning_par.zero.option import ZeroOptions
@@ -48,16 +51,27 @@ class Engine:
         module: the user's module, installed in place.
         device: where it is.
         streams: random numbers.
+        precision: in which the steps are to run; parameters are cast to it.
         states: the owner of the optimizer states; None until something is trained.
+        loss_scale: factor of the loss in the backward; None for none.
         watchdog: an observer that finds out whether this rank hangs, once it is started.
     """
 
     _engines: ClassVar[WeakKeyDictionary[nn.Module, Engine]] = WeakKeyDictionary()
 
     def __init__(
-        self, module: nn.Module, plan: Plan, mesh: Mesh, device: torch.device, schedule: str | None = None, seed: int = 0
+        self,
+        module: nn.Module,
+        plan: Plan,
+        mesh: Mesh,
+        device: torch.device,
+        schedule: str | None = None,
+        seed: int = 0,
+        precision: Precision = FULL,
+        weights: Weights | None = None,
     ) -> None:
-        self.module, self.plan, self.mesh, self.device = module, plan, mesh, device
+        self.module, self.plan, self.mesh, self.device, self.precision = module, plan, mesh, device, precision
+        share_records(module, mesh.world)
         broadcast_module(module, mesh)
         for holders in sorted({parameter.spec.stages for parameter in plan.parameters if len(parameter.spec.stages) > 1}):
             mesh.tied(holders)  # every rank makes every group, whether it holds such a weight or not
@@ -68,7 +82,7 @@ class Engine:
         self.tables = Tables(schedule or default_schedule(layout.vp), layout, traced_costs(plan), is_ordered)
         deferred = DeferredGradients()
         splits = splits_backward(self.tables.schedule, layout)
-        stages = install(module, plan, pp, mesh.tp, device, deferred if splits else None)
+        stages = install(module, plan, pp, mesh.tp, device, deferred if splits else None, weights, precision)
         module.to(device)
         self.streams = MicrobatchStreams(seed, mesh.coordinate.dp, device)
         self._hooks = Hooks(before_forward=self.streams.begin, at_entrance=self.streams.enter_stage)
@@ -79,6 +93,7 @@ class Engine:
         self._num_trained = 0
         self.watchdog = Watchdog()
         self.states: OptimizerStates | None = None
+        self.loss_scale: LossScale | None = None
         Engine._engines[module] = self
 
     @classmethod
@@ -97,9 +112,17 @@ class Engine:
         if self.states is not None:
             self.states.dissolve()
         if layout.zero and self.mesh.dp.size > 1:
-            self.states = DeepSpeedStates(self.module, optimizers, layout.zero, self.mesh, options, self._blocks())
+            self.states = DeepSpeedStates(
+                self.module,
+                optimizers,
+                layout.zero,
+                self.mesh,
+                options,
+                has_masters=self.precision.has_masters,
+                units=self._blocks(),
+            )
         else:
-            self.states = ReplicatedStates(self.module, optimizers, self.mesh.dp)
+            self.states = ReplicatedStates(self.module, optimizers, self.mesh.dp, self.precision.has_masters)
         self._hooks.after_forward, self._hooks.after_backward = self.states.after_forward, self.states.after_backward
         return self.states
 
@@ -119,6 +142,11 @@ class Engine:
         """Who sees the actions of this rank, as a clock does."""
         return self._executor.observers
 
+    @property
+    def on_the_way(self) -> list[torch.Tensor]:
+        """What this rank holds of messages between stages."""
+        return self._executor.on_the_way
+
     def train(
         self,
         program: Program,
@@ -130,7 +158,7 @@ class Engine:
 
         Args:
             program: runs the user's step on the microbatch of an index.
-            weights: factor of each microbatch's loss in the backward; read where the last stage runs.
+            weights: factor of each microbatch's loss in the backward, without the loss scale; read where the last stage runs.
             loss_of: the loss in what the step returned.
             shapes: of each microbatch, the step and the shapes of its tensors; empty where they are not known.
 
@@ -139,6 +167,8 @@ class Engine:
         """
         row = self.tables.row(self.mesh.coordinate.pp, len(weights), trains=True)
         assert self.states is not None, "training needs an owner of the optimizer states"
+        if self.loss_scale is not None:
+            weights = [self.loss_scale.scale * weight for weight in weights]
         with self.watchdog.step("train"), self.streams.step(), self.states.accumulate(), self._metered():
             return self._executor.run(row, program, loss_of, weights, self._static(shapes))
 
@@ -192,6 +222,7 @@ class Engine:
             "buffers": dict(self.module.named_buffers()),
             "streams": self.streams.state_dict(),
             "states": None if self.states is None else self.states.state_dict(),
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -206,6 +237,8 @@ class Engine:
             for name, tensor in held.items():
                 tensor.copy_(saved[name])
         self.streams.load_state_dict(state["streams"])
+        if self.loss_scale is not None and state.get("loss_scale") is not None:  # none was saved in another precision
+            self.loss_scale.load_state_dict(state["loss_scale"])
 
 
 def traced_costs(plan: Plan) -> Costs:
@@ -215,12 +248,12 @@ def traced_costs(plan: Plan) -> Costs:
 
 
 def broadcast_module(module: nn.Module, mesh: Mesh) -> None:
-    """Give every rank the parameters and buffers of rank 0. Collective over the world.
+    """Give every rank the parameters and buffers of rank 0 that have memory. Collective over the world.
 
     A script that draws its weights without a seed has other weights in every process.
     """
     for tensor in (*module.parameters(), *module.buffers()):
-        if mesh.world.size > 1:
+        if mesh.world.size > 1 and not is_deferred(tensor):
             dist.broadcast(tensor.data, src=0, group=mesh.world.group)
 
 

@@ -1,11 +1,13 @@
 """Installing a plan on a module: the one place where a user's module is changed, in an order that is the documentation.
 
-1. shard       every parameter becomes this rank's shard; what the stage does not hold becomes a placeholder
+1. shard       every parameter becomes this rank's shard, in the precision of the run; what the stage does not hold becomes a placeholder. Weights that have
+               no memory yet are made here, this rank's shards alone
 2. convert     planned layers compute on their shards
-3. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
-4. compile     planned modules are compiled when they are first called
-5. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
-6. cut         blocks of other stages only pass the hidden state on, or end the step
+3. float8      planned linear layers multiply in float8
+4. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
+5. compile     planned modules are compiled when they are first called
+6. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
+7. cut         blocks of other stages only pass the hidden state on, or end the step; buffers without memory are made
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import nn
 
 from lightning_par.compilation import compile_modules
 from lightning_par.errors import ModelError
+from lightning_par.materialize import Weights, give_values, is_deferred, materialize_rest, materialize_shard
 from lightning_par.pipeline.stage import StageProgram
 from lightning_par.plan import LayerPlan, Plan
 from lightning_par.plan.plan import ParameterPlan
@@ -27,19 +30,29 @@ from lightning_par.recompute import recompute_blocks
 from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.parameter import set_spec
+from lightning_par.runtime.precision import FULL, Precision
 from lightning_par.split_backward import defer_weight_gradients
 from lightning_par.tensor import (
+    Float8Arithmetic,
     SequenceParallel,
     SharedInput,
     convert_embedding,
     convert_linear,
     convert_positionwise,
+    multiply_in_float8,
     whole_tensor,
 )
 
 
 def install(
-    module: nn.Module, plan: Plan, pp: int, tp: Axis, device: torch.device, deferred: DeferredGradients | None = None
+    module: nn.Module,
+    plan: Plan,
+    pp: int,
+    tp: Axis,
+    device: torch.device,
+    deferred: DeferredGradients | None = None,
+    weights: Weights | None = None,
+    precision: Precision = FULL,
 ) -> StageProgram:
     """Make ``module`` this rank's part of the plan, in place. Not a collective.
 
@@ -52,15 +65,25 @@ def install(
         tp: this rank's tensor-parallel axis.
         device: where the module is going to run; placeholders are made there.
         deferred: where layers leave their weight gradients during an action I; None where the schedule has none.
+        weights: values in files that win over the module's own.
+        precision: what parameters and buffers are cast to.
     """
-    shard_parameters(module, plan.parameters, pp, tp, device)
+    shard_parameters(module, plan.parameters, pp, tp, device, weights, precision)
     sequence = _sequence(plan, tp)
     convert_layers(module, plan, pp, tp, sequence)
+    if plan.float8 is not None:
+        held = [name for name in plan.float8.layers if module.get_submodule(name)._parameters.get("weight") is not None]
+        multiply_in_float8(module, held, Float8Arithmetic(plan.float8.recipe, emulate=device.type == "cpu"))
     if deferred is not None:
         defer_weight_gradients(module, deferred)
     compile_modules(module, plan, pp)
     recompute_blocks(module, plan, pp, tp)
-    return cut_stages(module, plan, pp, device, sequence)
+    stages = cut_stages(module, plan, pp, device, sequence, precision)
+    materialize_rest(module)
+    if weights is not None:
+        weights.read_buffers(module)
+    precision.convert_module(module)
+    return stages
 
 
 def install_tensor_parallel(module: nn.Module, plan: Plan, tp: Axis) -> None:
@@ -74,15 +97,24 @@ def install_tensor_parallel(module: nn.Module, plan: Plan, tp: Axis) -> None:
         StageProgram(module, replace(plan, stages=(whole,), boundaries=()), (0,), sequence)
 
 
-def shard_parameters(module: nn.Module, parameters: Iterable[ParameterPlan], pp: int, tp: Axis, device: torch.device) -> None:
+def shard_parameters(
+    module: nn.Module,
+    parameters: Iterable[ParameterPlan],
+    pp: int,
+    tp: Axis,
+    device: torch.device,
+    weights: Weights | None = None,
+    precision: Precision = FULL,
+) -> None:
     """Replace every parameter's data by this rank's shard, and take away what its stages do not hold."""
     for parameter in parameters:
         held = [alias for alias, holders in parameter.aliases if pp in holders]
-        _shard_parameter(module, parameter, held, tp)
+        _shard_parameter(module, parameter, held, tp, weights, precision)
         for alias, _ in parameter.aliases:
             if alias not in held:
                 owner, name = _owner(module, alias)
-                _take_away(owner, owner._parameters, name, device, parameter.spec.shape)  # a tied one may be a shard by now
+                shape = parameter.spec.shape  # a tied one may be a shard by now
+                _take_away(owner, owner._parameters, name, device, precision, shape)
 
 
 def convert_layers(module: nn.Module, plan: Plan, pp: int, tp: Axis, sequence: SequenceParallel | None = None) -> None:
@@ -94,7 +126,12 @@ def convert_layers(module: nn.Module, plan: Plan, pp: int, tp: Axis, sequence: S
 
 
 def cut_stages(
-    module: nn.Module, plan: Plan, pp: int, device: torch.device, sequence: SequenceParallel | None = None
+    module: nn.Module,
+    plan: Plan,
+    pp: int,
+    device: torch.device,
+    sequence: SequenceParallel | None = None,
+    precision: Precision = FULL,
 ) -> StageProgram:
     """Change the calls of blocks so that each stage of this rank runs alone.
 
@@ -104,7 +141,7 @@ def cut_stages(
     for index, path in enumerate(plan.chain.blocks if plan.chain is not None and plan.layout.pp > 1 else ()):
         for owner in module.get_submodule(path).modules() if index not in held else ():
             for name in list(owner._buffers):
-                _take_away(owner, owner._buffers, name, device)
+                _take_away(owner, owner._buffers, name, device, precision)
     return StageProgram(module, plan, plan.layout.stages_of(pp), sequence, whole_tensor)
 
 
@@ -151,7 +188,14 @@ def _convert_layer(
         )
 
 
-def _shard_parameter(module: nn.Module, plan: ParameterPlan, aliases: Iterable[str], tp: Axis) -> None:
+def _shard_parameter(
+    module: nn.Module,
+    plan: ParameterPlan,
+    aliases: Iterable[str],
+    tp: Axis,
+    weights: Weights | None = None,
+    precision: Precision = FULL,
+) -> None:
     """Give the parameter its shard under every alias; ties stay ties."""
     aliases = list(aliases)
     if not aliases:
@@ -159,14 +203,28 @@ def _shard_parameter(module: nn.Module, plan: ParameterPlan, aliases: Iterable[s
     owner, name = _owner(module, aliases[0])
     parameter = owner._parameters[name]
     assert parameter is not None
-    if plan.spec.split is not None and tp.size > 1:
-        with torch.no_grad():
-            parameter.data = plan.spec.split.shard(parameter.data, tp.size, tp.coordinate)
+    where = plan.spec.split, tp.size, tp.coordinate
+    names = [alias for alias, _ in plan.aliases]
+    values = None if weights is None else weights.read_shard(names, *where, precision.dtype_of(parameter))
+    if is_deferred(parameter):
+        values = materialize_shard(parameter, *where) if values is None else values
+        give_values(parameter, precision.convert(values), plan.spec.name)
+    else:
+        if values is None:
+            values = (
+                parameter.data if plan.spec.split is None or tp.size == 1 else plan.spec.split.shard(parameter.data, *where[1:])
+            )
+        parameter.data = precision.convert(values)
     set_spec(parameter, plan.spec)
 
 
 def _take_away(
-    owner: nn.Module, tensors: MutableMapping[str, Any], name: str, device: torch.device, shape: tuple[int, ...] | None = None
+    owner: nn.Module,
+    tensors: MutableMapping[str, Any],
+    name: str,
+    device: torch.device,
+    precision: Precision,
+    shape: tuple[int, ...] | None = None,
 ) -> None:
     """Put zeros of the same shape, which take no memory, where a parameter or buffer was.
 
@@ -174,7 +232,9 @@ def _take_away(
     its input, computed from them, requires none.
     """
     tensor = tensors.pop(name)
-    zeros = None if tensor is None else torch.zeros((), dtype=tensor.dtype, device=device).expand(shape or tensor.shape)
+    zeros = (
+        None if tensor is None else torch.zeros((), dtype=precision.dtype_of(tensor), device=device).expand(shape or tensor.shape)
+    )
     if zeros is not None and isinstance(tensor, nn.Parameter) and zeros.is_floating_point():
         zeros.requires_grad_()
     owner.__dict__[name] = zeros  # past __setattr__, which would make it a buffer or refuse it

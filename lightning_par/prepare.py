@@ -16,6 +16,7 @@ from lightning_par.plan.build import with_partial_gradients
 from lightning_par.plan.caution import cautions
 from lightning_par.plan.compare import first_difference
 from lightning_par.plan.compiled import check_compilation, plan_compilation
+from lightning_par.plan.float8 import plan_float8
 from lightning_par.plan.operation import SHAPE
 from lightning_par.plan.reference import differences
 from lightning_par.plan.segments import SPLITS
@@ -24,6 +25,7 @@ from lightning_par.plan.tensor_rules import Flow, infer_flow
 from lightning_par.plan.whole import split_line
 from lightning_par.runtime.axis import LocalAxis
 from lightning_par.runtime.nested import tensors_in
+from lightning_par.runtime.precision import FULL, Precision
 from lightning_par.trace import Trace, trace_step
 
 
@@ -34,6 +36,7 @@ def prepare_plan(
     overrides: Mapping[str, Any] | None = None,
     step: str = "training_step",
     counts_targets: bool = False,
+    precision: Precision = FULL,
 ) -> Plan:
     """The plan of a run. One process, no process group; neither the module nor any random state is changed.
 
@@ -45,6 +48,7 @@ def prepare_plan(
         step: the hook that is run dry: ``training_step``, or another where nothing is trained. Where no model is cut
             or compiled, it may fail.
         counts_targets: whether the parts of a batch count by their targets, see `lightning_par.plan.caution`.
+        precision: in which the run computes.
 
     Raises:
         ConfigurationError: the module, the batch or the plan section does not fit the layout.
@@ -60,27 +64,43 @@ def prepare_plan(
         may_join=_may_join(layout),
         may_mix=_may_mix(layout),
         keep_error=not is_cut,
+        precision=precision,
     )
-    plan = build_plan(trace, layout, type(module).__name__, chosen)
+    plan = _any_dtype(build_plan(trace, layout, type(module).__name__, chosen), precision)
     if step == "training_step":
         plan = replace(plan, notes=plan.notes + cautions(trace, plan.layout, batch, counts_targets))
     if layout.tp == 1:
-        return _with_compilation(plan, trace, Flow(), chosen)
+        return _with_options(plan, trace, Flow(), chosen)
     forced = chosen.kinds(trace.layers)
     flow = infer_flow(trace, forced)
     if layout.sp:
         plan = replace(plan, sequence=plan_sequence(trace, layout, plan, flow))
-    plan = _choose_activations(module, batch, trace, plan, flow, chosen)
+    plan = _choose_activations(module, batch, trace, plan, flow, chosen, precision)
     plan = replace(plan, notes=plan.notes + differences(module, plan, forced))
-    return _with_compilation(plan, trace, flow, chosen)
+    return _with_options(plan, trace, flow, chosen)
 
 
-def _with_compilation(plan: Plan, trace: Trace, flow: Flow, chosen: Overrides) -> Plan:
+def _with_options(plan: Plan, trace: Trace, flow: Flow, chosen: Overrides) -> Plan:
+    """The plan with how its layers compute: in float8, compiled."""
+    if chosen.fp8 is not None:
+        float8, note = plan_float8(trace, plan, chosen.fp8)
+        plan = replace(plan, float8=float8, notes=(*plan.notes, note))
     if chosen.compile is None:
         return plan
     check_compilation(trace, plan)
     compilation, note = plan_compilation(trace, plan, flow, chosen.compile)
     return replace(plan, compilation=compilation, notes=(*plan.notes, note))
+
+
+def _any_dtype(plan: Plan, precision: Precision) -> Plan:
+    """Under autocast no stage may conclude from its own hidden state what is sent to it.
+
+    Which operations give float32 differs between the device of the dry run and that of the run, and code before the blocks may
+    give another dtype than the blocks do.
+    """
+    if plan.chain is None or precision.autocast is None:
+        return plan
+    return replace(plan, chain=replace(plan.chain, keeps_shape=False))
 
 
 def _may_join(layout: Layout) -> bool:
@@ -98,15 +118,17 @@ def batch_size_of(batch: Any) -> int:
     return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim), 1)
 
 
-def _choose_activations(module: nn.Module, batch: Any, trace: Trace, plan: Plan, flow: Flow, chosen: Overrides) -> Plan:
+def _choose_activations(
+    module: nn.Module, batch: Any, trace: Trace, plan: Plan, flow: Flow, chosen: Overrides, precision: Precision
+) -> Plan:
     """Give global shapes to the regions whose code goes wrong on plain local tensors, until the split module runs right.
 
     A region is judged in every block at once, because equal blocks fail alike.
     """
     kept = {name for name, word in chosen.activations(trace.layers).items() if word == "local"}
     plan = _with_global(plan, _unsure(trace, flow) - kept)
-    runs = _runs(module, batch, trace, flow, plan.layout)
-    while failing := next((names for run in runs if (names := _failing(module, batch, run, plan, kept))), None):
+    runs = _runs(module, batch, trace, flow, plan.layout, precision)
+    while failing := next((names for run in runs if (names := _failing(module, batch, run, plan, kept, precision))), None):
         plan = _with_global(plan, failing)
     return with_partial_gradients(plan, runs[0].trace, runs[0].flow)
 
@@ -120,7 +142,7 @@ class _Run:
     evaluates: bool = False
 
 
-def _runs(module: nn.Module, batch: Any, trace: Trace, flow: Flow, layout: Layout) -> list[_Run]:
+def _runs(module: nn.Module, batch: Any, trace: Trace, flow: Flow, layout: Layout, precision: Precision) -> list[_Run]:
     """The run that the plan was made from; and the same in evaluation mode, where the code takes another way then."""
     runs = [_Run(*_both_passes(trace, flow))]
     if trace.step == "training_step":
@@ -134,6 +156,7 @@ def _runs(module: nn.Module, batch: Any, trace: Trace, flow: Flow, layout: Layou
             keep_error=True,
             is_real=is_real,
             evaluates=True,
+            precision=precision,
         )
         if other.error is None and _way(other) != _way(trace):
             runs.append(_Run(other, infer_flow(other, flow.kinds), evaluates=True))
@@ -144,7 +167,7 @@ def _way(trace: Trace) -> list[tuple[str, str]]:
     return [(op.name, op.module) for op in trace.ops]
 
 
-def _failing(module: nn.Module, batch: Any, run: _Run, plan: Plan, kept: Set[str]) -> frozenset[str]:
+def _failing(module: nn.Module, batch: Any, run: _Run, plan: Plan, kept: Set[str], precision: Precision) -> frozenset[str]:
     """The column layers whose plain local outputs a run goes wrong on first; none where it goes right.
 
     Args:
@@ -168,6 +191,7 @@ def _failing(module: nn.Module, batch: Any, run: _Run, plan: Plan, kept: Set[str
         keep_error=True,
         is_real=trace.is_real,
         evaluates=run.evaluates,
+        precision=precision,
     )
     both = replace(split, ops=split.ops + split.again)
     difference = first_difference(trace, both, flow.columns, local, axis.size, plan.sequence)

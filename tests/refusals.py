@@ -117,7 +117,8 @@ REFUSALS = (
     Refusal("manual optimization in a pipeline", "pp2", Manual),
     Refusal("several optimizers in a pipeline", "pp2", lambda: TwoOptimizers(Block)),
     Refusal("more microbatches than samples", "pp2_mb4", batch=lambda: tokens(3)),
-    Refusal("another precision", "tp2", trainer={"precision": "bf16-mixed"}),
+    Refusal("weights in float16", "tp2", trainer={"precision": "16-true"}),
+    Refusal("float64", "dp2_zero1", trainer={"precision": "64-true"}),
     Refusal("BatchNorm over all ranks", "dp2", Normed, trainer={"sync_batchnorm": True}),
     Refusal("recomputation without a chain of blocks", "tp2", lambda: Unordered(Block), plan={"recompute": {"*": "full"}}),
 )

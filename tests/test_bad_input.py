@@ -310,8 +310,8 @@ def test_no_data() -> None:
 
 
 def test_precision() -> None:
-    with pytest.raises(ConfigurationError, match=r"precision=bf16-mixed"):
-        fit("tp2_pp2", precision="bf16-mixed")
+    with pytest.raises(ConfigurationError, match=r"precision=16-true is not supported .*: use precision=16-mixed or bf16-true"):
+        fit("tp2_pp2", precision="16-true")
 
 
 def averaging() -> Any:

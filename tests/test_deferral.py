@@ -32,7 +32,8 @@ from lightning_par.pipeline.tables import choose_schedule
 from lightning_par.runtime.axis import Axis, LocalAxis
 from lightning_par.runtime.deferral import DeferredGradients, Note
 from lightning_par.runtime.mesh import Mesh
-from lightning_par.split_backward import DeferredLinear, defer_weight_gradients
+from lightning_par.split_backward import defer_weight_gradients
+from lightning_par.tensor.whole_linear import WholeLinear
 from lightning_par.zero.partitioned import DeepSpeedStates
 from tests import models
 from tests.axes import tp_axis
@@ -288,7 +289,7 @@ def test_which_layers_leave_their_gradient() -> None:
     module, late = check_alike(lambda: nn.Sequential(Squared(WIDTH, WIDTH)))
     assert late == set() and type(module[0]) is Squared  # type: ignore[index]
     module, late = check_alike(lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))))
-    assert late == set() and not isinstance(module[0], DeferredLinear)  # type: ignore[index]
+    assert late == set() and not isinstance(module[0], WholeLinear)  # type: ignore[index]
     assert check_alike(Repeated, dtype=torch.float32)[1] == {"layer.bias"}
 
 
@@ -602,4 +603,4 @@ def test_layers_split_over_tp() -> None:
 def test_all_linear_layers_of_a_chain_are_converted() -> None:
     module = installed(lambda: Chain(Block), DeferredGradients(), batch=tokens())
     linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
-    assert len(linears) == 5 and all(isinstance(child, DeferredLinear) for child in linears)
+    assert len(linears) == 5 and all(isinstance(child, WholeLinear) for child in linears)

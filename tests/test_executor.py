@@ -152,7 +152,8 @@ def lengths_change(engine: Engine, whole: Model) -> None:
     """Microbatches of one step, each of its own length."""
     batches = [tokens(2, length) for length in (3, 6, 4)]
     engine.module.zero_grad()
-    engine.train(lambda index: engine.module.training_step(batches[index], 0), [1 / 3] * 3, lambda loss: loss)  # type: ignore[operator]
+    losses = engine.train(lambda index: engine.module.training_step(batches[index], 0), [1 / 3] * 3, lambda loss: loss)  # type: ignore[operator]
+    assert not any(loss.requires_grad for loss in losses)  # a graph would keep what was received
     whole.zero_grad()
     sum(whole.training_step(batch, 0) for batch in batches).div(3).backward()  # type: ignore[union-attr]
     close(summed(gradients(engine)), {name: p.grad for name, p in whole.named_parameters() if p.grad is not None})

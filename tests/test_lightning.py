@@ -213,8 +213,8 @@ def test_replicas_read_different_samples_and_know_the_same(tmp_path: Path) -> No
 
 def refused_precision(rank: int, world_size: int) -> None:
     for root in ROOTS:
-        with pytest.raises(ConfigurationError, match="precision=bf16-mixed is not supported yet"):
-            make_trainer(root, world_size, Path("nowhere"), precision="bf16-mixed")
+        with pytest.raises(ConfigurationError, match="precision=16-true is not supported"):
+            make_trainer(root, world_size, Path("nowhere"), precision="16-true")
 
 
 def test_another_precision_is_refused() -> None:

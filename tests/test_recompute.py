@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -275,6 +276,27 @@ def test_nothing_outlives_its_graph(mode: str) -> None:
                 module.zero_grad()
         del loss
         assert living.num_bytes == 0
+
+
+def check_nothing_is_left(rank: int, world_size: int) -> None:
+    axis, batch = tp_axis(), make_batch(0, 4)
+    for word in ("tp2", "tp2_sp"):
+        for mode in MODES:
+            module = installed(gpt, mode, word, axis, batch)
+            with Living([*module.parameters(), *batch.values()]) as living:
+                loss = module.training_step(batch, 0)
+                loss.backward()
+                module.zero_grad()
+            del loss
+            assert living.num_bytes == 0, (word, mode)
+
+
+def test_nothing_outlives_its_graph_over_tp() -> None:
+    gc.disable()  # what is in a circle would stay until it runs
+    try:
+        run_ranks(check_nothing_is_left, 2)
+    finally:
+        gc.enable()
 
 
 def test_activation_memory() -> None:

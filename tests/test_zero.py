@@ -348,7 +348,11 @@ def test_another_deepspeed_is_refused() -> None:
             "zero2 steps one optimizer, .* gave 2",
         ),
         (lambda model: [torch.optim.Adafactor(model.parameters())], "Adafactor needs whole ones"),
-        (lambda model: [torch.optim.SGD(model.bfloat16().parameters())], "weight is torch.bfloat16: use precision=bf16-mixed"),
+        (lambda model: [torch.optim.SGD(model.bfloat16().parameters())], "weight is torch.bfloat16: use precision=bf16-true"),
+        (
+            lambda model: [torch.optim.SGD(model.double().parameters())],
+            r"zero2 keeps parameters in float32 here, and weight is torch.float64: use module.float\(\) before the run, or zero0",
+        ),
     ],
 )
 def test_what_zero_cannot_train_is_refused(change: Callable[[nn.Module], list[torch.optim.Optimizer]], message: str) -> None:

@@ -12,7 +12,7 @@ from lightning_par.layout import Layout
 
 @dataclass
 class ParallelConfig:
-    """Fields of ``parallel``: those of `Layout`, under its names, and two options of the strategy.
+    """Fields of ``parallel``: those of `Layout`, under its names, and three options of the strategy.
 
     Not `Layout` itself: OmegaConf refuses frozen dataclasses.
 
@@ -28,6 +28,7 @@ class ParallelConfig:
     sp: bool = False
     recompute: str = "none"
     compile: Any = False  # true, or the name of a backend
+    fp8: str | None = None
 
     @classmethod
     def of(cls, layout: Layout) -> ParallelConfig:

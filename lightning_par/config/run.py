@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,12 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
     from hydra.utils import instantiate
 
     from lightning_par import HybridParallelStrategy
+    from lightning_par.host.construction import construct
 
+    model, weights = take_weights(config.model)
+    init = config.get("init", "exact")
+    if weights is not None and init == "exact":
+        init = "fast"  # nobody sees what is drawn
     # Lightning 2.6 on torch 2.13 warns of its own code, on every rank
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     pl.seed_everything(config.seed, workers=True)
@@ -37,9 +43,12 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
         plan=instantiate(config.plan, _convert_="all"),
         recompute=config.parallel.get("recompute", "none"),
         compile=config.parallel.get("compile", False),
+        fp8=config.parallel.get("fp8"),
         schedule=config.schedule,
         zero=instantiate(config.get("zero"), _convert_="all"),
         hang_seconds=config.hang_seconds,
+        init=init,
+        weights=weights,
         loss_weight=instantiate({"given": config.get("loss_weight")}, _convert_="all")["given"],  # a plain word, too
     )
     options: dict[str, Any] = {
@@ -52,4 +61,15 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
     if "logger" not in options:
         options["logger"] = instantiate(config.logger, _convert_="all")
     trainer = instantiate(config.trainer, _convert_="all", _partial_=True)(**options)
-    return trainer, instantiate(config.model, _convert_="all"), instantiate(config.data, _convert_="all")
+    module = construct(lambda: instantiate(model, _convert_="all"), init)
+    return trainer, module, instantiate(config.data, _convert_="all")
+
+
+def take_weights(model: DictConfig) -> tuple[DictConfig, str | None]:
+    """``model`` without its key ``weights``, and that; a constructor that takes ``weights`` itself gets them."""
+    from hydra.utils import get_object
+    from omegaconf import OmegaConf
+
+    if "weights" not in model or "weights" in inspect.signature(get_object(model["_target_"])).parameters:
+        return model, None
+    return OmegaConf.masked_copy(model, [str(key) for key in model if key != "weights"]), model.weights

@@ -13,17 +13,20 @@ from typing import Any
 from lightning_par.checkpoint import check_layout
 from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
+from lightning_par.host.construction import configuring, weights_untouched
 from lightning_par.host.first_batch import first_batch
 from lightning_par.host.loss_weight import TargetCount, check_loss_weight
 from lightning_par.host.timeline import PipelineTimeline
 from lightning_par.host.whole_parts import explain_sizes, note_whole_parts
 from lightning_par.layout import Coordinate, Layout, nearest_layouts
+from lightning_par.materialize import match_weights, materialize_attributes
 from lightning_par.pipeline.schedules import check_schedule
 from lightning_par.plan import Plan
 from lightning_par.prepare import prepare_plan
 from lightning_par.private.deepspeed import check_operator
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.parameter import has_spec
+from lightning_par.runtime.precision import Precision
 from lightning_par.trace.copying import copy_module
 from lightning_par.zero.optimizer import check_optimizer
 
@@ -49,6 +52,7 @@ def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any]
     given = [*args, *kwargs.values()]
     module = args[0] if args and args[0] is not None else trainer.lightning_module
     datamodule = next((value for value in given if hasattr(value, "prepare_data") and value is not module), trainer.datamodule)
+    precision = trainer.strategy.precision
     check_manual(module, layout)
     with generators_put_back(), _loggers_silent(trainer):
         twin: Any = copy_module(module, lambda tensor: tensor, by_reference=[trainer])
@@ -56,47 +60,63 @@ def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any]
         source = twin if datamodule is None else _copied(datamodule, trainer)
         for owner in dict.fromkeys((source, twin)):
             owner.prepare_data()
-            owner.setup(what)
-        twin.configure_model()
+            with weights_untouched(twin):
+                owner.setup(what)
+        with precision.creating(), configuring(twin, trainer.strategy.init):
+            twin.configure_model()
+        materialize_attributes(twin)
+        if trainer.strategy.weights is not None:
+            match_weights(twin, trainer.strategy.weights)
         if what == "fit":
             _configure_optimizers(twin, layout)
         loaders = args[1] if len(args) > 1 and args[1] is not None and args[1] is not datamodule else None
         if loaders is None:
             loaders = getattr(source, _LOADERS[what])()
-        batch = first_batch(loaders if what == "fit" else _first(loaders))
+        batch = trainer.precision_plugin.convert_input(first_batch(loaders if what == "fit" else _first(loaders)))
         for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
             batch = getattr(source if _overrides(source, hook) else twin, hook)(batch, 0)
-        plan = _plan_checked(twin, batch, layout, overrides, _STEPS[what], trainer.strategy.loss_weight)
+        plan = _plan_checked(twin, batch, layout, overrides, _STEPS[what], trainer.strategy.loss_weight, precision)
     if what == "fit" and layout.pp > 1:
         check_schedule(trainer.strategy.schedule, layout.pp, layout.vp, plan.layout.microbatches)
     return plan
 
 
 def _plan_checked(
-    twin: Any, batch: Any, layout: Layout, overrides: Mapping[str, Any], step: str, count: TargetCount | None
+    twin: Any,
+    batch: Any,
+    layout: Layout,
+    overrides: Mapping[str, Any],
+    step: str,
+    count: TargetCount | None,
+    precision: Precision,
 ) -> Plan:
     """The plan for a batch that can be cut as it says, its targets counted."""
     try:
-        plan = prepare_plan(twin, batch, layout, overrides, step, counts_targets=count is not None)
+        plan = prepare_plan(twin, batch, layout, overrides, step, counts_targets=count is not None, precision=precision)
     except Exception as error:
         explain_sizes(batch, step, error)
         raise
     if step == "training_step" and count is not None:
         check_loss_weight(count, twin, batch, plan.layout.microbatches or 1)
-    return replace(plan, notes=plan.notes + note_whole_parts(twin, batch, plan, step))
+    return replace(plan, notes=plan.notes + note_whole_parts(twin, batch, plan, step, precision))
 
 
-def check_split(module: Any, layout: Layout) -> Engine | None:
+def check_split(module: Any, layout: Layout, precision: Precision) -> Engine | None:
     """The engine of a module that an earlier Trainer has split; None for a whole one.
 
     Raises:
-        ConfigurationError: it was split in another layout, or is a part of a module that was split.
+        ConfigurationError: it was split in another layout or precision, or is a part of a module that was split.
     """
     engine = Engine.of(module)
     if engine is not None and replace(engine.mesh.layout, microbatches=layout.microbatches) != layout:
         raise ConfigurationError(
             f"parallel={layout}: this {type(module).__name__} is already split as parallel={engine.mesh.layout}: use the same "
             "layout, or build the module anew and load a checkpoint"
+        )
+    if engine is not None and engine.precision != precision:
+        raise ConfigurationError(
+            f"precision={precision.name}: this {type(module).__name__} is already split with precision={engine.precision.name}: "
+            "use that, or build the module anew and load a checkpoint"
         )
     if engine is None and any(has_spec(parameter) for parameter in module.parameters()):
         raise ConfigurationError(

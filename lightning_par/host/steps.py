@@ -173,7 +173,8 @@ class StepRunner:
         def program(index: int) -> Any:
             is_last = self.engine.runs_last_stage or not self.mesh.is_last_stage
             self._log.begin(index, pieces[index].size, pieces[index].weight, is_last)
-            return run(pieces[index].batch, *args, **kwargs)
+            with self.engine.precision.computing(self.engine.device.type):
+                return run(pieces[index].batch, *args, **kwargs)
 
         return program
 

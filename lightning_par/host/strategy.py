@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,12 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from lightning_par.checkpoint import check_layout, load_checkpoint, load_rank_state, save_checkpoint
 from lightning_par.engine import Engine
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
+from lightning_par.host.construction import check_init_word, configuring, guard_setup
 from lightning_par.host.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
 from lightning_par.host.namespace import bind, root_in_use, worker_seeding
 from lightning_par.host.plan_report import report_plan
-from lightning_par.host.precision import check_precision, precision_class
+from lightning_par.host.precision import check_device, precision_class, read_precision, read_scale
 from lightning_par.host.preflight import (
     check_callbacks,
     check_checkpoints,
@@ -34,12 +36,15 @@ from lightning_par.host.preflight import (
 from lightning_par.host.steps import StepRunner
 from lightning_par.host.watch import check_hang_seconds, watch_engine
 from lightning_par.layout import Layout, parse_layout
+from lightning_par.materialize import match_weights, materialize_attributes
 from lightning_par.pipeline.tables import choose_schedule, splits_backward
 from lightning_par.plan import Plan
 from lightning_par.plan.compiled import read_backend
-from lightning_par.plan.override import check_recompute_word
+from lightning_par.plan.override import check_float8_word, check_recompute_word
 from lightning_par.runtime.generator import share_generators
 from lightning_par.runtime.mesh import Mesh
+from lightning_par.runtime.precision import FULL
+from lightning_par.tensor import check_float8
 from lightning_par.zero.config import overwritten
 from lightning_par.zero.option import check_zero_options, read_zero_options
 from lightning_par.zero.states import OptimizerStates
@@ -62,12 +67,17 @@ class HybridParallelStrategy(Host):
         recompute: what of the blocks' activations the backward computes again: ``none``, ``selective`` (what is cheap to make)
             or ``full`` (all but their inputs). A line of ``plan`` says it for single blocks.
         compile: whether torch.compile compiles the blocks: True, or the name of its backend.
+        fp8: whether the linear layers of the blocks multiply in float8, and how they scale: ``tensorwise`` or ``rowwise``, see
+            `lightning_par.tensor.float8`. Needs a GPU that has float8 units, torchao, and a bf16 precision.
         schedule: the pipeline schedule, one of `lightning_par.pipeline.schedules`, or ``auto``: made for the costs of the
             stages, first by their FLOPs, and after a few steps by their measured time. By default 1F1B, or interleaved where the
             layout has several stages on a rank.
         loss_weight: what names or counts the targets of a batch where parts of it have different numbers of them, see
             `lightning_par.host.loss_weight`; parts count by their samples without it.
         zero: options of ZeRO by name, see `lightning_par.zero.option.ZeroOptions`; the stage is in the layout.
+        init: how the weights are made that ``configure_model`` builds, see `lightning_par.host.construction`.
+        weights: a folder that transformers' ``save_pretrained`` wrote, or a safetensors file: each rank reads its shards of it,
+            in the place of initial weights.
         timeout_seconds: how long a collective may wait for a rank before it is an error.
         hang_seconds: how long one forward or backward of a microbatch may stand still on a rank, when those before it were quick,
             before its stack is shown and the run ends; see `lightning_par.runtime.watchdog`. None for any time.
@@ -75,8 +85,9 @@ class HybridParallelStrategy(Host):
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
-        ConfigurationError: the schedule or the word for ``recompute`` or the backend for ``compile`` is unknown, ``loss_weight`` is
-            no such thing, ``hang_seconds`` is too short, or an option in ``zero`` is unknown or not one of the layout.
+        ConfigurationError: the schedule or the word for ``recompute``, ``fp8`` or ``init`` or the backend for ``compile`` is
+            unknown, ``loss_weight`` is no such thing, ``hang_seconds`` is too short, or an option in ``zero`` is unknown or not
+            one of the layout.
     """
 
     root = ""  # the Lightning namespace, set by `bind`
@@ -93,9 +104,12 @@ class HybridParallelStrategy(Host):
         plan: Mapping[str, Any] | None = None,
         recompute: str = "none",
         compile: bool | str = False,
+        fp8: str | None = None,
         schedule: str | None = None,
         loss_weight: LossWeight | None = None,
         zero: Mapping[str, Any] | None = None,
+        init: str = "exact",
+        weights: str | Path | None = None,
         timeout_seconds: float = 600.0,
         hang_seconds: float | None = 20.0,
         print_plan: bool = True,
@@ -109,8 +123,12 @@ class HybridParallelStrategy(Host):
         check_zero_options(self.zero_options, self.layout, self.schedule, splits_backward(self.schedule, self.layout))
         self.overrides, self._print_plan = dict(plan or {}), print_plan
         self.loss_weight = read_loss_weight(loss_weight)
+        self.init, self.weights = check_init_word(init), weights
         if compile:
             self.overrides["compile"] = read_backend(compile)
+        if fp8 is not None:
+            check_float8_word(fp8)
+            self.overrides["fp8"] = fp8
         if recompute != "none":
             self.overrides["recompute"] = {"*": recompute, **(self.overrides.get("recompute") or {})}
         self._timeout, self._hang_seconds = timedelta(seconds=timeout_seconds), hang_seconds
@@ -119,7 +137,7 @@ class HybridParallelStrategy(Host):
         self._mesh: Mesh | None = None
         self._engine: Engine | None = None
         self._steps: StepRunner | None = None
-        self._reduced: set[int] = set()  # optimizers whose gradients are reduced and not yet stepped with, by position
+        self._reduced: dict[int, bool] = {}  # optimizers whose gradients are reduced, by position; whether they have overflowed
         self.grad_norm: torch.Tensor | None = None
 
     # ------------------------------------------------------------------ devices and ranks
@@ -193,17 +211,23 @@ class HybridParallelStrategy(Host):
 
     def _preflight(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Everything that can be found wrong without other ranks, before they are started; the plan, on rank 0."""
+        check_device(self.precision, self.root_device)
         check_callbacks(trainer)
         check_inference_mode(trainer)
+        if self.overrides.get("fp8") is not None:
+            check_float8(self.overrides["fp8"], self.root_device, self.precision.name)
         module = args[0] if args and args[0] is not None else trainer.lightning_module
         check_checkpoints([*args, *kwargs.values()], self.layout)
-        engine = check_split(module, self.layout)
+        materialize_attributes(module)
+        engine = check_split(module, self.layout, self.precision)
         if engine is not None:
             self._engine, self._mesh, self._plan = engine, engine.mesh, engine.plan
         elif self.global_rank == 0:
             self._plan = plan_from_trainer(
                 trainer, self.layout, self.overrides, trainer.state.fn.value, module, *args[1:], **kwargs
             )
+        if engine is None:
+            guard_setup(module)
 
     # ------------------------------------------------------------------ setup
 
@@ -231,16 +255,31 @@ class HybridParallelStrategy(Host):
         watch_engine(self.engine, self._launcher, self._hang_seconds)
         self._steps = StepRunner(self.engine, self.loss_weight)
         share_generators(self.mesh.replica)
+        self.engine.loss_scale = read_scale(self._chosen_precision) if trainer.state.fn == "fit" else None
         if trainer.state.fn == "fit":
             module.__dict__["optimizer_zero_grad"] = _do_nothing  # gradients are there before Lightning would clear them
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
+    def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
+        """Around ``configure_model``: what it builds is built on the CPU, and moved as shards."""
+        return nullcontext()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Around ``configure_model``: what it builds has no memory for weights yet."""
+        module = self.lightning_module
+        assert module is not None
+        with configuring(module, self.init):
+            yield
+
     def _install(self, module: Any) -> None:
+        materialize_attributes(module)
         plans: list[Any] = [self._plan, torch.initial_seed()]
         dist.broadcast_object_list(plans, src=0, group=self.mesh.world.group)
         self._plan = plans[0]
-        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1])
+        weights = None if self.weights is None else match_weights(module, self.weights)
+        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1], self.precision, weights)
 
     def setup_optimizers(self, trainer: Any) -> None:
         try:
@@ -275,15 +314,15 @@ class HybridParallelStrategy(Host):
 
     @property
     def precision_plugin(self) -> Any:
-        """Ours; Lightning's choice, by ``Trainer(precision=...)``, is only checked."""
+        """Ours; it carries out what Lightning's says, which is made from ``Trainer(precision=...)``."""
         return self._own_precision
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
-        if plugin is not None:
-            check_precision(plugin)
+        self.precision = FULL if plugin is None else read_precision(plugin)
+        self._chosen_precision = plugin
         self._precision_plugin = None  # Lightning would take anything here for the user's plugin and drop precision=
-        self._own_precision = precision_class(self.root)(self)
+        self._own_precision = precision_class(self.root)(self, self.precision)
 
     # ------------------------------------------------------------------ steps
 
@@ -323,18 +362,25 @@ class HybridParallelStrategy(Host):
         """The hooks around a backward; the backward itself has run, except in manual optimization."""
         module = self.lightning_module
         if not module.automatic_optimization:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
+            scale = self.engine.loss_scale
+            scaled = closure_loss if scale is None else closure_loss * scale.scale
+            return super().backward(scaled, optimizer, *args, **kwargs)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         return self.precision_plugin.post_backward(closure_loss, module)
 
     def reduce_gradients(self, optimizer: Any) -> None:
-        """Sum shared gradients, average over dp; once for each step of an optimizer. Collective over the world."""
+        """Sum shared gradients, average over dp, take the loss scale out; once for each step of an optimizer.
+
+        Collective over the world.
+        """
         position = self._position_of(optimizer)
         if position not in self._reduced:
             chosen = self.optimizers[position]
             sum_shared_gradients([p for group in chosen.param_groups for p in group["params"]], self.mesh)
-            self.states.reduce(chosen if len(self.optimizers) > 1 else None)
-            self._reduced.add(position)
+            only = chosen if len(self.optimizers) > 1 else None
+            self.states.reduce(only)
+            scale = self.engine.loss_scale
+            self._reduced[position] = scale is not None and scale.unscale(self.states, self.mesh, only)
 
     def clip_gradients(self, optimizer: Any, value: float, algorithm: str) -> None:
         """Clip the reduced gradients of the whole model, by norm or by value. Collective over the world."""
@@ -347,9 +393,16 @@ class HybridParallelStrategy(Host):
             clip_by_norm(self.states, value, self.grad_norm, chosen)
 
     def step_optimizer(self, optimizer: Any) -> None:
-        """Step with the reduced gradients."""
-        self.states.step(optimizer if len(self.optimizers) > 1 else None)
-        self._reduced.discard(self._position_of(optimizer))
+        """Step with the reduced gradients; where they have overflowed, forget them."""
+        position = self._position_of(optimizer)
+        only = self.optimizers[position] if len(self.optimizers) > 1 else None
+        has_overflowed = self._reduced.pop(position)
+        if has_overflowed:
+            self.states.zero_grad(only)
+        else:
+            self.states.step(only)
+        if self.engine.loss_scale is not None:
+            self.engine.loss_scale.update(has_overflowed)
 
     def _position_of(self, optimizer: Any) -> int:
         """Which of the optimizers is meant; Lightning hands out wrappers, which share the groups."""
@@ -423,7 +476,8 @@ class HybridParallelStrategy(Host):
     def teardown(self) -> None:
         module = self.lightning_module
         if module is not None:
-            module.__dict__.pop("optimizer_zero_grad", None)
+            for name in ("optimizer_zero_grad", "setup"):
+                module.__dict__.pop(name, None)
         if self._steps is not None:
             self.engine.watchdog.stop()
             self._steps.close()

@@ -7,6 +7,7 @@ so the step itself is asked: it runs dry on a microbatch, and where it fails the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_par.errors import ConfigurationError, DataError
 from lightning_par.host.batch import split_batch
 from lightning_par.plan import Plan
 from lightning_par.runtime.nested import children, path_to, tensors_in
+from lightning_par.runtime.precision import Precision
 from lightning_par.trace import trace_step
 
 _Part = tuple[str, torch.Tensor]
@@ -26,7 +28,7 @@ def whole_parts(batch: Any) -> list[_Part]:
     return [(path, tensor) for path, tensor in _named(batch, "batch") if tensor.ndim and len(tensor) != samples]
 
 
-def note_whole_parts(module: Any, batch: Any, plan: Plan, step: str) -> tuple[str, ...]:
+def note_whole_parts(module: Any, batch: Any, plan: Plan, step: str, precision: Precision) -> tuple[str, ...]:
     """A note on what goes whole to every microbatch, once the step has run dry on one. One process.
 
     Raises:
@@ -36,9 +38,9 @@ def note_whole_parts(module: Any, batch: Any, plan: Plan, step: str) -> tuple[st
     if num_microbatches == 1 or not parts:
         return ()
     microbatch, size = split_batch(batch, num_microbatches)[0]
-    error = trace_step(module, microbatch, batch_size=size, step=step, keep_error=True).error
-    samples = _samples(batch)
-    if error is not None and trace_step(module, batch, batch_size=samples, step=step, keep_error=True).error is None:
+    run = partial(trace_step, module, step=step, keep_error=True, precision=precision)
+    error, samples = run(microbatch, batch_size=size).error, _samples(batch)
+    if error is not None and run(batch, batch_size=samples).error is None:
         raise DataError(
             f"{step} runs on the whole batch of {samples} samples and fails on a microbatch of {size} "
             f"({_first_line(error)}): {_sizes(parts)}, not the number of samples, and "

@@ -8,7 +8,7 @@ the step to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -87,8 +87,10 @@ class Blocks:
             return hidden
         return output.build(hidden, output.placeholders(hidden, args, kwargs))
 
-    def find(self, carried: Iterable[CarriedPlan], seen: Seen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    def find(self, carried: Sequence[CarriedPlan], seen: Seen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The tensors that cross where a block is called with these arguments."""
+        if not carried:
+            return []
         arguments = arguments_of(args, kwargs)
         return [seen[each] if each.place == "output" else leaf_at(arguments, each.path) for each in carried]
 

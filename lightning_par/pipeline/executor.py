@@ -15,10 +15,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lightning_par.errors import ModelError
 from lightning_par.pipeline.action import Action, Row
 from lightning_par.pipeline.arrival import Arrival
-from lightning_par.pipeline.stage import StageProgram, returned
+from lightning_par.pipeline.stage import StageProgram
 from lightning_par.pipeline.transport import Like, Transport
 from lightning_par.private.torch import run_backward
 from lightning_par.runtime.deferral import DeferredGradients
+from lightning_par.runtime.nested import map_tensors
 
 Program = Callable[[int], Any]
 _EVERY_STEP = ": every step of a pipeline runs all blocks; do not return early, and let no bare `except:` stop a step"
@@ -71,6 +72,21 @@ class _InFlight:
     arrival: Arrival
     edges: list[GradientEdge | None]
     likes: list[Like]
+
+
+@dataclass(frozen=True, slots=True)
+class _Traffic:
+    """What a rank receives from others.
+
+    Attributes:
+        row: in which actions.
+        messages: for each of them; None where it needs none.
+        by_kind: activations and gradients, each in order, with their places among all.
+    """
+
+    row: Row = ()
+    messages: list[Action | None] = field(default_factory=list)
+    by_kind: list[list[tuple[int, Action]]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -126,7 +142,7 @@ class Executor:
         self._last = len(stages.cuts) - 1
         self.observers: list[Observer] = []
         self.running: int | None = None
-        self._returns = [returned(cut.leaving) for cut in stages.cuts]
+        self._traffic = _Traffic()  # of the last row
 
     def run(
         self,
@@ -147,16 +163,16 @@ class Executor:
                 needed; empty where they may depend on values.
 
         Returns:
-            What the user's step returned for each microbatch on the rank of the last stage, detached from the graph's loss only
-            by the backward that has run; an empty list on the others.
+            What the user's step returned for each microbatch on the rank of the last stage, without a graph where it has been run
+            backward; an empty list on the others.
         """
         step = _Step(program, loss_of, weights, shapes)
         self._deferred.forget()  # what a step that failed has left
-        messages = [self._message(action) for action in row]
-        remote = list(enumerate(message for message in messages if message is not None))
-        step.unposted = tuple(deque(entry for entry in remote if entry[1].kind == kind) for kind in "FB")
+        if row is not self._traffic.row:
+            self._traffic = self._read(row)
+        step.unposted = tuple(map(deque, self._traffic.by_kind))
         self._post_ahead(step)
-        for action, message in zip(row, messages, strict=True):
+        for action, message in zip(row, self._traffic.messages, strict=True):
             step.num_taken += message is not None
             for observer in self.observers:
                 observer.begin(action)
@@ -171,6 +187,11 @@ class Executor:
             self._post_ahead(step)
         self._transport.flush()
         return [step.outputs[index] for index in sorted(step.outputs)]
+
+    @property
+    def on_the_way(self) -> list[torch.Tensor]:
+        """What this rank holds of messages, see `Transport.on_the_way`."""
+        return self._transport.on_the_way
 
     # ------------------------------------------------------------------ actions
 
@@ -200,8 +221,9 @@ class Executor:
             likes = [_like(tensor) for tensor in leaving]
             self._send(Action("F", stage + 1, index), leaving, likes, step)
         if torch.is_grad_enabled():
-            edges = [_edge(tensor) for tensor in compress(leaving, self._returns[stage])]
-            step.flying[stage, index] = _InFlight(arrival, edges, list(compress(likes, self._returns[stage])))
+            returns = self._stages.cuts[stage].leaving_returns
+            edges = [_edge(tensor) for tensor in compress(leaving, returns)]
+            step.flying[stage, index] = _InFlight(arrival, edges, list(compress(likes, returns)))
 
     def _backward(self, action: Action, step: _Step) -> None:
         kind, stage, index = action
@@ -211,6 +233,9 @@ class Executor:
             if stage == self._last:
                 loss = step.loss_of(step.outputs[index])
                 run_backward([loss], [_scaled_one(loss, step.weights[index])])
+                del loss
+                # the rest of its graph would keep what this microbatch received until the step ends
+                step.outputs[index] = map_tensors(torch.Tensor.detach, step.outputs[index])
             else:
                 arrived = self._take(Action("B", stage, index), kept.likes)
                 pairs = [(edge, grad) for edge, grad in zip(kept.edges, arrived, strict=True) if edge is not None]
@@ -221,6 +246,11 @@ class Executor:
         self.hooks.after_backward()
 
     # ------------------------------------------------------------------ messages
+
+    def _read(self, row: Row) -> _Traffic:
+        messages = [self._message(action) for action in row]
+        remote = list(enumerate(message for message in messages if message is not None))
+        return _Traffic(row, messages, [[entry for entry in remote if entry[1].kind == kind] for kind in "FB"])
 
     def _message(self, action: Action) -> Action | None:
         """What an action takes from another rank. Gradients have one name, whatever is computed with them."""

@@ -24,11 +24,7 @@ Receive = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
 class StageExit(BaseException):
-    """Carries what crosses out of the user's step; not an Exception, so that no handler of the user's stops it."""
-
-    def __init__(self, leaving: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.leaving = leaving
+    """Carries what crosses, its argument, out of the user's step; not an Exception, so that no handler of the user's stops it."""
 
 
 class Carry(Protocol):
@@ -72,6 +68,7 @@ class Cut:
         first, last: its blocks, from ``first`` up to but not including ``last``.
         arriving: what it receives beside the hidden state; empty on the first stage.
         leaving: what it sends beside the hidden state; empty on the last one.
+        arriving_returns, leaving_returns: whether a gradient goes back of each of these, the hidden state first.
         is_bare: whether the code before its first block runs without gradients; see [Note: in the place of]. Not where
             reentrant checkpointing turns gradients off around the blocks, and on again behind them.
     """
@@ -81,6 +78,8 @@ class Cut:
     last: int
     arriving: tuple[CarriedPlan, ...] = ()
     leaving: tuple[CarriedPlan, ...] = ()
+    arriving_returns: tuple[bool, ...] = (True,)
+    leaving_returns: tuple[bool, ...] = (True,)
     is_bare: bool = False
 
 
@@ -145,7 +144,8 @@ class StageProgram:
             with torch.set_grad_enabled(needs_grad and not self.cuts[stage].is_bare):
                 return program(), []
         except StageExit as leaving:
-            return None, leaving.leaving
+            (crossing,) = leaving.args
+            return None, crossing
         finally:
             self._set_runner(None)
 
@@ -173,7 +173,7 @@ class StageProgram:
         return sorted({carried.module for cut in self.cuts for carried in cut.arriving if carried.place == "output"})
 
 
-@dataclass
+@dataclass(slots=True)
 class _StageRun:
     """A step of one stage, or a backward that runs its blocks again, in progress.
 
@@ -192,14 +192,15 @@ class _StageRun:
     at_entrance: Callable[[], None] = lambda: None
     is_again: bool = False
     seen: Seen = field(default_factory=dict)
+    cut: Cut = field(init=False)
+    num_passed: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._cut = self.program.cuts[self.stage]
-        self._carried = self._cut.arriving + self._cut.leaving
-        self.num_passed = max(0, self._cut.first - 1)  # the last one that is passed over turns gradients on
+        self.cut = self.program.cuts[self.stage]
+        self.num_passed = max(0, self.cut.first - 1)  # the last one that is passed over turns gradients on
 
     def call_block(self, index: int, through: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        blocks, cut = self.program.blocks, self._cut
+        blocks, cut = self.program.blocks, self.cut
         assert blocks is not None
         if index < cut.first:
             return self._pass_over(blocks, index, args, kwargs)
@@ -212,20 +213,21 @@ class _StageRun:
 
     def _pass_over(self, blocks: Blocks, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call of a block of an earlier stage."""
-        requires_grad = self.needs_grad and index == self._cut.first - 1
-        if requires_grad and self._cut.is_bare:
+        requires_grad = self.needs_grad and index == self.cut.first - 1
+        if requires_grad and self.cut.is_bare:
             torch.set_grad_enabled(True)  # until the step ends
         output = blocks.pass_over(index, args, kwargs, requires_grad)
         self.see(blocks.chain.blocks[index], output)
         return output
 
     def see(self, module: str, output: Any) -> None:
-        if self._carried and not self.is_again:
-            see_output(self.seen, self._carried, module, output)
+        carried = self.cut.arriving + self.cut.leaving
+        if carried and not self.is_again:
+            see_output(self.seen, carried, module, output)
 
     def _enter(self, blocks: Blocks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """The hidden state for the stage's first block."""
-        carry, hidden = self.program.carry, blocks.hidden(self._cut.first, args, kwargs)
+        carry, hidden = self.program.carry, blocks.hidden(self.cut.first, args, kwargs)
         if self.stage == 0:
             return carry.enter(hidden)
         if self.receive is not None:
@@ -242,14 +244,9 @@ class _StageRun:
                 f"the step calls the blocks of stage {self.stage} a second time (model.generate does, for each token), and a "
                 "pipeline stage runs its blocks once for each microbatch: use a layout without pp for such a step"
             )
-        held = blocks.find(self._cut.arriving, self.seen, args, kwargs)
-        received = receive([self.program.carry.like(hidden), *held])
-        self.arrival.put(received, held, [self.needs_grad and returns for returns in returned(self._cut.arriving)])
-
-
-def returned(carried: Sequence[CarriedPlan]) -> list[bool]:
-    """Whether a gradient comes back of each tensor that crosses, the hidden state first."""
-    return [True, *(each.has_gradient for each in carried)]
+        held = blocks.find(self.cut.arriving, self.seen, args, kwargs)
+        received, returns = receive([self.program.carry.like(hidden), *held]), self.cut.arriving_returns
+        self.arrival.put(received, held, returns if self.needs_grad else [False] * len(returns))
 
 
 def _cut(plan: Plan, stage: int) -> Cut:
@@ -257,4 +254,8 @@ def _cut(plan: Plan, stage: int) -> Cut:
     arriving = plan.boundaries[stage - 1] if stage > 0 else ()
     leaving = plan.boundaries[stage] if stage < last else ()
     is_bare = stage > 0 and plan.chain is not None and plan.chain.has_gradients[bounds.first - 1]
-    return Cut(stage, bounds.first, bounds.last, arriving, leaving, is_bare)
+    return Cut(stage, bounds.first, bounds.last, arriving, leaving, _returned(arriving), _returned(leaving), is_bare)
+
+
+def _returned(carried: Sequence[CarriedPlan]) -> tuple[bool, ...]:
+    return (True, *(each.has_gradient for each in carried))

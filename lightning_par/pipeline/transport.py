@@ -10,7 +10,7 @@ Messages between two ranks on one group carry tags, which gloo heeds; NCCL deliv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,20 @@ _DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
     torch.bool, torch.complex64, torch.complex128,
 )  # fmt: skip
+
+
+class _Route(NamedTuple):
+    """How a message travels.
+
+    Attributes:
+        group: on which group.
+        peer: coordinate of the rank at the other end; this rank's own where the message stays.
+        tag: of its header; its tensors have the next ones.
+    """
+
+    group: dist.ProcessGroup
+    peer: int
+    tag: int
 
 
 class Transport:
@@ -51,9 +65,17 @@ class Transport:
         self._groups = {"F": activations, "B": gradients}
         self._coordinate = activations[0].coordinate
         self._pp_of = [layout.pp_of(stage) for stage in range(layout.num_stages)]
+        self._routes: dict[Action, _Route] = {}
         self._leaving: list[tuple[dist.Work, torch.Tensor]] = []
         self._posted: dict[Action, list[tuple[dist.Work, torch.Tensor]]] = {}
         self._local: dict[Action, list[torch.Tensor]] = {}
+
+    @property
+    def on_the_way(self) -> list[torch.Tensor]:
+        """Tensors that are leaving, and those that receives have begun into; what two stages here give each other too."""
+        received = [buffer for posted in self._posted.values() for _, buffer in posted]
+        local = [tensor for tensors in self._local.values() for tensor in tensors]
+        return [*(tensor for _, tensor in self._leaving), *received, *local]
 
     def pp_of(self, stage: int) -> int:
         """The pp coordinate that runs a stage."""
@@ -65,11 +87,11 @@ class Transport:
 
     def send(self, message: Action, tensors: Sequence[torch.Tensor], with_header: bool = False) -> None:
         """Send ``tensors`` to the stage of ``message``; before them, where asked for, what they are like."""
-        peer, sent = self._pp_of[message.stage], [tensor.detach().contiguous() for tensor in tensors]
+        sent = [tensor.detach().contiguous() for tensor in tensors]
+        group, peer, tag = self._route(message)
         if peer == self._coordinate:
             self._local[message] = sent
             return
-        group, tag = self._group(message, self._coordinate, peer), self._tag(message)
         if with_header:
             header = _header([(tuple(tensor.shape), tensor.dtype) for tensor in sent], self._device)
             self._leaving.append((group.send([header], peer, tag), header))
@@ -80,8 +102,7 @@ class Transport:
 
     def post(self, message: Action, likes: Sequence[Like]) -> None:
         """Begin to receive a message from another rank."""
-        peer = self._pp_of[_sender(message)]
-        group, tag, device = self._group(message, peer, self._coordinate), self._tag(message), self._device
+        (group, peer, tag), device = self._route(message), self._device
         posted = self._posted[message] = []
         for entry, (shape, dtype) in enumerate(likes, 1):
             buffer = torch.empty(shape, dtype=dtype, device=device)
@@ -102,11 +123,9 @@ class Transport:
 
     def receive_header(self, message: Action, num_tensors: int) -> list[Like]:
         """What the tensors of a message are like, where its sender says so. Waits."""
-        peer, header = (
-            self._pp_of[_sender(message)],
-            torch.empty(num_tensors * (_MAX_DIMS + 2), dtype=torch.int64, device=self._device),
-        )
-        self._group(message, peer, self._coordinate).recv([header], peer, self._tag(message)).wait()
+        group, peer, tag = self._route(message)
+        header = torch.empty(num_tensors * (_MAX_DIMS + 2), dtype=torch.int64, device=self._device)
+        group.recv([header], peer, tag).wait()
         rows = header.view(num_tensors, -1).tolist()
         return [(tuple(row[2 : 2 + row[1]]), _DTYPES[row[0]]) for row in rows]
 
@@ -116,12 +135,15 @@ class Transport:
             work.wait()
         self._leaving.clear()
 
-    def _group(self, message: Action, sender: int, receiver: int) -> dist.ProcessGroup:
-        return self._groups[message.kind][receiver < sender].group
-
-    def _tag(self, message: Action) -> int:
-        """Of a message's header; its tensors have the next ones."""
-        return (message.microbatch * len(self._pp_of) + message.stage) * _MAX_TENSORS
+    def _route(self, message: Action) -> _Route:
+        route = self._routes.get(message)
+        if route is None:
+            sender, receiver = self._pp_of[_sender(message)], self._pp_of[message.stage]
+            group = self._groups[message.kind][receiver < sender].group
+            tag = (message.microbatch * len(self._pp_of) + message.stage) * _MAX_TENSORS
+            peer = receiver if sender == self._coordinate else sender
+            route = self._routes[message] = _Route(group, peer, tag)
+        return route
 
 
 def _sender(message: Action) -> int:

@@ -50,10 +50,7 @@ def check_recompute(trace: Trace, chosen: Mapping[str, Recompute], module: str) 
     """
     mode = next((mode for mode in chosen.values() if mode != "none"), None)
     if mode is not None and trace.step == "training_step":
-        raise ModelError(
-            f"recompute={mode} works block by block, and {module} has no chain of blocks that the step runs in order "
-            f"({looked(trace, module)}): name the container of the blocks with plan.chain=PATH, or use recompute=none"
-        )
+        raise without_blocks(trace, module, f"recompute={mode} works block by block", "use recompute=none")
 
 
 def check_divides(layer: Layer, use: OutputUse, layout: Layout, what: str, queries: int = 0) -> None:
@@ -160,6 +157,21 @@ def _fewer_stages(layout: Layout, num_blocks: int) -> str:
 def _use(layout: Layout, fits: Callable[[Layout], bool]) -> str:
     """What to type instead: the nearest layouts on the same devices that fit."""
     return "use " + " or ".join(f"parallel={near}" for near in nearest_layouts(layout, layout.world_size, fits=fits))
+
+
+def without_blocks(trace: Trace, module: str, what: str, instead: str) -> ModelError:
+    """The error where something is for blocks and there are none.
+
+    Args:
+        trace: a dry run of the step.
+        module: class name of the user's module.
+        what: what it is, and that it is for blocks.
+        instead: what to do without it.
+    """
+    return ModelError(
+        f"{what}, and {module} has no chain of blocks that the step runs in order ({looked(trace, module)}): name the container of "
+        f"the blocks with plan.chain=PATH, or {instead}"
+    )
 
 
 def looked(trace: Trace, module: str) -> str:

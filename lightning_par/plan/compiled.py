@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from lightning_par.errors import ConfigurationError, ModelError
-from lightning_par.plan.check import looked
+from lightning_par.errors import ConfigurationError
+from lightning_par.plan.check import without_blocks
 from lightning_par.plan.plan import CompilePlan, Plan
 from lightning_par.plan.tensor_rules import Flow
 from lightning_par.trace import Op, Trace
@@ -49,10 +49,7 @@ def check_compilation(trace: Trace, plan: Plan) -> None:
         ConfigurationError: something in the layout or the plan section that has to see each operation of a block.
     """
     if plan.chain is None:
-        raise ModelError(
-            f"compile works block by block, and {plan.module} has no chain of blocks that the step runs in order "
-            f"({looked(trace, plan.module)}): name the container of the blocks with plan.chain=PATH, or use compile=false"
-        )
+        raise without_blocks(trace, plan.module, "compile works block by block", "use compile=false")
     if "selective" in plan.chain.recompute:
         raise ConfigurationError(
             "compile with recompute=selective: what is kept is chosen operation by operation, and a compiled block hides them: use "

@@ -17,6 +17,7 @@ plan:
     "model.layers.*": full                  # none, selective or full; a later pattern wins
     "model.layers.0": none
   compile: inductor                         # true, or a backend of torch.compile
+  fp8: rowwise                              # tensorwise or rowwise: the linear layers of the blocks multiply in float8
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from typing import Any, TypeVar, get_args
 
 from lightning_par.errors import PlanError
 from lightning_par.plan.compiled import read_backend
-from lightning_par.plan.plan import Activation, Kind, Recompute
+from lightning_par.plan.plan import Activation, Float8Recipe, Kind, Recompute
 
 T = TypeVar("T")
-_LINES = ("chain", "stages", "costs", "split", "segments", "activation", "recompute", "compile")
+_LINES = ("chain", "stages", "costs", "split", "segments", "activation", "recompute", "compile", "fp8")
 _ENDS = ("first", "last")
 
 
@@ -49,6 +50,7 @@ class Overrides:
         activation: what a column layer gives the user's code, by pattern.
         recompute: what of a block's activations is computed again, by pattern of block names.
         compile: the backend of torch.compile for the blocks; None leaves them as written.
+        fp8: how the linear layers of the blocks scale their operands to multiply in float8; None leaves them as they are.
     """
 
     chain: str | tuple[str, ...] | None = None
@@ -59,6 +61,7 @@ class Overrides:
     activation: Mapping[str, Activation] = field(default_factory=dict)
     recompute: Mapping[str, Recompute] = field(default_factory=dict)
     compile: str | None = None
+    fp8: Float8Recipe | None = None
 
     @classmethod
     def parse(cls, section: Mapping[str, Any] | None) -> Overrides:
@@ -89,7 +92,10 @@ class Overrides:
                 )
         whole = {pattern: tuple(sizes) for pattern, sizes in segments.items()}
         backend, counts = read_backend(section.get("compile")), None if stages is None else tuple(stages)
-        return cls(_read_chain(section.get("chain")), counts, costs, split, whole, activation, recompute, backend)
+        chain, fp8 = _read_chain(section.get("chain")), section.get("fp8")
+        if fp8 is not None:
+            check_float8_word(fp8)
+        return cls(chain, counts, costs, split, whole, activation, recompute, backend, fp8)
 
     def kinds(self, layers: Iterable[str]) -> dict[str, Kind]:
         """The chosen kind of each layer that a pattern names.
@@ -146,6 +152,16 @@ def check_recompute_word(word: str) -> None:
     """
     if word not in get_args(Recompute):
         raise PlanError(f"recompute={word}: use one of {', '.join(get_args(Recompute))}")
+
+
+def check_float8_word(word: str) -> None:
+    """Check the name of a float8 recipe.
+
+    Raises:
+        PlanError: no such word.
+    """
+    if word not in get_args(Float8Recipe):
+        raise PlanError(f"fp8={word}: use one of {', '.join(get_args(Float8Recipe))}")
 
 
 def _check_words(line: str, chosen: Mapping[str, Any], words: tuple[str, ...], what: str) -> None:

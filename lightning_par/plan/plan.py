@@ -15,6 +15,7 @@ from lightning_par.runtime.template import Path
 Kind = Literal["column", "row", "vocabulary", "replicate"]
 Activation = Literal["local", "global"]
 Recompute = Literal["none", "selective", "full"]
+Float8Recipe = Literal["tensorwise", "rowwise"]
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,19 @@ class CompilePlan:
 
 
 @dataclass(frozen=True)
+class Float8Plan:
+    """What multiplies in float8.
+
+    Attributes:
+        recipe: how operands are scaled, see `lightning_par.tensor.float8`.
+        layers: names of linear layers.
+    """
+
+    recipe: Float8Recipe
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """One pipeline stage, of pp x vp.
 
@@ -163,6 +177,7 @@ class Plan:
         notes: what the user should know, such as what could not be split.
         sequence: under sequence parallelism, what is cut along the sequence.
         compilation: what is compiled, if anything.
+        float8: what multiplies in float8, if anything.
     """
 
     layout: Layout
@@ -175,6 +190,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     sequence: SequencePlan | None = None
     compilation: CompilePlan | None = None
+    float8: Float8Plan | None = None
 
     def layer(self, name: str) -> LayerPlan | None:
         """The plan of one layer."""
@@ -203,6 +219,7 @@ class Plan:
             notes=tuple(data["notes"]),
             sequence=None if data["sequence"] is None else SequencePlan(**_tuples(data["sequence"])),
             compilation=None if data["compilation"] is None else CompilePlan(**_tuples(data["compilation"])),
+            float8=None if data["float8"] is None else Float8Plan(**_tuples(data["float8"])),
         )
 
 

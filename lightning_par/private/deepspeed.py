@@ -239,6 +239,11 @@ class ZeroEngine(ABC):
     def masters(self) -> list[Tensor]:
         """The flat weights that this rank steps, by group (stage 3: by sub-group)."""
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What is kept for gradients besides ``p.grad``, from step to step."""
+        return []
+
     @abstractmethod
     def flush(self) -> None:
         """Average ``p.grad`` over dp into partitions; ``p.grad`` is gone then. Collective over dp."""
@@ -278,6 +283,7 @@ class ZeroEngine(ABC):
         self.zero.step()
 
     def forget_gradients(self) -> None:
+        """Drop ``p.grad``, and what `flush` made of it."""
         self.zero.zero_grad()
 
     def whole(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
@@ -323,6 +329,7 @@ class ZeroEngine12(ZeroEngine):
 
     NAMES = (
         "_grad_acc_hooks",
+        "_gradient_reduction_buffer_dtype",
         "all_grad_tensors",
         "averaged_gradients",
         "cpu_offload",
@@ -336,6 +343,8 @@ class ZeroEngine12(ZeroEngine):
         super().__init__(engine, marks)
         # a valid norm, without a collective per group, where offload insists on one
         self.zero.scaled_global_norm = lambda norm_type=2: torch.zeros(())
+        # contiguous gradients, which offload turns on, lie in a buffer of this: the gradients' dtype, not the parameters'
+        self.zero._gradient_reduction_buffer_dtype = lambda: torch.float32
         self.group_of = {p: i for i, parameters in enumerate(self.zero.bit16_groups) for p in parameters}
         self.sums: list[Tensor] = []
 
@@ -355,6 +364,10 @@ class ZeroEngine12(ZeroEngine):
         for group, parameters in enumerate(self.zero.params_in_partition):
             starts = chain((self.zero.first_offset[group],), repeat(0))
             yield from zip(self.zero.averaged_gradients[group], parameters, starts, strict=False)
+
+    def forget_gradients(self) -> None:
+        super().forget_gradients()
+        self.zero.averaged_gradients = {}  # those of a step that was not taken would be added to the next ones
 
     def open_early(self) -> None:
         self.sums = [torch.zeros_like(master) for master in self.masters]
@@ -449,6 +462,10 @@ class ZeroEngine3(ZeroEngine):
     @property
     def masters(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [self.zero.grad_partitions_flat_buffer]
 
     def flush(self) -> None:
         self.engine._flush_coalesced_reduction_zero3(self.zero)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,18 @@ from torch._subclasses.fake_tensor import (  # the only way to run a step withou
     unset_fake_temporarily,
 )
 from torch.autograd.graph import GradientEdge, _engine_run_backward
-from torch.utils._python_dispatch import TorchDispatchMode  # sees the operations below autograd, collectives among them
+from torch.multiprocessing.reductions import StorageWeakRef  # knows whether memory is still there, without holding it
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,  # sees the operations below autograd, collectives among them
+    _disable_current_modes,
+)
 
 Place = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 __all__ = [
     "FakeTensorMode",
     "Place",
+    "StorageWeakRef",
     "TorchDispatchMode",
     "alias_below_autograd",
     "allow_versions",
@@ -31,16 +37,24 @@ __all__ = [
     "beside_fakes",
     "call_as_written",
     "custom_function",
+    "finished_work",
+    "generator_key",
     "has_backward_hook",
     "has_gradient_hook",
+    "has_memory",
     "is_compiled",
     "is_data_dependent",
     "is_fake",
     "is_gradient_wanted",
+    "is_plain",
+    "outside_modes",
     "place_of",
     "run_backward",
     "runs_as_written",
     "storage_key",
+    "swap_contents",
+    "trunc_normal_by",
+    "unscale_gradients",
     "unseen_by_modes",
 ]
 
@@ -48,6 +62,11 @@ __all__ = [
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape but no values."""
     return isinstance(tensor, FakeTensor)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of no class of its own: a subclass may compute otherwise. A fake one stands for a plain one."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def is_data_dependent(error: BaseException) -> bool:
@@ -69,9 +88,36 @@ def unseen_by_modes() -> AbstractContextManager[None]:
     return context
 
 
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """Inside, operations reach neither a `TorchDispatchMode` nor a `TorchFunctionMode`."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+def generator_key(generator: torch.Generator) -> int:
+    """A number of a generator while it is alive: an operation gets another Python object for it than the user has."""
+    key: int = generator._cdata  # type: ignore[attr-defined]
+    return key
+
+
+def swap_contents(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Let two tensors of one class change places; the Python objects stay who they are.
+
+    What ``torch.utils.swap_tensors`` ends in: that refuses a tensor with a weak reference to it, which the weights of
+    ``nn.LSTM`` have.
+    """
+    torch._C._swap_tensor_impl(tensor, other)
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """A number that two tensors share while both are alive exactly if they are views of one storage."""
     return tensor.untyped_storage()._cdata  # data_ptr() is 0 for every fake tensor
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in a storage of its device, of which a fake tensor has the size."""
+    return tensor.layout == torch.strided and tensor.device.type != "meta"
 
 
 def alias_below_autograd(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,6 +127,15 @@ def alias_below_autograd(tensor: torch.Tensor) -> torch.Tensor:
     """
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
+
+
+def finished_work() -> Any:
+    """What a collective's operation returns, of one that has ended."""
+    import torch._C._distributed_c10d as c10d  # here, because it is not there without torch.distributed
+
+    future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+    future.set_result([])
+    return c10d._create_work_from_future(future).boxed()  # type: ignore[attr-defined]  # nothing else makes one without a collective
 
 
 def call_as_written(module: torch.nn.Module) -> None:
@@ -148,8 +203,37 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return module.__dict__.get("_compiled_call_impl") is not None or type(module).__name__ == "OptimizedModule"
 
 
+def unscale_gradients(gradients: Iterable[torch.Tensor], found: torch.Tensor, inverse_scale: torch.Tensor) -> None:
+    """Multiply all by ``inverse_scale``, and set ``found`` to 1 if one is infinite or undefined.
+
+    One pass over each gradient; what ``torch.amp.GradScaler.unscale_`` runs.
+    """
+    of_dtype = defaultdict[torch.dtype, list[torch.Tensor]](list)
+    for gradient in gradients:
+        of_dtype[gradient.dtype].append(gradient)
+    for same in of_dtype.values():
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found, inverse_scale)
+
+
 def allow_versions(count: int) -> None:
     """Let torch.compile make at least ``count`` versions of one piece of code, before it leaves that as written."""
     from torch._dynamo import config  # here, because it imports the compiler
 
     config.recompile_limit = max(config.recompile_limit, count)
+
+
+@contextmanager
+def trunc_normal_by(function: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Inside, ``torch.nn.init.trunc_normal_`` calls ``function`` with its own implementation and its arguments.
+
+    That implementation does nothing for tensors on the meta device. The public function cannot be replaced: other libraries
+    hold on to it.
+    """
+    from torch.nn import init
+
+    original = init._no_grad_trunc_normal_
+    init._no_grad_trunc_normal_ = partial(function, original)
+    try:
+        yield
+    finally:
+        init._no_grad_trunc_normal_ = original

@@ -28,6 +28,7 @@ from lightning_par.recompute.arguments import Arguments
 from lightning_par.recompute.keep import keeping
 from lightning_par.runtime.axis import Axis, GroupAxis
 from lightning_par.runtime.call import change_call
+from lightning_par.runtime.precision import default_dtype
 
 
 def recompute_blocks(module: nn.Module, plan: Plan, pp: int, tp: Axis) -> None:
@@ -63,7 +64,7 @@ def _recomputing(cls: type[nn.Module], mode: Recompute, as_written: bool, group:
     def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return cls.__call__(block, *args, **kwargs)
-        arguments, is_first = Arguments(args, kwargs, as_written), True
+        arguments, is_first, dtype = Arguments(args, kwargs, as_written), True, torch.get_default_dtype()
 
         def run(*tensors: torch.Tensor) -> Any:
             nonlocal is_first
@@ -71,7 +72,7 @@ def _recomputing(cls: type[nn.Module], mode: Recompute, as_written: bool, group:
                 is_first = False
                 with arguments.first_use() as (args, kwargs):
                     return cls.__call__(block, *args, **kwargs)
-            with _buffers_put_back(block):
+            with _buffers_put_back(block), default_dtype(dtype):  # torch puts autocast back, and not this
                 args, kwargs = arguments.again(tensors)
                 return cls.__call__(block, *args, **kwargs)
 

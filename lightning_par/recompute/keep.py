@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_par.errors import ModelError
-from lightning_par.private.torch import TorchDispatchMode, alias_below_autograd, storage_key
+from lightning_par.private.torch import TorchDispatchMode, alias_below_autograd, finished_work, storage_key
 from lightning_par.runtime.nested import map_tensors, tensors_in
 
 _aten, _c10d = torch.ops.aten, torch.ops.c10d
@@ -89,7 +89,8 @@ class Result:
 
     Attributes:
         value: aliases of its tensors; on the meta device for a product that is not kept beside its sums.
-        work: the handle of a collective.
+        work: the handle of a collective, until the block has ended: it holds the hooks that were on when it began, which hold all
+            that is kept of the block, in a circle that no garbage collector sees.
         versions: how often each tensor had been changed when it was made.
         is_read: whether an operation has read it; of a product, other than to sum it.
         sums: what collectives made of a product.
@@ -159,6 +160,7 @@ class _Keep(TorchDispatchMode):
         for result in self._watched.values():
             if result.work is not None:
                 result.note_read()
+                result.work = None
         for func in PRODUCTS & self._kept.results.keys():
             for product in self._kept.results[func]:
                 product.drop_product()
@@ -214,7 +216,7 @@ class _Replay(TorchDispatchMode):
             return map_tensors(lambda tensor: _given_back(tensor, args[0].device), result.value)
         for tensor, written in zip(tensors_in(args[0]), tensors_in(result.value), strict=True):
             tensor.copy_(written)
-        return args[0], result.work
+        return args[0], finished_work()
 
 
 def _check_can_be_made(result: Result) -> None:

@@ -21,6 +21,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import nn
 
+from lightning_par.runtime.arithmetic import AS_GIVEN, Arithmetic
+
 Key: TypeAlias = tuple[int, int]  # stage, microbatch
 
 
@@ -33,6 +35,7 @@ class Note(NamedTuple):
         x: the input ``[..., in]``.
         y: the gradient of the output ``[..., out]``.
         transposed: how the weight lies.
+        arithmetic: how the layer multiplies.
     """
 
     weight: nn.Parameter
@@ -40,11 +43,15 @@ class Note(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
     transposed: bool
+    arithmetic: Arithmetic = AS_GIVEN
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Of the weight, by the product that autograd would run, and of the bias."""
         x, y = self.x.reshape(-1, self.x.shape[-1]), self.y.reshape(-1, self.y.shape[-1])
-        return x.t() @ y if self.transposed else y.t() @ x, None if self.bias is None else y.sum(0)
+        return self.arithmetic.weight_gradient(x, y, self.transposed), self.of_bias()
+
+    def of_bias(self) -> torch.Tensor | None:
+        return None if self.bias is None else self.y.reshape(-1, self.y.shape[-1]).sum(0)
 
 
 class DeferredGradients:

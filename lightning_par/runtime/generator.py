@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy
@@ -18,16 +18,35 @@ _CPU = torch.device("cpu")
 @contextmanager
 def generators_put_back(device: torch.device = _CPU) -> Iterator[None]:
     """What runs inside draws from the `torch_generators`, numpy's and Python's, which afterwards are as before."""
-    generators = torch_generators(device)
-    torch_states = [generator.get_state() for generator in generators]
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    put_back = _remember(torch_generators(device))
     try:
         yield
     finally:
+        put_back()
+
+
+@contextmanager
+def generators_put_back_on_error() -> Iterator[None]:
+    """Where what runs inside raises, torch's generator on the CPU, numpy's and Python's are afterwards as before."""
+    put_back = _remember([torch.default_generator])
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
+
+
+def _remember(generators: list[torch.Generator]) -> Callable[[], None]:
+    torch_states = [generator.get_state() for generator in generators]
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+
+    def put_back() -> None:
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
         for generator, state in zip(generators, torch_states, strict=True):
             generator.set_state(state)
+
+    return put_back
 
 
 def torch_generators(device: torch.device) -> list[torch.Generator]:

@@ -65,6 +65,16 @@ class Split:
             pieces.append(_padded(part / copies if is_total and copies > 1 else part, self.dim, local))
         return torch.cat(pieces, self.dim).contiguous()
 
+    def parts(self, size: int, coordinate: int) -> list[tuple[int, int, int]]:
+        """What of a global tensor lies at one coordinate: for each segment where it begins along the dim, how many entries it
+        has, and where it goes in the shard. Entries of the shard that are in none are padding."""
+        found, start, local_start = [], 0, 0
+        for (segment, copies), local in zip(self._each(), self.local_segments(size), strict=True):
+            first = min(coordinate // copies * local, segment)
+            found.append((start + first, min(local, segment - first), local_start))
+            start, local_start = start + segment, local_start + local
+        return found
+
     def shards(self, tensor: torch.Tensor, size: int) -> torch.Tensor:
         """The parts of a global tensor at all tp coordinates, contiguous ``[size, ...]``."""
         if len(self.segments) == 1 and self.divides(size) and not self.copies:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_par.runtime.arithmetic import AS_GIVEN, Arithmetic
 from lightning_par.runtime.axis import Axis, Wait
 from lightning_par.runtime.collective import gather_to
 from lightning_par.runtime.deferral import DeferredGradients, Note
@@ -104,6 +105,7 @@ def product(
     transposed: bool,
     handle: _Handle | None,
     deferred: DeferredGradients | None,
+    arithmetic: Arithmetic = AS_GIVEN,
 ) -> torch.Tensor:
     """``x [..., in]`` times a weight ``[out, in]`` (``[in, out]`` if transposed) plus bias: ``[..., out]``.
 
@@ -113,12 +115,17 @@ def product(
         transposed: how the weight lies.
         handle: what `SharedInput.read` gave with ``x``; None computes as torch does.
         deferred: where weight gradients may be left for later.
+        arithmetic: how to multiply.
     """
     if handle is None:
-        if deferred is not None and can_defer(x, weight, bias):
-            return deferred_linear(x, weight, bias, transposed, deferred)
+        if deferred is not None and not can_defer(x, weight, bias):
+            deferred = None
+        if deferred is not None or arithmetic is not AS_GIVEN:
+            return deferred_linear(x, weight, bias, transposed, deferred, arithmetic)
         return nn.functional.linear(x, weight.t() if transposed else weight, bias)
-    return _Product.apply(x, weight.detach(), None if bias is None else bias.detach(), handle.node, handle, transposed)
+    node = handle.node
+    del handle.node  # the graph holds it, and it would hold the graph in a circle, with all that a block keeps
+    return _Product.apply(x, weight.detach(), None if bias is None else bias.detach(), node, handle, transposed, arithmetic)
 
 
 def _open(tensor: torch.Tensor, axis: Axis, readers: list[nn.Module]) -> tuple[torch.Tensor, dict[int, _Handle]]:
@@ -137,10 +144,10 @@ def _has_weight_gradient(reader: Any) -> bool:
 
 
 def _make_handle(reader: Any, x: torch.Tensor) -> _Handle:
-    handle, deferred = _Handle(), reader.record.deferred
+    handle, deferred, arithmetic = _Handle(), reader.record.deferred, reader.record.arithmetic
     if deferred is not None and not can_defer(x, reader.weight, reader.bias):
         deferred = None
-    handle.node = _WeightGradient.apply(reader.weight, reader.bias, reader.record.transposed, handle, deferred)
+    handle.node = _WeightGradient.apply(reader.weight, reader.bias, reader.record.transposed, handle, deferred, arithmetic)
     return handle
 
 
@@ -190,19 +197,21 @@ class _WeightGradient(torch.autograd.Function):
         transposed: bool,
         handle: _Handle,
         deferred: DeferredGradients | None,
+        arithmetic: Arithmetic,
     ) -> torch.Tensor:
         ctx.weight, ctx.bias, ctx.transposed, ctx.handle, ctx.deferred = weight, bias, transposed, handle, deferred
+        ctx.arithmetic = arithmetic
         return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         assert ctx.handle.left is not None
         (x, y), ctx.handle.left = ctx.handle.left, None
-        note = Note(ctx.weight, ctx.bias, x, y, ctx.transposed)
+        note = Note(ctx.weight, ctx.bias, x, y, ctx.transposed, ctx.arithmetic)
         if ctx.deferred is not None and ctx.deferred.is_collecting:
             ctx.deferred.note(note)
-            return None, None, None, None, None
-        return *note.gradients(), None, None, None
+            return None, None, None, None, None, None
+        return *note.gradients(), None, None, None, None
 
 
 class _Product(torch.autograd.Function):
@@ -217,17 +226,19 @@ class _Product(torch.autograd.Function):
         node: torch.Tensor,
         handle: _Handle,
         transposed: bool,
+        arithmetic: Arithmetic,
     ) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x, weight)
-        ctx.handle, ctx.transposed = handle, transposed
-        y = nn.functional.linear(x, weight.t() if transposed else weight, bias if bias is None else bias.to(x.dtype))
+        ctx.handle, ctx.transposed, ctx.arithmetic = handle, transposed, arithmetic
+        y = arithmetic.output(x, weight.t() if transposed else weight, bias if bias is None else bias.to(x.dtype))
         return y.detach()  # with a bias it is a view, which code that goes on in place could not change
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         ctx.handle.left = (x, grad)
-        return grad @ (weight.t() if ctx.transposed else weight), None, None, grad.new_zeros(()), None, None
+        of_x = ctx.arithmetic.input_gradient(grad, weight.t() if ctx.transposed else weight)
+        return of_x, None, None, grad.new_zeros(()), None, None, None

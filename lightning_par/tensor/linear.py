@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_par.errors import ModelError
 from lightning_par.private.torch import runs_as_written
+from lightning_par.runtime.arithmetic import AS_GIVEN, Arithmetic
 from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.collective import reduce_from, scatter_to
 from lightning_par.runtime.deferral import DeferredGradients
@@ -42,6 +43,7 @@ class LinearRecord:
         shared: the column layers that read the same input.
         sequence: where hidden states are cut along the sequence between the blocks; None where they are replicated.
         deferred: where weight gradients may be left for later.
+        arithmetic: how it multiplies.
     """
 
     kind: Literal["column", "row"]
@@ -52,6 +54,7 @@ class LinearRecord:
     shared: SharedInput
     sequence: SequenceParallel | None
     deferred: DeferredGradients | None = None
+    arithmetic: Arithmetic = AS_GIVEN
 
     def describe(self, module: nn.Module) -> str:
         weight = tuple(module.weight.shape) if isinstance(module.weight, torch.Tensor) else None
@@ -81,7 +84,7 @@ class ColumnParallelLinear(_ParallelLinear):
         if isinstance(input, ShardedTensor):
             input = self._readable(input, record)
         x, handle = record.shared.read(self, input, axis)
-        local = product(x, self.weight, self.bias, record.transposed, handle, record.deferred)
+        local = product(x, self.weight, self.bias, record.transposed, handle, record.deferred, record.arithmetic)
         return local if record.output == "local" or axis.size == 1 else sharded_output(local, record)
 
     def _readable(self, input: ShardedTensor, record: LinearRecord) -> torch.Tensor:
@@ -110,11 +113,12 @@ class RowParallelLinear(_ParallelLinear):
         Collective over the axis.
         """
         record: LinearRecord = self.record
-        part = product(self._local_input(input, record), self.weight, None, record.transposed, None, record.deferred)
+        x = self._local_input(input, record)
+        part = product(x, self.weight, None, record.transposed, None, record.deferred, record.arithmetic)
         if record.sequence is not None:
             return record.sequence.leave_region(part, self.bias)
         total = reduce_from(part, record.axis)
-        return total if self.bias is None else total + self.bias
+        return total if self.bias is None else total + self.bias.to(total.dtype)  # under autocast the product has another
 
     def _local_input(self, input: torch.Tensor, record: LinearRecord) -> torch.Tensor:
         if isinstance(input, ShardedTensor):

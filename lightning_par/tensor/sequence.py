@@ -99,9 +99,9 @@ class SequenceParallel:
         cut = self._cuts.get(tuple(part.shape[:-1]))
         if cut is None:  # they read a replicated tensor
             total = reduce_from(part, self.axis)
-            return total if bias is None else total + addend(bias, self.axis)
+            return total if bias is None else total + addend(bias, self.axis).to(total.dtype)
         local = scatter_from(part, self.axis, cut)
-        return ShardedTensor(local if bias is None else local + bias, cut.dim, cut.segments, self.axis)
+        return ShardedTensor(local if bias is None else local + bias.to(local.dtype), cut.dim, cut.segments, self.axis)
 
     # ------------------------------------------------------------------ modules that treat every position alike
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_par.errors import ModelError
+from lightning_par.materialize import is_deferred, whole_value
 from lightning_par.private.torch import FakeTensorMode, is_data_dependent
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.nested import map_tensors
+from lightning_par.runtime.precision import FULL, Precision
 from lightning_par.trace.bound import bound_parameters
 from lightning_par.trace.chain import Containers, find_containers
 from lightning_par.trace.copying import copy_module
@@ -39,6 +42,7 @@ def trace_step(
     keep_error: bool = False,
     is_real: bool = False,
     evaluates: bool = False,
+    precision: Precision = FULL,
 ) -> Trace:
     """Run one step of a copy of ``module`` on fake tensors and record it. No memory for weights, no side effect.
 
@@ -58,6 +62,7 @@ def trace_step(
         keep_error: when the step raises, give the trace up to there with the error in it.
         is_real: do not try fake tensors, an earlier run has failed on them.
         evaluates: run it in evaluation mode, gradients included; other steps than ``training_step`` always are, without them.
+        precision: in which the step computes.
 
     Raises:
         ModelError: the step returned None, or the chosen chain is none.
@@ -65,7 +70,7 @@ def trace_step(
     """
     containers = find_containers(module, chain, may_mix)
     containers = containers if may_join else replace(containers, may_join=())
-    mode = _Mode(step, is_training=step == "training_step" and not evaluates, prepare=prepare)
+    mode = _Mode(step, is_training=step == "training_step" and not evaluates, prepare=prepare, precision=precision)
     recorder, output, error, is_real = _run(module, batch, mode, containers, keep_error, is_real)
     seen = containers.seen
     if error is None and recorder.calls.fault is not None:
@@ -89,6 +94,7 @@ class _Mode:
     step: str
     is_training: bool
     prepare: Prepare | None
+    precision: Precision
 
 
 def _run(
@@ -105,11 +111,10 @@ def _run(
 def _run_once(
     module: nn.Module, batch: Any, mode: _Mode, containers: Containers, fake: FakeTensorMode | None
 ) -> tuple[Recorder, Any, Exception | None]:
-    copied = _clone if fake is None else fake.from_tensor
+    copied = _clone if fake is None else partial(_fake_of, fake)
     has_gradients = mode.step == "training_step"
     with generators_put_back(), _in_the_open(), fake or contextlib.nullcontext():
-        twin = copy_module(module, copied, by_reference=[getattr(module, "_trainer", None)])
-        _silence(twin)
+        twin = silent_copy(module, lambda tensor: mode.precision.convert(copied(tensor)))
         if mode.prepare is not None:
             mode.prepare(twin)
         inputs = map_tensors(lambda tensor: copied(tensor.detach()), batch)
@@ -119,7 +124,8 @@ def _run_once(
         output, failure = None, None
         with torch.set_grad_enabled(has_gradients), FlopCounterMode(display=False) as flops, recorder.running(flops):
             try:
-                output = getattr(twin, mode.step)(inputs, 0)
+                with mode.precision.computing(_device_type(module)):
+                    output = getattr(twin, mode.step)(inputs, 0)
             except PassesSeen:
                 pass
             except Exception as error:
@@ -140,8 +146,19 @@ def _in_the_open() -> Iterator[None]:
         logger.disabled = was_disabled
 
 
+def _device_type(module: nn.Module) -> str:
+    return next((parameter.device.type for parameter in module.parameters()), "cpu")
+
+
+def _fake_of(fake: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    if not is_deferred(tensor):
+        return fake.from_tensor(tensor)
+    twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)  # on the CPU, where it is going to be made
+    return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
-    twin = tensor.detach().clone()
+    twin = whole_value(tensor) if is_deferred(tensor) else tensor.detach().clone()
     return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
 
 
@@ -171,15 +188,20 @@ def _check_loss(output: Any, name: str) -> None:
         )
 
 
-def _silence(twin: nn.Module) -> None:
-    """Cut the copy's ways out: metrics, prints and a backward of a dry run mean nothing."""
+def silent_copy(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy of a LightningModule on other tensors, see `copy_module`, with its ways out cut.
+
+    Metrics, logs, prints and a backward of a dry run mean nothing.
+    """
     from torchmetrics import Metric
 
-    ways_out = ("print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
+    twin = copy_module(module, replace, by_reference=[getattr(module, "_trainer", None)])
+    ways_out = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
     twin.__dict__.update(dict.fromkeys(ways_out, _ignore))
     for child in list(twin.modules()):
         if isinstance(child, Metric):
             child.__dict__.update(forward=_zero, update=_ignore, compute=_zero, reset=_ignore)
+    return twin
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -38,6 +38,11 @@ def set_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
     parameter.data = data
 
 
+def gradient_dtype(parameter: nn.Parameter) -> torch.dtype:
+    """The dtype of ``parameter.grad``."""
+    return parameter.grad_dtype or parameter.dtype
+
+
 def _sum_bucket(parameters: Sequence[nn.Parameter], shapes: Sequence[tuple[int, ...]], axis: Axis, scale: float) -> None:
     """One all-reduce of ``[gradients..., one flag per parameter: how many ranks have it]``."""
     sizes = [_numel(shape) for shape in shapes]
@@ -56,7 +61,7 @@ def _sum_bucket(parameters: Sequence[nn.Parameter], shapes: Sequence[tuple[int, 
         if parameter.grad is not None:
             parameter.grad.copy_(part.view(shape))
         elif is_present:
-            set_gradient(parameter, part.view(shape).to(parameter.dtype, copy=True))
+            set_gradient(parameter, part.view(shape).to(gradient_dtype(parameter), copy=True))
 
 
 def _bounds(parameters: Sequence[nn.Parameter], shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,9 @@ from lightning_par.zero.option import ZeroOptions, flat
 BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32; DeepSpeed's default is ten times that, allocated at every step
 
 
-def deepspeed_config(stage: int, num_elements: int, options: ZeroOptions, device: torch.device) -> dict[str, Any]:
+def deepspeed_config(
+    stage: int, num_elements: int, options: ZeroOptions, device: torch.device, has_masters: bool = False
+) -> dict[str, Any]:
     """The configuration of an engine; whatever has a default that changes the result or has changed is stated.
 
     Args:
@@ -21,11 +23,13 @@ def deepspeed_config(stage: int, num_elements: int, options: ZeroOptions, device
         num_elements: of the parameters that this rank trains.
         options: the user's; ``config`` is merged last.
         device: where the parameters are.
+        has_masters: whether they are bfloat16.
 
     Raises:
         ConfigurationError: an option that the device has not.
     """
-    return _merged(_config(stage, num_elements, options, device), options.config)
+    config = _config(stage, num_elements, options, device)
+    return _merged(_with_masters(config) if has_masters else config, options.config)
 
 
 def overwritten(stage: int, options: ZeroOptions) -> list[str]:
@@ -47,6 +51,22 @@ def _config(stage: int, num_elements: int, options: ZeroOptions, device: torch.d
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {**_zero(stage, num_elements), **_offload(options, device), **_plus_plus(options, device)},
+    }
+
+
+def _with_masters(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration for bfloat16 parameters with float32 masters, gradients (`accumulate_in_float32`) and messages.
+
+    With stage 1 DeepSpeed would take an optimizer of its own for this, which cannot reduce once for all microbatches; stage 2
+    gives the same numbers, and frees the gradients of other ranks besides. Contiguous gradients would be rounded to bfloat16.
+    """
+    zero = config["zero_optimization"]
+    return {
+        **config,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {**zero, "stage": max(2, zero["stage"]), "contiguous_gradients": zero["stage"] == 3},
     }
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_par.errors import ConfigurationError
+from lightning_par.zero.twin import hyperparameters, twin_of
 
 # on a flat piece of many parameters these would compute something else, or DeepSpeed rebuilds them without their groups
 NOT_ELEMENTWISE = ("Adafactor", "Muon", "LBFGS", "SparseAdam", "Adagrad")
@@ -34,27 +33,6 @@ def check_optimizer(stage: int, optimizers: Sequence[Optimizer]) -> None:
             f"zero{stage} steps flat pieces of parameters, and {type(optimizers[0]).__name__} needs whole ones: "
             "use zero0, or an elementwise optimizer such as AdamW"
         )
-
-
-def copy_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
-    """An optimizer of the same class and settings over other groups, without states.
-
-    ``copy.copy`` would drop attributes of the user's subclass, and keep the ``step`` that a learning-rate scheduler bound to
-    the original. Where the class frees something in the end, as DeepSpeedCPUAdam does with its C++ object, only the original
-    does: it must outlive the copy.
-    """
-    cls: Any = type(optimizer)
-    if hasattr(cls, "__del__"):
-        cls = type(cls.__name__, (cls,), {"__del__": lambda self: None})
-    twin: Optimizer = object.__new__(cls)
-    twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
-    twin.param_groups, twin.state = groups, defaultdict(dict)
-    return twin
-
-
-def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """A parameter group without its parameters."""
-    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _is_elementwise(optimizer: Optimizer) -> bool:
@@ -81,7 +59,7 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
 def _step(optimizer: Optimizer, values: list[Tensor], gradients: list[list[Tensor]]) -> list[Tensor]:
     parameters = [nn.Parameter(value.clone()) for value in values]
     settings = copy.deepcopy(hyperparameters(optimizer.param_groups[0]))
-    twin = copy_optimizer(optimizer, [{**settings, "params": parameters}])
+    twin = twin_of(optimizer, [{**settings, "params": parameters}])
     torch.random.manual_seed(0)
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):

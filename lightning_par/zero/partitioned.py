@@ -18,19 +18,23 @@ from torch.optim import Optimizer
 from lightning_par.errors import CheckpointError, ConfigurationError
 from lightning_par.private.deepspeed import ZeroEngine, mark_stepped, start_zero_engine
 from lightning_par.runtime.mesh import Mesh
-from lightning_par.zero.bucket import set_gradient
+from lightning_par.runtime.nested import tensors_in
+from lightning_par.zero.bucket import gradient_dtype, set_gradient
 from lightning_par.zero.config import deepspeed_config
 from lightning_par.zero.early import EarlyReduction
+from lightning_par.zero.masters import accumulate_in_float32
 from lightning_par.zero.mpu import MeshUnit
-from lightning_par.zero.optimizer import check_optimizer, copy_optimizer, hyperparameters
+from lightning_par.zero.optimizer import check_optimizer
 from lightning_par.zero.option import MICROBATCH, ZeroOptions
-from lightning_par.zero.states import Fragment, OptimizerStates
+from lightning_par.zero.states import Fragment, OptimizerStates, Stored
+from lightning_par.zero.twin import hyperparameters, twin_of
 
 
 class DeepSpeedStates(OptimizerStates):
     """Optimizer states (stage 1), gradients too (2), parameters too (3), partitioned over dp.
 
-    All of it is fp32; mixed precision is left to autocast. Collective over the world to build.
+    States, gradients and what is stepped are float32. Parameters are too, and mixed precision is left to autocast; or they are
+    bfloat16, and DeepSpeed keeps float32 masters. Collective over the world to build.
 
     Args:
         module: the module on this rank. It may hold only parameters that this rank has, no placeholders.
@@ -38,11 +42,12 @@ class DeepSpeedStates(OptimizerStates):
         stage: 1, 2 or 3.
         mesh: the mesh of the run, dp at least 2.
         options: the section ``zero``.
+        has_masters: whether the parameters are bfloat16.
         units: modules whose parameters stage 3 gathers all at once, such as the blocks: a collective for each of their small
             layers would cost more than it saves.
 
     Raises:
-        ConfigurationError: several optimizers, one that is not elementwise, parameters that are not float32, or no
+        ConfigurationError: several optimizers, one that is not elementwise, parameters of another dtype, or no
             DeepSpeed of the right version.
     """
 
@@ -53,12 +58,13 @@ class DeepSpeedStates(OptimizerStates):
         stage: int,
         mesh: Mesh,
         options: ZeroOptions | None = None,
+        has_masters: bool = False,
         units: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__(module, optimizers)
         options = options or ZeroOptions()
         self.stage = stage
-        _check(stage, module, optimizers)
+        _check(stage, module, optimizers, torch.bfloat16 if has_masters else torch.float32)
         trainable = [[p for p in group["params"] if p.requires_grad] for group in optimizers[0].param_groups]
         self._sources = [i for i, parameters in enumerate(trainable) if parameters]
         groups = [{**optimizers[0].param_groups[i], "params": trainable[i]} for i in self._sources]
@@ -69,9 +75,11 @@ class DeepSpeedStates(OptimizerStates):
             stand_in = nn.Parameter(torch.zeros(1, device=device))
             root.add_module("stand_in", nn.ParameterList([stand_in]))
             groups = [{**optimizers[0].defaults, "params": [stand_in]}]
-        config = deepspeed_config(stage, sum(p.numel() for p in self._shapes), options, device)
+        if has_masters:
+            accumulate_in_float32(self._shapes)
+        config = deepspeed_config(stage, sum(p.numel() for p in self._shapes), options, device, has_masters)
         self.engine: ZeroEngine = start_zero_engine(
-            stage, root, copy_optimizer(optimizers[0], groups), MeshUnit(mesh), config, device, units
+            stage, root, twin_of(optimizers[0], groups), MeshUnit(mesh), config, device, units
         )
         self._early = EarlyReduction(self.engine, self._shapes, mesh) if options.reduce == MICROBATCH else None
 
@@ -108,7 +116,7 @@ class DeepSpeedStates(OptimizerStates):
             return
         for parameter, shape in self._shapes.items():
             if parameter.grad is None:
-                set_gradient(parameter, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
+                set_gradient(parameter, torch.zeros(shape, dtype=gradient_dtype(parameter), device=parameter.device))
         self.engine.flush()
 
     def gradients(self, optimizer: Optimizer | None = None) -> Iterator[Fragment]:
@@ -126,6 +134,13 @@ class DeepSpeedStates(OptimizerStates):
         self.engine.forget_gradients()
         if self._early is not None:
             self._early.forget()
+
+    def stored(self) -> Stored:
+        parameters = list(self.module.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        moments = tensors_in(list(self.engine.inner.state.values()))
+        stored = [self.engine.stored(parameter) for parameter in parameters]
+        return Stored(stored, gradients + self.engine.buffers, self.engine.masters + moments)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
@@ -182,12 +197,15 @@ class DeepSpeedStates(OptimizerStates):
         return value.to(master.device, copy=True) if is_on_device else value.clone()
 
 
-def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer], dtype: torch.dtype) -> None:
     check_optimizer(stage, optimizers)
     for name, parameter in module.named_parameters():
-        if parameter.dtype != torch.float32:
+        if parameter.dtype != dtype and (parameter.requires_grad or stage == 3):  # stages 1 and 2 leave frozen ones alone
+            keeps, remedy = str(dtype).removeprefix("torch."), "precision=bf16-true"
+            if dtype is torch.bfloat16 or parameter.dtype is not torch.bfloat16:
+                remedy = f"module.{'bfloat16' if dtype is torch.bfloat16 else 'float'}() before the run"
             raise ConfigurationError(
-                f"zero{stage} keeps parameters in float32, and {name} is {parameter.dtype}: use precision=bf16-mixed, or zero0"
+                f"zero{stage} keeps parameters in {keeps} here, and {name} is {parameter.dtype}: use {remedy}, or zero0"
             )
 
 

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from lightning_par.errors import CheckpointError
 from lightning_par.runtime.axis import Axis
+from lightning_par.runtime.nested import tensors_in
 from lightning_par.zero.bucket import sum_gradients
-from lightning_par.zero.states import Fragment, OptimizerStates
+from lightning_par.zero.masters import Masters
+from lightning_par.zero.states import Fragment, OptimizerStates, Stored
 
 
 class ReplicatedStates(OptimizerStates):
@@ -23,11 +25,13 @@ class ReplicatedStates(OptimizerStates):
         module: the module on this rank.
         optimizers: one or several (manual optimization), over parameters of ``module``.
         dp: the data-parallel axis; with size 1 nothing is ever sent.
+        has_masters: whether float32 copies of half-precision parameters are stepped.
     """
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], dp: Axis) -> None:
+    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], dp: Axis, has_masters: bool = False) -> None:
         super().__init__(module, optimizers)
         self.dp = dp
+        self._masters = {optimizer: Masters(optimizer) for optimizer in self.optimizers if has_masters}
 
     def accumulate(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -52,11 +56,18 @@ class ReplicatedStates(OptimizerStates):
 
     def step(self, optimizer: Optimizer | None = None) -> None:
         for each in self._chosen(optimizer):
-            each.step()
+            self._stepper(each).step()
 
     def zero_grad(self, optimizer: Optimizer | None = None) -> None:
         for each in self._chosen(optimizer):
             each.zero_grad()
+
+    def stored(self) -> Stored:
+        parameters = list(self.module.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        states = [tensor for each in self.optimizers for tensor in tensors_in(list(self._stepper(each).state.values()))]
+        masters = [master for _, master in self._named_masters()]
+        return Stored([parameter.detach() for parameter in parameters], gradients, masters + states)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
@@ -65,7 +76,8 @@ class ReplicatedStates(OptimizerStates):
     def state_dict(self) -> dict[str, Any]:
         return {
             "parameters": dict(self.full_parameters()),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "masters": dict(self._named_masters()),
+            "optimizers": [self._stepper(optimizer).state_dict() for optimizer in self.optimizers],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -76,17 +88,30 @@ class ReplicatedStates(OptimizerStates):
                 f"the checkpoint is of another module or layout: parameters on one side only: {different[:5]}, "
                 f"{len(state['optimizers'])} optimizers there and {len(self.optimizers)} here"
             )
+        values = {**state["parameters"], **state.get("masters", {})}  # masters say more; none were saved without any
         with torch.no_grad():
-            for name, value in state["parameters"].items():
-                parameters[name].copy_(value)
+            for name, tensor in (*parameters.items(), *self._named_masters()):
+                tensor.copy_(values[name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            self._stepper(optimizer).load_state_dict(saved)
 
     def close(self) -> None:
         """Nothing to free."""
 
     def dissolve(self) -> None:
         """Nothing to restore."""
+
+    def _stepper(self, optimizer: Optimizer) -> Optimizer | Masters:
+        """What steps for one of the optimizers."""
+        return self._masters.get(optimizer, optimizer)
+
+    def _named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            for masters in self._masters.values():
+                master = masters.of(parameter)
+                if master is not None:
+                    yield name, master
+                    break
 
     def _chosen(self, optimizer: Optimizer | None) -> Sequence[Optimizer]:
         return self.optimizers if optimizer is None else (optimizer,)

@@ -38,6 +38,20 @@ class Fragment(NamedTuple):
     is_counted: bool
 
 
+class Stored(NamedTuple):
+    """The tensors of the model states on this rank, live; one may be in two lists, or a view of another.
+
+    Attributes:
+        parameters: in ZeRO-3 the rank's parts.
+        gradients: as they are now.
+        states: of the optimizer, master weights included.
+    """
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    states: list[Tensor]
+
+
 class OptimizerStates(ABC):
     """Reduces gradients over dp and steps the optimizers of one module.
 
@@ -93,6 +107,10 @@ class OptimizerStates(ABC):
     @abstractmethod
     def zero_grad(self, optimizer: Optimizer | None = None) -> None:
         """Forget all gradients."""
+
+    @abstractmethod
+    def stored(self) -> Stored:
+        """What takes memory on this rank. No collective."""
 
     @abstractmethod
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:

@@ -102,7 +102,7 @@ def linear(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if not _any_sharded(x, weight):
         raise NoRule
     value = product(functional.linear, (x, weight), (labels, ["column", "k"]), [*labels[:-1], "column"])
-    return value if bias is None else value + bias
+    return value if bias is None else value + bias.to(value.dtype)
 
 
 @rule_for(torch.einsum)

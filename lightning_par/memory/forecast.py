@@ -1,0 +1,104 @@
+"""What every rank is going to store, before any rank has started.
+
+Model states are counted from the plan; activations are what one microbatch stores on each stage, times the microbatches that the
+rank's row of the schedule has in flight. Nothing is fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_par.memory.optimizer import OptimizerForm
+from lightning_par.memory.profile import Loss, StageMemory, profile_stages
+from lightning_par.memory.states import state_bytes
+from lightning_par.pipeline.action import Row, Table
+from lightning_par.plan import Plan
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on each rank of a pp coordinate.
+
+    Attributes:
+        parameters: as the optimizer and the forward have them.
+        gradients: before they are reduced.
+        states: of the optimizer, master weights included.
+        activations: the most that is stored between two actions of the schedule: for backwards to come, or received, or noted.
+        working: what an action has at its peak besides: what operations give each other, and a block that is computed again.
+        gathered: the most that ZeRO-3 has of parameters that are whole for a while.
+    """
+
+    parameters: int
+    gradients: int
+    states: int
+    activations: int
+    working: int
+    gathered: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it at once."""
+        return self.parameters + self.gradients + self.states + self.activations + self.working + self.gathered
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What all ranks store.
+
+    Attributes:
+        ranks: by pp coordinate.
+    """
+
+    ranks: tuple[RankMemory, ...]
+
+    @property
+    def total(self) -> int:
+        """Of the rank that stores the most."""
+        return max(rank.total for rank in self.ranks)
+
+
+def forecast(
+    module: nn.Module, microbatch: Any, plan: Plan, table: Table, optimizer: OptimizerForm, loss_of: Loss, splits_backward: bool
+) -> Forecast:
+    """What a training step stores on every rank. One process, no process group; the module is not changed.
+
+    Args:
+        module: the user's module.
+        microbatch: one, as large as any.
+        plan: all decisions.
+        table: the rows of all ranks in a step.
+        optimizer: what it keeps.
+        loss_of: the loss in what the step returns.
+        splits_backward: whether the schedule computes weight gradients apart.
+
+    Raises:
+        Exception: whatever the step raises on fake tensors.
+    """
+    stages = profile_stages(module, microbatch, plan, loss_of, splits_backward)
+    return Forecast(tuple(_rank_memory(plan, pp, row, stages, optimizer) for pp, row in enumerate(table)))
+
+
+def _rank_memory(plan: Plan, pp: int, row: Row, stages: Sequence[StageMemory], optimizer: OptimizerForm) -> RankMemory:
+    states = state_bytes(plan, pp, optimizer)
+    held, peak = peak_bytes(row, stages)
+    return RankMemory(states.parameters, states.gradients, states.states, held, peak - held, states.gathered)
+
+
+def peak_bytes(row: Row, stages: Sequence[StageMemory]) -> tuple[int, int]:
+    """The most bytes that a rank's activations have between actions, and at any time, in one step.
+
+    Args:
+        row: its actions in order.
+        stages: what each does for one microbatch.
+    """
+    held = most = peak = 0
+    for kind, stage, _ in row:
+        memory = stages[stage][kind]
+        peak = max(peak, held + memory.peak - memory.before)
+        held += memory.after - memory.before
+        most = max(most, held)
+    return most, max(peak, most)

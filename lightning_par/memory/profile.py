@@ -1,0 +1,167 @@
+"""What one microbatch stores on each stage, from a run of its forward and backward on fake tensors.
+
+Each stage is installed as on its rank, on a copy of the module without memory, and runs by the same executor: recomputation,
+sequence parallelism, what is received and the notes of deferred weight gradients are in it because they happen. tp axes send
+nothing there and give tensors of the right sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_par.install import install
+from lightning_par.memory.living import LivingTensors
+from lightning_par.pipeline.action import Action, Kind
+from lightning_par.pipeline.executor import Executor
+from lightning_par.pipeline.transport import Like, Transport
+from lightning_par.plan import Plan
+from lightning_par.private.torch import FakeTensorMode
+from lightning_par.runtime.axis import LocalAxis
+from lightning_par.runtime.deferral import DeferredGradients
+from lightning_par.runtime.generator import generators_put_back
+from lightning_par.runtime.nested import map_tensors, tensors_in
+from lightning_par.trace.tracer import silent_copy
+
+_CPU = torch.device("cpu")
+Loss = Callable[[Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ActionMemory:
+    """What an action does to the bytes that one microbatch has on one stage.
+
+    Attributes:
+        before, after: what is stored when it begins and ends, parameters, gradients and the batch not counted.
+        peak: the most at once while it runs, what operations give each other included.
+    """
+
+    before: int
+    after: int
+    peak: int
+
+
+StageMemory = dict[Kind, ActionMemory]  # of one microbatch, by action
+
+
+def profile_stages(
+    module: nn.Module, batch: Any, plan: Plan, loss_of: Loss, splits_backward: bool, step: str = "training_step"
+) -> list[StageMemory]:
+    """What one microbatch stores on each stage. One process, no process group; the module is not changed.
+
+    Args:
+        module: the user's module.
+        batch: one microbatch, as large as any.
+        plan: all decisions.
+        loss_of: the loss in what the step returns.
+        splits_backward: whether the schedule computes weight gradients apart.
+        step: the hook that trains.
+
+    Raises:
+        Exception: whatever the step raises on fake tensors; see `lightning_par.private.torch.is_data_dependent`.
+    """
+    layout, sent = plan.layout, dict[Action, list[Like]]()
+    with generators_put_back(), torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        ranks = [_Rank(module, batch, plan, pp, fake, sent, loss_of, splits_backward, step) for pp in range(layout.pp)]
+        if not (plan.chain is None or plan.chain.keeps_shape) or any(plan.boundaries):
+            for stage in range(layout.num_stages):  # what is sent says what the next one receives
+                ranks[layout.pp_of(stage)].run(Action("F", stage, 0))
+        found: dict[int, StageMemory] = {}
+        for rank, its in enumerate(ranks):
+            for stage in layout.stages_of(rank):
+                found[stage] = its.profile(stage)
+    return [found[stage] for stage in range(layout.num_stages)]
+
+
+class _Rank:
+    """One pp coordinate on fake tensors."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batch: Any,
+        plan: Plan,
+        pp: int,
+        fake: FakeTensorMode,
+        sent: dict[Action, list[Like]],
+        loss_of: Loss,
+        splits_backward: bool,
+        step: str,
+    ) -> None:
+        twin = silent_copy(module, fake.from_tensor)
+        self._batch = map_tensors(lambda tensor: fake.from_tensor(tensor.detach()), batch)
+        deferred = DeferredGradients()
+        stages = install(twin, plan, pp, LocalAxis("tp", plan.layout.tp, 0), _CPU, deferred if splits_backward else None)
+        twin.train()
+        for parameter in twin.parameters():  # as they are from the second microbatch on
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        self._executor = Executor(stages, _Imagined(sent), None, deferred)
+        self._twin, self._step, self._loss_of = twin, step, loss_of
+        self._kinds: tuple[tuple[Kind, ...], ...] = (("F", "B"), ("F", "I", "W")) if splits_backward else (("F", "B"),)
+
+    def run(self, *row: Action) -> None:
+        """Run some actions."""
+        step: Any = getattr(self._twin, self._step)
+        self._executor.run(row, lambda index: step(self._batch, 0), self._loss_of, [1.0])
+
+    def profile(self, stage: int) -> StageMemory:
+        """What each kind of action does, every way to do a backward tried."""
+        found: StageMemory = {}
+        for kinds in self._kinds:
+            gradients = [parameter.grad for parameter in self._twin.parameters() if parameter.grad is not None]
+            state = [*self._twin.parameters(), *self._twin.buffers(), *gradients, *tensors_in(self._batch)]
+            living = LivingTensors(state)
+            watch = _Watch(living)
+            self._executor.observers.append(watch)
+            try:
+                with living:
+                    self.run(*(Action(kind, stage, 0) for kind in kinds))
+            finally:
+                self._executor.observers.remove(watch)
+            found.update(zip(kinds, watch.seen, strict=True))
+        return found
+
+
+class _Watch:
+    """An observer that reads a `LivingTensors` around each action."""
+
+    def __init__(self, living: LivingTensors) -> None:
+        self._living, self._before = living, 0
+        self.seen: list[ActionMemory] = []
+
+    def begin(self, action: Action) -> None:
+        self._living.forget_peak()
+        self._before = self._living.num_bytes()
+
+    def wait(self) -> None:
+        """Nothing is waited for."""
+
+    def arrive(self) -> None:
+        """It is there."""
+
+    def end(self) -> None:
+        after = self._living.num_bytes()
+        self.seen.append(ActionMemory(self._before, after, max(after, self._living.peak_bytes)))
+
+
+class _Imagined(Transport):
+    """Gives tensors of the shapes that were sent, or that the receiver expects where nothing was."""
+
+    def __init__(self, sent: dict[Action, list[Like]]) -> None:
+        self._sent = sent
+
+    def is_remote(self, message: Action) -> bool:
+        return False
+
+    def send(self, message: Action, tensors: Sequence[torch.Tensor], with_header: bool = False) -> None:
+        self._sent[message] = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+
+    def receive(self, message: Action, likes: Sequence[Like]) -> list[torch.Tensor]:
+        return [torch.empty(shape, dtype=dtype) for shape, dtype in self._sent.get(message, likes)]
+
+    def flush(self) -> None:
+        """Nothing travels."""
