@@ -27,10 +27,11 @@ from lightning_par.engine import Engine
 from lightning_par.host.batch import split_batch
 from lightning_par.host.loss import loss_of
 from lightning_par.layout import parse_layout
-from lightning_par.memory import RankMemory, forecast, read_optimizer
+from lightning_par.memory import forecast, read_optimizer
 from lightning_par.memory.living import LivingTensors
 from lightning_par.pipeline.action import Action
 from lightning_par.pipeline.tables import Tables, choose_schedule, splits_backward
+from lightning_par.plan.memory import RankMemory
 from lightning_par.prepare import prepare_plan
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.nested import tensors_in
@@ -163,7 +164,7 @@ def _forecast(module: pl.LightningModule, piece: Any, plan: Any, schedule: str) 
     form = read_optimizer(make_optimizer(module), dict(module.named_parameters()))
     assert form is not None
     table = Tables(schedule, plan.layout, traced_costs(plan)).training(plan.layout.microbatches or 1)
-    return forecast(module, piece, plan, table, form, loss_of, splits_backward(schedule, plan.layout)).ranks
+    return forecast(module, piece, plan, table, form, loss_of, splits_backward(schedule, plan.layout))
 
 
 def _count(stored: Mapping[str, list[torch.Tensor]]) -> dict[str, int]:

@@ -1,13 +1,14 @@
 """Installing a plan on a module: the one place where a user's module is changed, in an order that is the documentation.
 
-1. shard       every parameter becomes this rank's shard, in the precision of the run; what the stage does not hold becomes a placeholder. Weights that have
-               no memory yet are made here, this rank's shards alone
+1. shard       every parameter becomes this rank's shard, in the precision of the run; what the stage does not hold becomes a
+               placeholder. Weights that have no memory yet are made here, this rank's shards alone
 2. convert     planned layers compute on their shards
 3. float8      planned linear layers multiply in float8
 4. defer       for a schedule that splits the backward, linear layers can leave their weight gradients for later
 5. compile     planned modules are compiled when they are first called
 6. recompute   blocks whose activations are to be recomputed run inside torch's checkpointing
-7. cut         blocks of other stages only pass the hidden state on, or end the step; buffers without memory are made
+7. offload     blocks whose activations are to wait on the host have hooks on what autograd saves
+8. cut         blocks of other stages only pass the hidden state on, or end the step; buffers without memory are made
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 from lightning_par.compilation import compile_modules
 from lightning_par.errors import ModelError
 from lightning_par.materialize import Weights, give_values, is_deferred, materialize_rest, materialize_shard
+from lightning_par.offload import offload_blocks
 from lightning_par.pipeline.stage import StageProgram
 from lightning_par.plan import LayerPlan, Plan
 from lightning_par.plan.plan import ParameterPlan
@@ -78,6 +80,7 @@ def install(
         defer_weight_gradients(module, deferred)
     compile_modules(module, plan, pp)
     recompute_blocks(module, plan, pp, tp)
+    offload_blocks(module, plan, pp, device)
     stages = cut_stages(module, plan, pp, device, sequence, precision)
     materialize_rest(module)
     if weights is not None:
@@ -209,11 +212,12 @@ def _shard_parameter(
     if is_deferred(parameter):
         values = materialize_shard(parameter, *where) if values is None else values
         give_values(parameter, precision.convert(values), plan.spec.name)
+    elif values is not None:
+        parameter.data = values
     else:
-        if values is None:
-            values = (
-                parameter.data if plan.spec.split is None or tp.size == 1 else plan.spec.split.shard(parameter.data, *where[1:])
-            )
+        values = parameter.data
+        if plan.spec.split is not None and tp.size > 1:
+            values = plan.spec.split.shard(values, tp.size, tp.coordinate)
         parameter.data = precision.convert(values)
     set_spec(parameter, plan.spec)
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("trace",),
     ("plan",),
     ("tensor", "pipeline", "zero"),
-    ("recompute", "compilation", "split_backward", "picture"),
+    ("recompute", "offload", "compilation", "split_backward", "picture"),
     ("install", "gradients", "loss_scale", "checkpoint"),
     ("memory",),
     ("prepare", "engine"),

@@ -151,8 +151,9 @@ def test_explain_prints_what_the_readme_shows(
         monkeypatch.setenv(MAIN, "")  # so that it is forgotten again
         cli.main(words)
     printed = capsys.readouterr().out
-    (shown,) = blocks(README, "")
-    for line in shown.splitlines():
+    shown = blocks(README, "")
+    assert len(shown) == 2
+    for line in "\n".join(shown).splitlines():
         assert line == "..." or line in printed
     assert "as the plan section says" in printed
 

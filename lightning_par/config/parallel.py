@@ -12,7 +12,7 @@ from lightning_par.layout import Layout
 
 @dataclass
 class ParallelConfig:
-    """Fields of ``parallel``: those of `Layout`, under its names, and three options of the strategy.
+    """Fields of ``parallel``: those of `Layout`, under its names, and options of the strategy.
 
     Not `Layout` itself: OmegaConf refuses frozen dataclasses.
 
@@ -27,6 +27,8 @@ class ParallelConfig:
     microbatches: int | None = None
     sp: bool = False
     recompute: str = "none"
+    memory_gib: float | None = None
+    offload_activations: bool = False
     compile: Any = False  # true, or the name of a backend
     fp8: str | None = None
 

@@ -42,6 +42,8 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
         layout,
         plan=instantiate(config.plan, _convert_="all"),
         recompute=config.parallel.get("recompute", "none"),
+        memory_gib=config.parallel.get("memory_gib"),
+        offload_activations=config.parallel.get("offload_activations", False),
         compile=config.parallel.get("compile", False),
         fp8=config.parallel.get("fp8"),
         schedule=config.schedule,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from lightning_par.checkpoint import check_layout
 from lightning_par.engine import Engine
-from lightning_par.errors import ConfigurationError
+from lightning_par.errors import ConfigurationError, ModelError
 from lightning_par.host.construction import configuring, weights_untouched
 from lightning_par.host.first_batch import first_batch
 from lightning_par.host.loss_weight import TargetCount, check_loss_weight
+from lightning_par.host.memory import Foresight, check_foreseeable, fit_memory, memory_budget, with_memory
 from lightning_par.host.timeline import PipelineTimeline
 from lightning_par.host.whole_parts import explain_sizes, note_whole_parts
 from lightning_par.layout import Coordinate, Layout, nearest_layouts
@@ -34,7 +36,9 @@ _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_s
 _LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
 
 
-def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any], what: str, *args: Any, **kwargs: Any) -> Plan:
+def plan_from_trainer(
+    trainer: Any, layout: Layout, overrides: Mapping[str, Any], what: str, *args: Any, foresees: bool = False, **kwargs: Any
+) -> Plan:
     """The plan of the run that the Trainer is about to start.
 
     Works on copies: the user's module, its datamodule and all random states stay as they are.
@@ -44,6 +48,7 @@ def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any]
         layout: sizes of the axes, dp resolved.
         overrides: the user's plan section.
         what: the Trainer's verb: ``fit``, ``validate``, ``test`` or ``predict``.
+        foresees: whether to find out what the ranks store even if nothing depends on it.
         *args, **kwargs: what the Trainer's function was called with; the module first, then its data.
 
     Raises:
@@ -67,8 +72,7 @@ def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any]
         materialize_attributes(twin)
         if trainer.strategy.weights is not None:
             match_weights(twin, trainer.strategy.weights)
-        if what == "fit":
-            _configure_optimizers(twin, layout)
+        optimizers = _configure_optimizers(twin, layout) if what == "fit" else None
         loaders = args[1] if len(args) > 1 and args[1] is not None and args[1] is not datamodule else None
         if loaders is None:
             loaders = getattr(source, _LOADERS[what])()
@@ -76,6 +80,8 @@ def plan_from_trainer(trainer: Any, layout: Layout, overrides: Mapping[str, Any]
         for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
             batch = getattr(source if _overrides(source, hook) else twin, hook)(batch, 0)
         plan = _plan_checked(twin, batch, layout, overrides, _STEPS[what], trainer.strategy.loss_weight, precision)
+        if what == "fit":
+            plan = _with_memory(plan, twin, batch, optimizers, trainer.strategy, foresees)
     if what == "fit" and layout.pp > 1:
         check_schedule(trainer.strategy.schedule, layout.pp, layout.vp, plan.layout.microbatches)
     return plan
@@ -99,6 +105,17 @@ def _plan_checked(
     if step == "training_step" and count is not None:
         check_loss_weight(count, twin, batch, plan.layout.microbatches or 1)
     return replace(plan, notes=plan.notes + note_whole_parts(twin, batch, plan, step, precision))
+
+
+def _with_memory(plan: Plan, twin: Any, batch: Any, optimizers: Sequence[Any] | None, strategy: Any, foresees: bool) -> Plan:
+    """The plan with the memory of its ranks, where somebody asks; it fits what they have."""
+    budget = memory_budget(strategy.memory_gib, strategy.root_device, strategy.overrides)
+    with nullcontext() if budget is not None else suppress(ModelError):  # where nothing depends on it
+        if budget is not None or foresees:
+            check_foreseeable(plan.layout, strategy.zero_options)
+            foresight = Foresight(twin, batch, optimizers, strategy.schedule, strategy.precision)
+            return with_memory(plan, foresight) if budget is None else fit_memory(plan, budget, strategy.overrides, foresight)
+    return plan
 
 
 def check_split(module: Any, layout: Layout, precision: Precision) -> Engine | None:
@@ -224,17 +241,22 @@ def _without_pipeline(layout: Layout) -> str:
     return " or ".join(f"parallel={each}" for each in near)
 
 
-def _configure_optimizers(twin: Any, layout: Layout) -> None:
+def _configure_optimizers(twin: Any, layout: Layout) -> list[Any] | None:
     """Check what configure_optimizers returns, and let the dry run's ``self.optimizers()`` give it.
 
-    Where it needs a running Trainer nothing is found here; what it raises, it raises again where it counts.
+    Where it needs a running Trainer nothing is found here; what it raises, it raises again where it counts. The number of steps,
+    which most schedulers ask the Trainer for, is made up.
+
+    Returns:
+        The optimizers; None where they are not known.
     """
-    trainer, twin.__dict__["_trainer"] = twin.__dict__["_trainer"], None
+    trainer = twin.__dict__["_trainer"]
+    twin.__dict__["_trainer"] = SimpleNamespace(estimated_stepping_batches=1000, max_steps=1000, max_epochs=10)
     try:
         configured = twin.configure_optimizers()
     except Exception as error:
         check_operator(error)
-        return
+        return None
     finally:
         twin.__dict__["_trainer"] = trainer
     if isinstance(configured, tuple) and len(configured) == 2 and isinstance(configured[0], list):
@@ -245,6 +267,7 @@ def _configure_optimizers(twin: Any, layout: Layout) -> None:
     if layout.zero and layout.dp != 1:
         check_optimizer(layout.zero, optimizers)
     twin.__dict__["optimizers"] = lambda use_pl_optimizer=True: optimizers[0] if len(optimizers) == 1 else optimizers
+    return optimizers
 
 
 def _copied(datamodule: Any, trainer: Any) -> Any:

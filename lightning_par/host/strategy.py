@@ -21,6 +21,7 @@ from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, su
 from lightning_par.host.construction import check_init_word, configuring, guard_setup
 from lightning_par.host.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
+from lightning_par.host.memory import check_memory_gib
 from lightning_par.host.namespace import bind, root_in_use, worker_seeding
 from lightning_par.host.plan_report import report_plan
 from lightning_par.host.precision import check_device, precision_class, read_precision, read_scale
@@ -65,7 +66,12 @@ class HybridParallelStrategy(Host):
         layout: a layout word, such as ``tp2_pp2_zero1``, or a `Layout`. dp left out is what is left of the devices.
         plan: lines that win over what the trace says, see `lightning_par.plan.override`.
         recompute: what of the blocks' activations the backward computes again: ``none``, ``selective`` (what is cheap to make)
-            or ``full`` (all but their inputs). A line of ``plan`` says it for single blocks.
+            or ``full`` (all but their inputs); ``auto`` chooses for as few blocks as fit the memory. A line of ``plan`` says it for
+            single blocks.
+        memory_gib: GiB that each rank may store, which is checked before the run and is what ``auto`` fits; by default ``auto``
+            takes the memory of the GPU.
+        offload_activations: whether what the blocks save for the backward waits in the memory of the host, see
+            `lightning_par.offload`. A line of ``plan`` says it for single blocks.
         compile: whether torch.compile compiles the blocks: True, or the name of its backend.
         fp8: whether the linear layers of the blocks multiply in float8, and how they scale: ``tensorwise`` or ``rowwise``, see
             `lightning_par.tensor.float8`. Needs a GPU that has float8 units, torchao, and a bf16 precision.
@@ -86,8 +92,8 @@ class HybridParallelStrategy(Host):
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
         ConfigurationError: the schedule or the word for ``recompute``, ``fp8`` or ``init`` or the backend for ``compile`` is
-            unknown, ``loss_weight`` is no such thing, ``hang_seconds`` is too short, or an option in ``zero`` is unknown or not
-            one of the layout.
+            unknown, ``loss_weight`` is no such thing, ``memory_gib`` is not positive, ``hang_seconds`` is too short, or an option
+            in ``zero`` is unknown or not one of the layout.
     """
 
     root = ""  # the Lightning namespace, set by `bind`
@@ -103,6 +109,8 @@ class HybridParallelStrategy(Host):
         *,
         plan: Mapping[str, Any] | None = None,
         recompute: str = "none",
+        memory_gib: float | None = None,
+        offload_activations: bool = False,
         compile: bool | str = False,
         fp8: str | None = None,
         schedule: str | None = None,
@@ -118,11 +126,12 @@ class HybridParallelStrategy(Host):
         self._typed = str(layout)
         self.schedule, self.layout = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
         check_recompute_word(recompute)
+        check_memory_gib(memory_gib)
         check_hang_seconds(hang_seconds)
         self.zero_options = read_zero_options(zero)
         check_zero_options(self.zero_options, self.layout, self.schedule, splits_backward(self.schedule, self.layout))
         self.overrides, self._print_plan = dict(plan or {}), print_plan
-        self.loss_weight = read_loss_weight(loss_weight)
+        self.loss_weight, self.memory_gib = read_loss_weight(loss_weight), memory_gib
         self.init, self.weights = check_init_word(init), weights
         if compile:
             self.overrides["compile"] = read_backend(compile)
@@ -132,6 +141,8 @@ class HybridParallelStrategy(Host):
         if recompute != "none":
             self.overrides["recompute"] = {"*": recompute, **(self.overrides.get("recompute") or {})}
         self._timeout, self._hang_seconds = timedelta(seconds=timeout_seconds), hang_seconds
+        if offload_activations:
+            self.overrides["offload_activations"] = {"*": True, **(self.overrides.get("offload_activations") or {})}
         self._num_nodes = 1
         self._plan: Plan | None = None
         self._mesh: Mesh | None = None

@@ -7,7 +7,6 @@ rank's row of the schedule has in flight. Nothing is fitted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,53 +16,20 @@ from lightning_par.memory.profile import Loss, StageMemory, profile_stages
 from lightning_par.memory.states import state_bytes
 from lightning_par.pipeline.action import Row, Table
 from lightning_par.plan import Plan
-
-
-@dataclass(frozen=True)
-class RankMemory:
-    """Bytes on each rank of a pp coordinate.
-
-    Attributes:
-        parameters: as the optimizer and the forward have them.
-        gradients: before they are reduced.
-        states: of the optimizer, master weights included.
-        activations: the most that is stored between two actions of the schedule: for backwards to come, or received, or noted.
-        working: what an action has at its peak besides: what operations give each other, and a block that is computed again.
-        gathered: the most that ZeRO-3 has of parameters that are whole for a while.
-    """
-
-    parameters: int
-    gradients: int
-    states: int
-    activations: int
-    working: int
-    gathered: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of it at once."""
-        return self.parameters + self.gradients + self.states + self.activations + self.working + self.gathered
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What all ranks store.
-
-    Attributes:
-        ranks: by pp coordinate.
-    """
-
-    ranks: tuple[RankMemory, ...]
-
-    @property
-    def total(self) -> int:
-        """Of the rank that stores the most."""
-        return max(rank.total for rank in self.ranks)
+from lightning_par.plan.memory import RankMemory
+from lightning_par.runtime.precision import FULL, Precision
 
 
 def forecast(
-    module: nn.Module, microbatch: Any, plan: Plan, table: Table, optimizer: OptimizerForm, loss_of: Loss, splits_backward: bool
-) -> Forecast:
+    module: nn.Module,
+    microbatch: Any,
+    plan: Plan,
+    table: Table,
+    optimizer: OptimizerForm,
+    loss_of: Loss,
+    splits_backward: bool,
+    precision: Precision = FULL,
+) -> tuple[RankMemory, ...]:
     """What a training step stores on every rank. One process, no process group; the module is not changed.
 
     Args:
@@ -74,12 +40,16 @@ def forecast(
         optimizer: what it keeps.
         loss_of: the loss in what the step returns.
         splits_backward: whether the schedule computes weight gradients apart.
+        precision: of the run, as the plan was made for.
+
+    Returns:
+        By pp coordinate.
 
     Raises:
         Exception: whatever the step raises on fake tensors.
     """
-    stages = profile_stages(module, microbatch, plan, loss_of, splits_backward)
-    return Forecast(tuple(_rank_memory(plan, pp, row, stages, optimizer) for pp, row in enumerate(table)))
+    stages = profile_stages(module, microbatch, plan, loss_of, splits_backward, precision)
+    return tuple(_rank_memory(plan, pp, row, stages, optimizer) for pp, row in enumerate(table))
 
 
 def _rank_memory(plan: Plan, pp: int, row: Row, stages: Sequence[StageMemory], optimizer: OptimizerForm) -> RankMemory:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ from lightning_par.runtime.axis import LocalAxis
 from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.nested import map_tensors, tensors_in
-from lightning_par.trace.tracer import silent_copy
+from lightning_par.runtime.precision import FULL, Precision
+from lightning_par.trace.tracer import fake_of, silent_copy
+from lightning_par.zero.bucket import gradient_dtype
+from lightning_par.zero.masters import accumulate_in_float32
 
 _CPU = torch.device("cpu")
 Loss = Callable[[Any], torch.Tensor]
@@ -49,7 +53,13 @@ StageMemory = dict[Kind, ActionMemory]  # of one microbatch, by action
 
 
 def profile_stages(
-    module: nn.Module, batch: Any, plan: Plan, loss_of: Loss, splits_backward: bool, step: str = "training_step"
+    module: nn.Module,
+    batch: Any,
+    plan: Plan,
+    loss_of: Loss,
+    splits_backward: bool,
+    precision: Precision = FULL,
+    step: str = "training_step",
 ) -> list[StageMemory]:
     """What one microbatch stores on each stage. One process, no process group; the module is not changed.
 
@@ -59,6 +69,7 @@ def profile_stages(
         plan: all decisions.
         loss_of: the loss in what the step returns.
         splits_backward: whether the schedule computes weight gradients apart.
+        precision: of the run.
         step: the hook that trains.
 
     Raises:
@@ -66,7 +77,8 @@ def profile_stages(
     """
     layout, sent = plan.layout, dict[Action, list[Like]]()
     with generators_put_back(), torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        ranks = [_Rank(module, batch, plan, pp, fake, sent, loss_of, splits_backward, step) for pp in range(layout.pp)]
+        made = (module, batch, plan), fake, sent, loss_of, splits_backward, precision, step
+        ranks = [_Rank(pp, *made) for pp in range(layout.pp)]
         if not (plan.chain is None or plan.chain.keeps_shape) or any(plan.boundaries):
             for stage in range(layout.num_stages):  # what is sent says what the next one receives
                 ranks[layout.pp_of(stage)].run(Action("F", stage, 0))
@@ -82,31 +94,38 @@ class _Rank:
 
     def __init__(
         self,
-        module: nn.Module,
-        batch: Any,
-        plan: Plan,
         pp: int,
+        run: tuple[nn.Module, Any, Plan],
         fake: FakeTensorMode,
         sent: dict[Action, list[Like]],
         loss_of: Loss,
         splits_backward: bool,
+        precision: Precision,
         step: str,
     ) -> None:
-        twin = silent_copy(module, fake.from_tensor)
+        module, batch, plan = run
+        twin = silent_copy(module, partial(fake_of, fake))
         self._batch = map_tensors(lambda tensor: fake.from_tensor(tensor.detach()), batch)
-        deferred = DeferredGradients()
-        stages = install(twin, plan, pp, LocalAxis("tp", plan.layout.tp, 0), _CPU, deferred if splits_backward else None)
+        deferred, tp = DeferredGradients(), LocalAxis("tp", plan.layout.tp, 0)
+        stages = install(twin, plan, pp, tp, _CPU, deferred if splits_backward else None, precision=precision)
         twin.train()
+        accumulate_in_float32(twin.parameters())
         for parameter in twin.parameters():  # as they are from the second microbatch on
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            dtype = gradient_dtype(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=dtype) if parameter.requires_grad else None
         self._executor = Executor(stages, _Imagined(sent), None, deferred)
-        self._twin, self._step, self._loss_of = twin, step, loss_of
+        self._twin, self._step, self._loss_of, self._precision = twin, step, loss_of, precision
         self._kinds: tuple[tuple[Kind, ...], ...] = (("F", "B"), ("F", "I", "W")) if splits_backward else (("F", "B"),)
 
     def run(self, *row: Action) -> None:
         """Run some actions."""
         step: Any = getattr(self._twin, self._step)
-        self._executor.run(row, lambda index: step(self._batch, 0), self._loss_of, [1.0])
+
+        def program(index: int) -> Any:
+            with self._precision.computing(_CPU.type):
+                return step(self._batch, 0)
+
+        self._executor.run(row, program, self._loss_of, [1.0])
 
     def profile(self, stage: int) -> StageMemory:
         """What each kind of action does, every way to do a backward tried."""

@@ -3,9 +3,11 @@
 With n local elements of a rank, d replicas, e bytes of an element, k bytes of optimizer state for each element::
 
     zero   parameters    gradients     optimizer states
-    0      e n           e n           k n
-    1, 2   e n'          e n           (4 + k) n'/d       n': each parameter group, padded to a multiple of 2 d elements
-    3      e n''/d       e n + 4 n''/d (4 + k) n''/d      n'': each parameter, padded to a multiple of d elements
+    0      e n           g n           k n, with masters (4 + k) n
+    1, 2   e n'          g n           (4 + k) n'/d       n': each parameter group, padded to a multiple of 2 d elements
+    3      e n''/d       g n + 4 n''/d (4 + k) n''/d      n'': each parameter, padded to a multiple of d elements
+
+Gradients add up in at least fp32: g = max(e, 4). Half-precision parameters have fp32 masters.
 
 Gradients are those of all microbatches before their one reduction, when they are most: a pipeline keeps them whole in every stage
 of ZeRO. Stage 3 has a buffer of fp32 for the partition besides. The 4 of the states are the fp32 masters that DeepSpeed steps, a
@@ -73,6 +75,7 @@ class _Count:
         for group in optimizer.groups:
             sizes = self._sizes(self._members(group))
             states += sum(sizes) * group.element_bytes + len(sizes) * group.tensor_bytes
+            states += sum(_FP32 * member.local_numel(self.tp) for member in self._members(group) if member.itemsize < _FP32)
         return StateBytes(self._bytes(self.held), self._gradients(), states)
 
     def partitioned_states(self, optimizer: OptimizerForm) -> StateBytes:
@@ -109,7 +112,7 @@ class _Count:
         return sum(parameter.local_numel(self.tp) * parameter.itemsize for parameter in parameters)
 
     def _gradients(self) -> int:
-        return self._bytes(parameter for parameter in self.held if parameter.requires_grad)
+        return sum(p.local_numel(self.tp) * max(p.itemsize, _FP32) for p in self.held if p.requires_grad)
 
     def _part(self, parameter: ParameterPlan) -> int:
         return _padded(parameter.local_numel(self.tp), self.dp) // self.dp

@@ -12,6 +12,8 @@ from lightning_par.plan.check import (
     check_batch_statistics,
     check_chain,
     check_divides,
+    check_offload,
+    check_offload_chain,
     check_one_split,
     check_recompute,
     check_second_derivatives,
@@ -21,8 +23,8 @@ from lightning_par.plan.crossing import plan_boundaries
 from lightning_par.plan.cut import cut_chain, unevenness
 from lightning_par.plan.effect import side_effects
 from lightning_par.plan.output import LeafPlan, OutputPlan, dims_like
-from lightning_par.plan.override import Overrides
-from lightning_par.plan.plan import Activation, ChainPlan, Kind, LayerPlan, ParameterPlan, Plan, StagePlan
+from lightning_par.plan.override import Overrides, RecomputeWord
+from lightning_par.plan.plan import Activation, ChainPlan, Kind, LayerPlan, ParameterPlan, Plan, Recompute, StagePlan
 from lightning_par.plan.segments import OutputUse, output_use
 from lightning_par.plan.tensor_rules import Flow, infer_flow, read_from_outside
 from lightning_par.plan.vocabulary import agree_on_ties, infer_vocabulary, padded
@@ -173,9 +175,12 @@ def _chosen_use(layer: Layer, segments: tuple[int, ...]) -> OutputUse:
 def _chain(trace: Trace, overrides: Overrides, module: str) -> ChainPlan | None:
     if not trace.blocks:
         check_recompute(trace, overrides.recompute, module)
+        check_offload_chain(trace, overrides.offload_activations, module)
         return None
     blocks = trace.blocks
     recomputed = overrides.recomputed(block.path for block in blocks)
+    offloaded = overrides.offloaded(block.path for block in blocks)
+    check_offload({path: recomputed.get(path, "none") for path, chosen in offloaded.items() if chosen}, overrides.compile)
     end = next((index for index, op in enumerate(trace.ops) if op.phase == 2 * len(blocks)), len(trace.ops))
     forms = {_form(trace, number) for block in blocks for number in (block.carry_in, block.carry_out)}
     return ChainPlan(
@@ -183,11 +188,17 @@ def _chain(trace: Trace, overrides: Overrides, module: str) -> ChainPlan | None:
         blocks=tuple(block.path for block in blocks),
         carry_argument=tuple(block.carry_argument for block in blocks),
         outputs=tuple(_output(trace, block) for block in blocks),
-        recompute=tuple(recomputed.get(block.path, "none") for block in blocks),
+        recompute=tuple(_recompute(recomputed.get(block.path, "none")) for block in blocks),
+        offload_activations=tuple(offloaded.get(block.path, False) for block in blocks),
         has_gradients=tuple(block.has_gradients for block in blocks),
         keeps_shape=len(forms) == 1,
         is_static=not trace.is_real and (trace.first_read is None or trace.first_read >= end),
     )
+
+
+def _recompute(word: RecomputeWord) -> Recompute:
+    """What is known of a block so far: nothing is computed again until `lightning_par.memory.fit` finds that it must be."""
+    return "none" if word == "auto" else word
 
 
 def _form(trace: Trace, number: int) -> tuple[tuple[int, ...], str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from lightning_par.errors import DataError, ModelError
+from lightning_par.errors import DataError, ModelError, PlanError
 from lightning_par.layout import Layout, nearest_layouts
-from lightning_par.plan.plan import Recompute
 from lightning_par.plan.segments import OutputUse
 from lightning_par.runtime.parameter import Split
 from lightning_par.trace import Layer, ParameterInfo, Trace
@@ -42,7 +41,7 @@ def check_chain(trace: Trace, layout: Layout, module: str) -> None:
         )
 
 
-def check_recompute(trace: Trace, chosen: Mapping[str, Recompute], module: str) -> None:
+def check_recompute(trace: Trace, chosen: Mapping[str, str], module: str) -> None:
     """Blocks are recomputed one by one, so a step that trains needs a chain of them. Called where there is none.
 
     Raises:
@@ -51,6 +50,41 @@ def check_recompute(trace: Trace, chosen: Mapping[str, Recompute], module: str) 
     mode = next((mode for mode in chosen.values() if mode != "none"), None)
     if mode is not None and trace.step == "training_step":
         raise without_blocks(trace, module, f"recompute={mode} works block by block", "use recompute=none")
+
+
+def check_offload_chain(trace: Trace, chosen: Mapping[str, bool], module: str) -> None:
+    """Blocks are offloaded one by one, so it needs a chain of them. Called where there is none.
+
+    Raises:
+        ModelError: some are to be offloaded.
+    """
+    if any(chosen.values()) and trace.step == "training_step":
+        raise ModelError(
+            f"offload_activations works block by block, and {module} has no chain of blocks that the step runs in order "
+            f"({looked(trace, module)}): name the container of the blocks with plan.chain=PATH, or leave it out"
+        )
+
+
+def check_offload(offloaded: Mapping[str, str], compile: str | None) -> None:
+    """What is saved of an offloaded block must go through autograd's hooks.
+
+    Args:
+        offloaded: what is recomputed of each block that is offloaded, by its path.
+        compile: the backend of torch.compile, if any.
+
+    Raises:
+        PlanError: a block is recomputed selectively, or compiled.
+    """
+    if offloaded and compile is not None:
+        raise PlanError(
+            "compile with offload_activations: a compiled block decides by itself what it saves, and how: leave one of them out"
+        )
+    path = next((path for path, word in offloaded.items() if word in ("selective", "auto")), None)
+    if path is not None:
+        raise PlanError(
+            f"offload_activations of {path} with recompute={offloaded[path]}: what selective recomputation keeps stays on the "
+            "device: use recompute=full, whose inputs are offloaded, or recompute=none"
+        )
 
 
 def check_divides(layer: Layer, use: OutputUse, layout: Layout, what: str, queries: int = 0) -> None:

@@ -14,8 +14,10 @@ plan:
   activation:
     "model.layers.*.mlp.gate_proj": global  # local or global, see `lightning_par.plan.plan.LayerPlan`
   recompute:
-    "model.layers.*": full                  # none, selective or full; a later pattern wins
+    "model.layers.*": full                  # none, selective, full, or auto to fit a memory; a later pattern wins
     "model.layers.0": none
+  offload_activations:
+    "model.layers.*": true                  # what is saved of a block waits on the host; a later pattern wins
   compile: inductor                         # true, or a backend of torch.compile
   fp8: rowwise                              # tensorwise or rowwise: the linear layers of the blocks multiply in float8
 """
@@ -26,14 +28,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from lightning_par.errors import PlanError
 from lightning_par.plan.compiled import read_backend
 from lightning_par.plan.plan import Activation, Float8Recipe, Kind, Recompute
 
 T = TypeVar("T")
-_LINES = ("chain", "stages", "costs", "split", "segments", "activation", "recompute", "compile", "fp8")
+RecomputeWord = Literal[Recompute, "auto"]
+RECOMPUTE_WORDS = (*get_args(Recompute), "auto")
+_LINES = ("chain", "stages", "costs", "split", "segments", "activation", "recompute", "offload_activations", "compile", "fp8")
 _ENDS = ("first", "last")
 
 
@@ -49,6 +53,7 @@ class Overrides:
         segments: sizes of fused parts, by pattern.
         activation: what a column layer gives the user's code, by pattern.
         recompute: what of a block's activations is computed again, by pattern of block names.
+        offload_activations: whether what is saved of a block waits on the host, by pattern of block names.
         compile: the backend of torch.compile for the blocks; None leaves them as written.
         fp8: how the linear layers of the blocks scale their operands to multiply in float8; None leaves them as they are.
     """
@@ -59,7 +64,8 @@ class Overrides:
     split: Mapping[str, Kind] = field(default_factory=dict)
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     activation: Mapping[str, Activation] = field(default_factory=dict)
-    recompute: Mapping[str, Recompute] = field(default_factory=dict)
+    recompute: Mapping[str, RecomputeWord] = field(default_factory=dict)
+    offload_activations: Mapping[str, bool] = field(default_factory=dict)
     compile: str | None = None
     fp8: Float8Recipe | None = None
 
@@ -78,7 +84,7 @@ class Overrides:
         split, activation, recompute = (dict(section.get(line) or {}) for line in ("split", "activation", "recompute"))
         _check_words("split", split, get_args(Kind), "a layer is split as")
         _check_words("activation", activation, get_args(Activation), "a column layer's activations are")
-        _check_words("recompute", recompute, get_args(Recompute), "what is recomputed of a block is")
+        _check_words("recompute", recompute, RECOMPUTE_WORDS, "what is recomputed of a block is")
         stages, segments, costs = section.get("stages"), dict(section.get("segments") or {}), dict(section.get("costs") or {})
         if stages is not None and not _are_sizes(stages):
             raise PlanError(f"plan.stages={stages}: write a list with the number of blocks on each stage, such as [5, 7]")
@@ -91,11 +97,15 @@ class Overrides:
                     f"plan.segments={{{pattern}: {sizes}}}: write a list with the sizes of the fused parts, such as [64, 16, 16]"
                 )
         whole = {pattern: tuple(sizes) for pattern, sizes in segments.items()}
+        offload = dict(section.get("offload_activations") or {})
+        for pattern, chosen in offload.items():
+            if not isinstance(chosen, bool):
+                raise PlanError(f"plan.offload_activations={{{pattern}: {chosen}}}: write true or false")
         backend, counts = read_backend(section.get("compile")), None if stages is None else tuple(stages)
         chain, fp8 = _read_chain(section.get("chain")), section.get("fp8")
         if fp8 is not None:
             check_float8_word(fp8)
-        return cls(chain, counts, costs, split, whole, activation, recompute, backend, fp8)
+        return cls(chain, counts, costs, split, whole, activation, recompute, offload, backend, fp8)
 
     def kinds(self, layers: Iterable[str]) -> dict[str, Kind]:
         """The chosen kind of each layer that a pattern names.
@@ -131,9 +141,13 @@ class Overrides:
             )
         return [self.costs.get("first", 0.0), *(found[path] for path in blocks), self.costs.get("last", 0.0)]
 
-    def recomputed(self, blocks: Iterable[str]) -> dict[str, Recompute]:
-        """What is computed again of each block that a pattern names; raises as `kinds`."""
+    def recomputed(self, blocks: Iterable[str]) -> dict[str, RecomputeWord]:
+        """What is computed again of each block that a pattern names, or that it is to be found out; raises as `kinds`."""
         return _matched("recompute", self.recompute, list(blocks), "block")
+
+    def offloaded(self, blocks: Iterable[str]) -> dict[str, bool]:
+        """Whether each block that a pattern names is offloaded; raises as `kinds`."""
+        return _matched("offload_activations", self.offload_activations, list(blocks), "block")
 
 
 def _read_chain(value: Any) -> str | tuple[str, ...] | None:
@@ -150,8 +164,8 @@ def check_recompute_word(word: str) -> None:
     Raises:
         PlanError: no such word.
     """
-    if word not in get_args(Recompute):
-        raise PlanError(f"recompute={word}: use one of {', '.join(get_args(Recompute))}")
+    if word not in RECOMPUTE_WORDS:
+        raise PlanError(f"recompute={word}: use one of {', '.join(RECOMPUTE_WORDS)}")
 
 
 def check_float8_word(word: str) -> None:

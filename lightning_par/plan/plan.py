@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_par.layout import Layout
+from lightning_par.plan.memory import RankMemory
 from lightning_par.plan.output import LeafPlan, OutputPlan
 from lightning_par.runtime.parameter import ParameterSpec, Split
 from lightning_par.runtime.template import Path
@@ -72,6 +73,7 @@ class ChainPlan:
         carry_argument: position or keyword of the hidden state among a block's arguments, by block.
         outputs: what stands for a block's output on a stage that does not run it, by block.
         recompute: what of a block's activations the backward computes again, see `lightning_par.recompute.block`.
+        offload_activations: whether what autograd saves of a block waits in the memory of the host, see `lightning_par.offload`.
         has_gradients: whether a block is called with gradients enabled, by block; not so in reentrant checkpointing.
         keeps_shape: whether every block leaves the hidden state in the shape and dtype in which the first one got it.
         is_static: whether the code reads no value of a tensor before the end of the blocks, so that shapes follow from those of
@@ -83,6 +85,7 @@ class ChainPlan:
     carry_argument: tuple[int | str, ...]
     outputs: tuple[OutputPlan, ...]
     recompute: tuple[Recompute, ...]
+    offload_activations: tuple[bool, ...]
     has_gradients: tuple[bool, ...]
     keeps_shape: bool
     is_static: bool
@@ -178,6 +181,7 @@ class Plan:
         sequence: under sequence parallelism, what is cut along the sequence.
         compilation: what is compiled, if anything.
         float8: what multiplies in float8, if anything.
+        memory: what ranks store, by pp coordinate; empty where it was not asked for.
     """
 
     layout: Layout
@@ -191,6 +195,7 @@ class Plan:
     sequence: SequencePlan | None = None
     compilation: CompilePlan | None = None
     float8: Float8Plan | None = None
+    memory: tuple[RankMemory, ...] = ()
 
     def layer(self, name: str) -> LayerPlan | None:
         """The plan of one layer."""
@@ -220,6 +225,7 @@ class Plan:
             sequence=None if data["sequence"] is None else SequencePlan(**_tuples(data["sequence"])),
             compilation=None if data["compilation"] is None else CompilePlan(**_tuples(data["compilation"])),
             float8=None if data["float8"] is None else Float8Plan(**_tuples(data["float8"])),
+            memory=tuple(RankMemory(**entry) for entry in data.get("memory", ())),
         )
 
 

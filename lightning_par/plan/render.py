@@ -27,6 +27,11 @@ def render_plan(plan: Plan, width: int = 132, color: bool = False) -> str:
     console.print(_stages(plan))
     if plan.chain is not None and set(plan.chain.recompute) != {"none"}:
         console.print(f"recompute: {_recompute(plan.chain)}", markup=False)
+    if plan.chain is not None and any(plan.chain.offload_activations):
+        offloaded = [path for path, chosen in zip(plan.chain.blocks, plan.chain.offload_activations, strict=True) if chosen]
+        console.print(f"activations wait on the host: {_spans(offloaded)}", markup=False)
+    if plan.memory:
+        console.print(_memory(plan))
     for line in _carried(plan):
         console.print(line, markup=False)
     if plan.sequence is not None:
@@ -52,6 +57,19 @@ def _stages(plan: Plan) -> Table:
             format_bytes(stage.saved_bytes),
         )
         table.add_row(str(index), blocks, _ranks(plan, (plan.layout.pp_of(index),)), *numbers)
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    """What each rank stores, by kind, and at its peak."""
+    table = Table("pp", "ranks", title="Memory of a rank", title_justify="left")
+    has_gathered = any(memory.gathered for memory in plan.memory)
+    kinds = ["parameters", "gradients", "states", "activations", "working"] + ["gathered"] * has_gathered
+    for heading in (*kinds, "peak"):
+        table.add_column(heading, justify="right")
+    for pp, memory in enumerate(plan.memory):
+        numbers = (format_bytes(size) for size in (*(getattr(memory, kind) for kind in kinds), memory.total))
+        table.add_row(str(pp), _ranks(plan, (pp,)), *numbers)
     return table
 
 

@@ -27,9 +27,6 @@ class Arguments:
     Args:
         args, kwargs: as the block was called.
         can_watch: whether what the first run reads can be found out; else all is kept.
-
-    Attributes:
-        tensors: the tensors among them, of sharded ones the local part, for `torch.utils.checkpoint.checkpoint` to hold.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], can_watch: bool = True) -> None:
@@ -37,10 +34,18 @@ class Arguments:
         self._given: dict[int | str, Any] = dict(enumerate(args))
         self._given.update(kwargs.items())
         tensors = {place: value for place, value in self._given.items() if isinstance(value, torch.Tensor)}
-        self.tensors = [_inner(tensor) for tensor in tensors.values()]
+        self._tensors = [_inner(tensor) for tensor in tensors.values()]
         self._forms = {place: _form(tensor) for place, tensor in tensors.items()}
         self._kept = {place: value for place, value in self._given.items() if place not in tensors}
         self._changing = {place: value for place, value in self._kept.items() if not _is_unchanging(value)}
+
+    def take_tensors(self) -> list[torch.Tensor]:
+        """The tensors among them, of sharded ones the local part, for `torch.utils.checkpoint.checkpoint` to hold; once.
+
+        It saves them as autograd saves others, so that they can wait elsewhere; they must be held by nothing else.
+        """
+        taken, self._tensors = self._tensors, []
+        return taken
 
     @contextmanager
     def first_use(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -61,7 +66,7 @@ class Arguments:
         self._kept.update(self._changing)
 
     def again(self, tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same for a later run, with ``tensors`` in the places of `tensors`."""
+        """The same for a later run, with ``tensors`` in the places of those that were taken."""
         formed = {place: form(tensor) for (place, form), tensor in zip(self._forms.items(), tensors, strict=True)}
         return self._split({**self._kept, **_copies(self._changing, lambda tensor: tensor), **formed})
 

@@ -76,7 +76,7 @@ def _recomputing(cls: type[nn.Module], mode: Recompute, as_written: bool, group:
                 args, kwargs = arguments.again(tensors)
                 return cls.__call__(block, *args, **kwargs)
 
-        return checkpoint(run, *arguments.tensors, use_reentrant=False, context_fn=contexts)
+        return checkpoint(run, *arguments.take_tensors(), use_reentrant=False, context_fn=contexts)
 
     return call
 

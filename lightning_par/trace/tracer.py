@@ -111,7 +111,7 @@ def _run(
 def _run_once(
     module: nn.Module, batch: Any, mode: _Mode, containers: Containers, fake: FakeTensorMode | None
 ) -> tuple[Recorder, Any, Exception | None]:
-    copied = _clone if fake is None else partial(_fake_of, fake)
+    copied = _clone if fake is None else partial(fake_of, fake)
     has_gradients = mode.step == "training_step"
     with generators_put_back(), _in_the_open(), fake or contextlib.nullcontext():
         twin = silent_copy(module, lambda tensor: mode.precision.convert(copied(tensor)))
@@ -150,7 +150,8 @@ def _device_type(module: nn.Module) -> str:
     return next((parameter.device.type for parameter in module.parameters()), "cpu")
 
 
-def _fake_of(fake: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+def fake_of(fake: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake of a tensor, whether that has memory or not."""
     if not is_deferred(tensor):
         return fake.from_tensor(tensor)
     twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)  # on the CPU, where it is going to be made
