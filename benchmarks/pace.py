@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from benchmarks.pipelines import LEARNING_RATE, SYSTEMS, Pipeline, System, nap_i
 from lightning_par.pipeline.action import Table
 from lightning_par.pipeline.simulate import Costs, simulate
 
+_Each = TypeVar("_Each")
 WORK_SECONDS = 0.04  # of a rank for each of F, I and W of a microbatch
 IDEAL_SECONDS = 3 * WORK_SECONDS * NUM_MICROBATCHES  # of a rank that never waits
 NUM_LEARNING_STEPS = 6  # with work, for systems that make their table from them
@@ -95,7 +97,7 @@ def measure_rank(rank: int, world_size: int, effort: Effort) -> list[Row]:
     nap_in_notes(naps)
     times = {system: Times() for system in SYSTEMS}
     num_turns = len(SYSTEMS) * (1 + 2 * effort.num_rounds)
-    with _progress(rank) as progress:
+    with progress_bar(rank) as progress:
         task = progress.add_task("", total=num_turns)
 
         def show(words: str) -> None:
@@ -108,7 +110,7 @@ def measure_rank(rank: int, world_size: int, effort: Effort) -> list[Row]:
             wrong[system] = _check(pipelines[system], system, naps)
             progress.advance(task)
         right = [system for system in SYSTEMS if not wrong[system]]
-        for system in _turns(right, effort.num_rounds):
+        for system in turns(right, effort.num_rounds):
             show(f"timing {system.name} {system.title}")
             _take_turn(pipelines[system], naps, effort, times[system])
             progress.advance(task)
@@ -121,7 +123,8 @@ def measure_rank(rank: int, world_size: int, effort: Effort) -> list[Row]:
     return rows
 
 
-def _turns(systems: Sequence[System], num_rounds: int) -> Iterator[System]:
+def turns(systems: Sequence[_Each], num_rounds: int) -> Iterator[_Each]:
+    """Each system ``2 * num_rounds`` times, there and back again."""
     for _ in range(num_rounds):
         yield from systems
         yield from reversed(systems)
@@ -150,20 +153,20 @@ def _check(pipeline: Pipeline, system: System, naps: Naps) -> str:
 def _take_turn(pipeline: Pipeline, naps: Naps, effort: Effort, times: Times) -> None:
     gc.collect()
     naps.work(0.0)
-    _time_step(pipeline)  # what other systems have left in caches is no part of it
+    time_step(pipeline.step)  # what other systems have left in caches is no part of it
     for _ in range(effort.num_idle_steps):
-        seconds, cpu_seconds = _time_step(pipeline)
+        seconds, cpu_seconds = time_step(pipeline.step)
         times.idle_seconds.append(seconds)
         times.cpu_seconds.append(cpu_seconds)
     naps.work(WORK_SECONDS)
-    times.seconds += [_time_step(pipeline)[0] for _ in range(effort.num_working_steps)]
+    times.seconds += [time_step(pipeline.step)[0] for _ in range(effort.num_working_steps)]
 
 
-def _time_step(pipeline: Pipeline) -> tuple[float, float]:
-    """Time and processor time of the slowest rank."""
+def time_step(step: Callable[[], Any]) -> tuple[float, float]:
+    """Time and processor time of the slowest rank. Collective over all ranks."""
     dist.barrier()
     begin, cpu_begin = time.perf_counter(), time.process_time()
-    pipeline.step()
+    step()
     seconds = torch.tensor([time.perf_counter() - begin, time.process_time() - cpu_begin], dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return float(seconds[0]), float(seconds[1])
@@ -177,7 +180,7 @@ def _theory(table: Table) -> float:
     return makespan / IDEAL_SECONDS - 1
 
 
-def _progress(rank: int) -> Progress:
+def progress_bar(rank: int) -> Progress:
     """Drawn by the first rank between the turns, never by a thread beside what is timed."""
     columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), auto_refresh=False, disable=rank != 0)

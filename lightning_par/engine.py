@@ -113,12 +113,23 @@ class Engine:
             self.states.dissolve()
         if layout.zero and self.mesh.dp.size > 1:
             self.states = DeepSpeedStates(
-                self.module, optimizers, layout.zero, self.mesh, options, has_masters=self.precision.has_masters
+                self.module,
+                optimizers,
+                layout.zero,
+                self.mesh,
+                options,
+                has_masters=self.precision.has_masters,
+                units=self._blocks(),
             )
         else:
             self.states = ReplicatedStates(self.module, optimizers, self.mesh.dp, self.precision.has_masters)
         self._hooks.after_forward, self._hooks.after_backward = self.states.after_forward, self.states.after_backward
         return self.states
+
+    def _blocks(self) -> list[nn.Module]:
+        """Those of this rank."""
+        chain, held = self.plan.chain, self.plan.blocks_at(self.mesh.coordinate.pp)
+        return [] if chain is None else [self.module.get_submodule(chain.blocks[index]) for index in held]
 
     @property
     def runs_last_stage(self) -> bool:

@@ -126,7 +126,13 @@ def mark_stepped(optimizer: Optimizer) -> None:
 
 
 def start_zero_engine(
-    stage: int, root: nn.Module, optimizer: Optimizer, mpu: object, config: dict[str, Any], device: torch.device
+    stage: int,
+    root: nn.Module,
+    optimizer: Optimizer,
+    mpu: object,
+    config: dict[str, Any],
+    device: torch.device,
+    units: Iterable[nn.Module] = (),
 ) -> ZeroEngine:
     """Build DeepSpeed's engine for ZeRO stage 1, 2 or 3. Collective over the world.
 
@@ -138,15 +144,18 @@ def start_zero_engine(
         mpu: what DeepSpeed asks about the ranks.
         config: DeepSpeed's configuration.
         device: where the parameters are.
+        units: in stage 3, modules inside ``root`` whose parameters are gathered all at once.
 
     Raises:
         ConfigurationError: DeepSpeed is missing or another version.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it guesses, with a warning
     check_deepspeed()
-    _quieten_deepspeed(device)
+    quieten_deepspeed(device)
     deepspeed = importlib.import_module("deepspeed")
     marks = _Marks(root)
+    for unit in units if stage == 3 else ():
+        deepspeed.utils.set_z3_leaf_module(unit, True)
     engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, mpu=mpu, config=config)
     marks.find()
     kind = ZeroEngine3 if stage == 3 else ZeroEngine12
@@ -157,7 +166,7 @@ def start_zero_engine(
     return kind(engine, marks)
 
 
-def _quieten_deepspeed(device: torch.device) -> None:
+def quieten_deepspeed(device: torch.device) -> None:
     """Keep DeepSpeed, once imported, from compiling, starting programs, and writing to the terminal."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # read when an engine starts on CPU, to decide on building an extension of its own for collectives. Read for the first
@@ -433,6 +442,7 @@ class ZeroEngine3(ZeroEngine):
 
     NAMES = (
         "_grad_acc_hooks",
+        "_leaf_module_hooks",
         "averaged_gradients",
         "fp16_groups",
         "fp32_partitioned_groups_flat",
@@ -441,6 +451,7 @@ class ZeroEngine3(ZeroEngine):
         "micro_step_id",
         "offload_optimizer",
         "parameter_offload",
+        "persistent_parameters",
     )
 
     def __init__(self, engine: Any, marks: _Marks) -> None:
@@ -449,6 +460,9 @@ class ZeroEngine3(ZeroEngine):
         self.coordinator = self.zero.parameter_offload.get_param_coordinator()
         self.depth = len(self.offload.FWD_MODULE_STACK)  # the root is on it for good
         self.zero._get_norm_groups = lambda: [torch.zeros(())]  # a valid norm, without a collective per group
+        for hook in self.zero._leaf_module_hooks:  # as those of single parameters
+            hook.remove()
+        self.zero._leaf_module_hooks.clear()
         self.undo_mapping = _map_local_tensors()
 
     @property
@@ -500,6 +514,8 @@ class ZeroEngine3(ZeroEngine):
         self.zero._partition_all_parameters()
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self.zero.persistent_parameters:  # small ones that an option of the user keeps whole
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def whole(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
         gathered: AbstractContextManager[None] = importlib.import_module("deepspeed").zero.GatheredParameters([parameter])
@@ -536,7 +552,7 @@ class ZeroEngine3(ZeroEngine):
     def _keep(self, module: nn.Module) -> None:
         """Keep a module's parameters, own and borrowed, until the step."""
         vars(module)["ds_grads_remaining"] = -(2**30)  # never counts down to the closing backward hook
-        for parameter in self.offload.iter_params(module, recurse=False):
+        for parameter in self.offload.iter_params(module, recurse=getattr(module, "_z3_leaf", False)):
             parameter.ds_active_sub_modules.add(module.ds_id)
             if parameter.ds_status.name == "NOT_AVAILABLE":
                 parameter.all_gather()

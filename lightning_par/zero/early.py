@@ -1,8 +1,9 @@
 """Gradients reduced over dp while a backward makes them, so that a rank keeps 1/dp of them and one bucket.
 
 Of Ψ gradient elements a rank keeps Ψ/dp between microbatches instead of Ψ, and they are sent once for each microbatch instead
-of once for each step. A gradient that is a sum over tp, over the ranks that hold copies, or over tied stages is summed first,
-which is done once for each step: it stays whole until then.
+of once for each step. While a backward runs, DeepSpeed's buckets come on top, and in stage 2 another Ψ/dp. A gradient that is a
+sum over tp, over the ranks that hold copies, or over tied stages is summed first, which is done once for each step: it stays
+whole until then.
 """
 
 from __future__ import annotations

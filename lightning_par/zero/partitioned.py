@@ -7,7 +7,7 @@ hyperparameters of the user's groups are copied over before each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,8 @@ class DeepSpeedStates(OptimizerStates):
         mesh: the mesh of the run, dp at least 2.
         options: the section ``zero``.
         has_masters: whether the parameters are bfloat16.
+        units: modules whose parameters stage 3 gathers all at once, such as the blocks: a collective for each of their small
+            layers would cost more than it saves.
 
     Raises:
         ConfigurationError: several optimizers, one that is not elementwise, parameters of another dtype, or no
@@ -57,6 +59,7 @@ class DeepSpeedStates(OptimizerStates):
         mesh: Mesh,
         options: ZeroOptions | None = None,
         has_masters: bool = False,
+        units: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__(module, optimizers)
         options = options or ZeroOptions()
@@ -75,7 +78,9 @@ class DeepSpeedStates(OptimizerStates):
         if has_masters:
             accumulate_in_float32(self._shapes)
         config = deepspeed_config(stage, sum(p.numel() for p in self._shapes), options, device, has_masters)
-        self.engine: ZeroEngine = start_zero_engine(stage, root, twin_of(optimizers[0], groups), MeshUnit(mesh), config, device)
+        self.engine: ZeroEngine = start_zero_engine(
+            stage, root, twin_of(optimizers[0], groups), MeshUnit(mesh), config, device, units
+        )
         self._early = EarlyReduction(self.engine, self._shapes, mesh) if options.reduce == MICROBATCH else None
 
     @contextmanager

@@ -1,0 +1,85 @@
+"""Step time of ZeRO 0 to 3 beside DeepSpeed's own loop, DDP and FSDP2.
+
+    python -m benchmarks.zero
+    python -m benchmarks.zero --quick
+    python -m benchmarks.zero --markdown
+
+The same model is trained by each system over forked processes on this machine's CPU. Losses must be those of one process. Exit
+code 1 where they are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.replica_pace import Row
+
+_TIMEOUT_SECONDS = 1800
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: words after the command's name; by default those it was started with.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        AssertionError: a rank raised; its traceback is the message.
+    """
+    options = _parser().parse_args(arguments)
+    _report("importing torch, Lightning and DeepSpeed")
+    from benchmarks.replica_table import render_json, render_markdown, render_table  # late, so that --help is quick
+
+    rows = measure(options.quick)
+    render = render_json if options.json else render_markdown if options.markdown else render_table
+    print(render(rows))
+    wrong = [f"{row.system}, zero{row.zero}: {row.wrong}" for row in rows if row.wrong]
+    _report("\n".join(wrong) or "every system computes what one process does")
+    return 1 if wrong else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.zero",
+        description="Time the steps of two replicas: ZeRO 0 to 3 of lightning_par and of DeepSpeed's own loop, "
+        "DistributedDataParallel and fully_shard, on the same model and data. Takes about 6 minutes on 2 cores, which should have "
+        "nothing else to do.",
+        epilog="Exit code 1 where a system computes other losses than one process.",
+    )
+    parser.add_argument("--quick", action="store_true", help="few steps of each: about 1 minute, and rough")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print every time as JSON")
+    form.add_argument("--markdown", action="store_true", help="print the section of benchmarks/RESULTS.md")
+    return parser
+
+
+def measure(quick: bool) -> list[Row]:
+    """Time every system; progress goes to stderr.
+
+    Raises:
+        AssertionError: a rank raised (its traceback is the message).
+    """
+    from tests.ranks import run_ranks  # isort: skip  # first: it chooses one thread and DeepSpeed's CPU mode
+
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # here, or each forked rank would import it
+
+    from benchmarks.replica_pace import QUICK, Effort, measure_rank
+    from benchmarks.replicas import NUM_RANKS
+
+    rows: list[Row] = run_ranks(measure_rank, NUM_RANKS, QUICK if quick else Effort(), timeout=_TIMEOUT_SECONDS)[0]
+    return rows
+
+
+def _report(progress: str) -> None:
+    print(progress, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
