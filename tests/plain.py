@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -166,7 +167,10 @@ def check_precisions(
                 allowed = _allowed(alone, full, ranks, layout)
                 _check_first_step(alone, ranks, allowed["numbers"])
                 check_pieces(alone, ranks, layout, allowed["pieces"])
-                compare(alone, ranks, layout, allowed)
+                truth = alone
+                if strategy_options.get("zero", {}).get("reduce") == "microbatch":  # what a rank has made is gone by the hook
+                    truth, ranks = replace(alone, gradients={}), [replace(run, gradients={}) for run in ranks]
+                compare(truth, ranks, layout, allowed)
                 if layout.tp > 1:
                     error = _error_of_all(dict(assemble(ranks, layout, "weights", total=False)), alone.weights)
                     tolerance = max(TOLERANCE, 1.5 * _error_of_all(alone.weights, full.weights))

@@ -113,6 +113,12 @@ def test_predictions_are_those_of_the_stock_trainer() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero", [{"reduce": "microbatch"}, {"offload_optimizer": "cpu"}], ids=str)
+def test_every_way_to_keep_gradients(zero: dict[str, Any]) -> None:
+    check_precisions(frozen_block, words("pp2_dp2")[2:], PRECISIONS[1:], zero=zero)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["tp2_dp2", "tp2_pp2_dp2", "pp2_vp2_dp2", "tp2_sp_dp2"])
 def test_every_mesh(mesh: str) -> None:
     check_precisions(frozen_block, words(mesh), PRECISIONS, timeout=280)
