@@ -25,6 +25,7 @@ from lightning_par.materialize import (
     deferred_init,
     give_values,
     is_deferred,
+    match_weights,
     materialize_attributes,
     materialize_rest,
     materialize_shard,
@@ -421,6 +422,33 @@ def build_coordinate(rank: int, world_size: int, kind: str, init: str, pp: int) 
     install(module, plan, pp, LocalAxis("tp", 4, 1), torch.device("cpu"))
     shard = sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
     return {"total": total, "shard": shard, "peak": resident("VmHWM") - base, "seconds": time.process_time() - start}
+
+
+def write_weights(rank: int, world_size: int, kind: str, folder: Path) -> None:
+    of_three_gib(kind).model.save_pretrained(folder, max_shard_size="500MB")  # type: ignore[union-attr, operator]
+
+
+def read_coordinate(rank: int, world_size: int, kind: str, folder: Path, pp: int) -> dict[str, float]:
+    """One coordinate of tp2_pp2, played in this process: what it took to read its part."""
+    Path("/proc/self/clear_refs").write_text("5")
+    base, start = resident("VmRSS"), time.process_time()
+    with deferred_init("fast"):
+        module = of_three_gib(kind)
+    plan = plan_of(module, "tp2_pp2", {"tokens": torch.zeros(8, 17, dtype=torch.long)})
+    install(module, plan, pp, LocalAxis("tp", 2, 1), torch.device("cpu"), weights=match_weights(module, folder))
+    shard = sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
+    return {"shard": shard, "peak": resident("VmHWM") - base, "seconds": time.process_time() - start}
+
+
+@pytest.mark.slow
+def test_shards_of_a_large_checkpoint(tmp_path: Path) -> None:
+    """The same bound where they are read from files of 3 GiB."""
+    run_ranks(write_weights, 1, "Llama", tmp_path, timeout=300)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    for pp in range(2):
+        (read,) = run_ranks(read_coordinate, 1, "Llama", tmp_path, pp, timeout=300)
+        assert read["peak"] < 1.1 * read["shard"] + 100e6, f"{read['peak'] / 2**20:.0f} MiB"
+        assert read["seconds"] < 10
 
 
 @pytest.mark.slow

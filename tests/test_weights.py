@@ -21,11 +21,14 @@ from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.materialize import deferred_init, match_weights
 from lightning_par.materialize.weight_file import StoredTensor
 from lightning_par.runtime.parameter import Split
+from lightning_par.zero.partitioned import DeepSpeedStates
 from tests.models import TransformersModel, gpt2, llama, make_batch
 from tests.parity import check_parity
+from tests.ranks import run_ranks
 from tests.zoo import ZOO
 
 MakeModel = Callable[[], pl.LightningModule]
+TOKENS = torch.arange(32).view(2, 16)
 MAKERS: dict[str, MakeModel] = {"GPT-2": gpt2, "Llama": llama, "Llama, 131 tokens": ZOO["Llama, 131 tokens"]}
 
 
@@ -79,6 +82,36 @@ def test_a_module_with_weights_of_its_own_takes_those_of_the_files(folders: dict
     (logits,) = trainer.predict(module, loader)  # type: ignore[misc]
     with torch.no_grad():
         assert torch.equal(logits, expected.eval().predict_step(batch, 0))  # type: ignore[arg-type]
+
+
+class Still(Logits):
+    """Steps, and stays where it is."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def predict_logits(rank: int, world_size: int, word: str, folder: Path) -> Any:
+    """Logits after a step that has started ZeRO; an array, because tensors cannot leave a process that ends."""
+    with deferred_init("fast"):
+        module = Still(llama().model)  # type: ignore[arg-type]
+    strategy: Any = HybridParallelStrategy(word, weights=folder, print_plan=False)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=world_size, max_steps=1, **quiet)  # type: ignore[arg-type]
+    trainer.fit(module, torch.utils.data.DataLoader([make_batch(0, 4)] * 2, batch_size=None))  # type: ignore[arg-type]
+    assert isinstance(strategy.states, DeepSpeedStates)
+    loader: Any = torch.utils.data.DataLoader([{"tokens": TOKENS}] * 2, batch_size=None)  # type: ignore[list-item]
+    (logits,) = trainer.predict(module, loader)  # type: ignore[misc]
+    return logits.numpy()  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_logits_of_a_model_whose_parameters_are_partitioned(folders: dict[str, Path]) -> None:
+    expected: Any = Logits(llama().model.from_pretrained(folders["Llama"]))  # type: ignore[union-attr]
+    with torch.no_grad():
+        truth = expected.eval().predict_step({"tokens": TOKENS}, 0)
+    for logits in run_ranks(predict_logits, 8, "tp2_pp2_dp2_zero3", folders["Llama"], timeout=200):
+        torch.testing.assert_close(torch.from_numpy(logits), truth, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(13,), (13, 5), (5, 13), (3, 13, 4), ()])
