@@ -205,7 +205,12 @@ class _Living(LivingTensors):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in GATHERS and dist.ProcessGroup.unbox(args[2]).group_name == self._dp:
             self._gathered += [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors_in(args[0])]
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.aten.cat.default:  # the parameters of a block, gathered in one collective, out of each rank's part
+            gathered = self.gathered()
+            if any(tensor.untyped_storage()._cdata in gathered for tensor in args[0]):
+                self._gathered.append(StorageWeakRef(result.untyped_storage()))
+        return result
 
     def gathered(self) -> set[int]:
         """Keys of the storages that are still there."""
