@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pytest
 import pytorch_lightning as pl
@@ -15,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_par.errors import LayoutError, ModelError
 from lightning_par.install import install_tensor_parallel
 from lightning_par.layout import Layout, parse_layout
+from lightning_par.pipeline.action import Action
 from lightning_par.pipeline.transport import Transport
 from lightning_par.plan import Plan
 from lightning_par.plan.render import render_plan
@@ -127,13 +127,13 @@ def test_a_layer_keeps_its_part_of_the_activations_and_two_gathered_inputs(tp: i
 
 def sent_shapes(rank: int, world_size: int, layout: Layout) -> set[tuple[int, ...]]:
     shapes: set[tuple[int, ...]] = set()
-    send = Transport._send
+    send = Transport.send
 
-    def watched(self: Transport, *args: Any) -> None:
-        shapes.add(tuple(args[-1].shape))
-        send(self, *args)
+    def watched(self: Transport, message: Action, tensors: Sequence[torch.Tensor], with_header: bool = False) -> None:
+        shapes.update(tuple(tensor.shape) for tensor in tensors)
+        send(self, message, tensors, with_header)
 
-    Transport._send = watched  # type: ignore[method-assign]
+    Transport.send = watched  # type: ignore[method-assign]
     train_rank(models.gpt, layout, rank)
     return shapes
 

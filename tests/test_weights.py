@@ -70,8 +70,7 @@ class Logits(TransformersModel):
         return logits
 
 
-def test_a_module_with_weights_of_its_own_takes_those_of_the_files(folders: dict[str, Path]) -> None:
-    """In one process, through the Trainer; the weights that the module had are replaced."""
+def predict_alone(rank: int, world_size: int, folders: dict[str, Path]) -> None:
     batch = {"tokens": torch.arange(32).view(2, 16)}
     module, expected = (Logits(llama().model) for _ in range(2))  # type: ignore[arg-type]
     expected.model = type(expected.model).from_pretrained(folders["Llama"])  # type: ignore[attr-defined]
@@ -82,6 +81,11 @@ def test_a_module_with_weights_of_its_own_takes_those_of_the_files(folders: dict
     (logits,) = trainer.predict(module, loader)  # type: ignore[misc]
     with torch.no_grad():
         assert torch.equal(logits, expected.eval().predict_step(batch, 0))  # type: ignore[arg-type]
+
+
+def test_a_module_with_weights_of_its_own_takes_those_of_the_files(folders: dict[str, Path]) -> None:
+    """In one process, through the Trainer; the weights that the module had are replaced."""
+    run_ranks(predict_alone, 1, folders)
 
 
 class Still(Logits):
