@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from benchmarks.command import conclude, make_parser, print_rows, report
+
 if TYPE_CHECKING:
     from benchmarks.traffic import Row
 
@@ -35,29 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AssertionError: as `measure`.
     """
     options = _parser().parse_args(arguments)
-    _report("importing torch, transformers, Lightning and DeepSpeed")
+    report("importing torch, transformers, Lightning and DeepSpeed")
+    from benchmarks import traffic_table  # late, so that --help is quick
     from benchmarks.traffic import differences
-    from benchmarks.traffic_table import render_json, render_markdown, render_table  # late, so that --help is quick
 
-    render = render_json if options.json else render_markdown if options.markdown else render_table
     rows = measure()
-    print(render(rows))
-    wrong = differences(rows)
-    _report("\n".join(wrong) or "lightning_par equals the formula")
-    return 1 if wrong else 0
+    print_rows(rows, options, traffic_table)
+    return conclude(differences(rows), "lightning_par equals the formula")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.communication",
-        description="Count the collectives of tensor parallelism, and the bytes that one rank sends, per decoder layer and "
+    return make_parser(
+        "communication",
+        "Count the collectives of tensor parallelism, and the bytes that one rank sends, per decoder layer and "
         "microbatch: lightning_par, DTensor and DeepSpeed AutoTP on the same Llama. Takes about a minute on 2 cores.",
-        epilog="Exit code 1 where lightning_par differs from the formula of Megatron.",
+        "Exit code 1 where lightning_par differs from the formula of Megatron.",
+        json="every count",
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print every count as JSON")
-    form.add_argument("--markdown", action="store_true", help="print the section of benchmarks/RESULTS.md")
-    return parser
 
 
 def measure() -> list[Row]:
@@ -76,14 +72,10 @@ def measure() -> list[Row]:
 
     rows: list[Row] = []
     for tp in SIZES:
-        first, *others = run_ranks(measure_rank, tp, SYSTEMS, (HEADS, HEADS // 2), _report, timeout=_TIMEOUT_SECONDS)
+        first, *others = run_ranks(measure_rank, tp, SYSTEMS, (HEADS, HEADS // 2), report, timeout=_TIMEOUT_SECONDS)
         assert all(other == first for other in others), f"the ranks of tp{tp} communicate differently"
         rows += first
     return rows
-
-
-def _report(progress: str) -> None:
-    print(progress, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.command import conclude, make_parser, print_rows, report
+
 if TYPE_CHECKING:
     from benchmarks.storage import Case, Row
 
@@ -35,30 +37,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AssertionError: a rank raised; its traceback is the message.
     """
     options = _parser().parse_args(arguments)
-    _report("importing torch, Lightning and DeepSpeed")
+    report("importing torch, Lightning and DeepSpeed")
+    from benchmarks import storage_table  # late, so that --help is quick
     from benchmarks.storage import CASES, differences
-    from benchmarks.storage_table import draw, render_json, render_markdown, render_table  # late, so that --help is quick
 
     rows = measure(CASES)
-    render = render_json if options.json else render_markdown if options.markdown else render_table
-    print(render(rows))
+    print_rows(rows, options, storage_table)
     if options.png is not None:
-        draw(rows, options.png)
-    wrong = differences(rows)
-    _report("\n".join(wrong) or "every rank stores what the forecast says")
-    return 1 if wrong else 0
+        storage_table.draw(rows, options.png)
+    return conclude(differences(rows), "every rank stores what the forecast says")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory",
-        description="Count the bytes of parameters, gradients, optimizer states and activations on every rank of eight layouts, "
+    parser = make_parser(
+        "memory",
+        "Count the bytes of parameters, gradients, optimizer states and activations on every rank of eight layouts, "
         "and compare them with the forecast. Takes about two minutes on 2 cores.",
-        epilog="Exit code 1 where model states are not exact, or activations off by more than 3 %.",
+        "Exit code 1 where model states are not exact, or activations off by more than 3 %.",
+        json="every number",
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print every number as JSON")
-    form.add_argument("--markdown", action="store_true", help="print the section of benchmarks/RESULTS.md")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the bars into this file")
     return parser
 
@@ -78,13 +75,9 @@ def measure(cases: Sequence[Case]) -> list[Row]:
 
     rows: list[Row] = []
     for case in cases:
-        _report(case.name)
+        report(case.name)
         rows += run_ranks(measure_rank, parse_layout(case.word).world_size, case, timeout=_TIMEOUT_SECONDS)
     return rows
-
-
-def _report(progress: str) -> None:
-    print(progress, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from benchmarks.command import conclude, make_parser, print_rows, report
+
 if TYPE_CHECKING:
     from benchmarks.replica_pace import Row
 
@@ -34,30 +36,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AssertionError: a rank raised; its traceback is the message.
     """
     options = _parser().parse_args(arguments)
-    _report("importing torch, Lightning and DeepSpeed")
-    from benchmarks.replica_table import render_json, render_markdown, render_table  # late, so that --help is quick
+    report("importing torch, Lightning and DeepSpeed")
+    from benchmarks import replica_table  # late, so that --help is quick
 
     rows = measure(options.quick)
-    render = render_json if options.json else render_markdown if options.markdown else render_table
-    print(render(rows))
+    print_rows(rows, options, replica_table)
     wrong = [f"{row.system}, zero{row.zero}: {row.wrong}" for row in rows if row.wrong]
-    _report("\n".join(wrong) or "every system computes what one process does")
-    return 1 if wrong else 0
+    return conclude(wrong, "every system computes what one process does")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.zero",
-        description="Time the steps of two replicas: ZeRO 0 to 3 of lightning_par and of DeepSpeed's own loop, "
+    return make_parser(
+        "zero",
+        "Time the steps of two replicas: ZeRO 0 to 3 of lightning_par and of DeepSpeed's own loop, "
         "DistributedDataParallel and fully_shard, on the same model and data. Takes about 6 minutes on 2 cores, which should have "
         "nothing else to do.",
-        epilog="Exit code 1 where a system computes other losses than one process.",
+        "Exit code 1 where a system computes other losses than one process.",
+        json="every time",
+        quick="few steps of each: about 1 minute, and rough",
     )
-    parser.add_argument("--quick", action="store_true", help="few steps of each: about 1 minute, and rough")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print every time as JSON")
-    form.add_argument("--markdown", action="store_true", help="print the section of benchmarks/RESULTS.md")
-    return parser
 
 
 def measure(quick: bool) -> list[Row]:
@@ -75,10 +72,6 @@ def measure(quick: bool) -> list[Row]:
 
     rows: list[Row] = run_ranks(measure_rank, NUM_RANKS, QUICK if quick else Effort(), timeout=_TIMEOUT_SECONDS)[0]
     return rows
-
-
-def _report(progress: str) -> None:
-    print(progress, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
