@@ -9,6 +9,7 @@ elements, as long as they are read again soon.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from lightning_par.runtime.precision import FULL, PRECISIONS, Precision
 WIDTH, DEPTH, HEADS, BATCH, LENGTH, VOCABULARY = 128, 8, 4, 8, 64, 250
 TOLERANCE = 0.03  # of activations; all else must be exact
 GATHERS = (torch.ops.c10d._allgather_base_.default, torch.ops.c10d.allgather_.default)
+_NUM_LOOKS, _LOOK_SECONDS = 20, 0.02
 KINDS = ("parameters", "gradients", "states", "activations")
 
 
@@ -257,11 +259,20 @@ class _Ledger:
         """What has arrived is counted at the end."""
 
     def end(self) -> None:
-        """An action has ended."""
+        """An action has ended. gloo's threads let go of tensors after they have said that they are done."""
+        held = self._held_bytes()
+        for _ in range(_NUM_LOOKS):
+            time.sleep(_LOOK_SECONDS)
+            before, held = held, self._held_bytes()
+            if held == before:
+                break
+        self.most = max(self.most, held)
+
+    def _held_bytes(self) -> int:
         states = self._engine.states
         assert states is not None
         saved = {each.tensor.untyped_storage()._cdata for each in self._saved}
         messages = [tensor for tensor in self._engine.on_the_way if tensor.untyped_storage()._cdata not in saved]
         others = [*(tensor for tensors in states.stored() for tensor in tensors), *messages]
         keys = self._living.gathered() | {tensor.untyped_storage()._cdata for tensor in others}
-        self.most = max(self.most, self._living.num_bytes(keys))
+        return self._living.num_bytes(keys)
