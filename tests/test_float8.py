@@ -49,13 +49,14 @@ def test_a_layer_computes_what_torchaos_own_does(recipe: str, dtype: torch.dtype
     torch.manual_seed(0)
     mine, theirs = (nn.Sequential(nn.Linear(16, 48, bias, dtype=dtype)) for _ in range(2))
     theirs.load_state_dict(mine.state_dict())
-    x = torch.randn(shape, dtype=dtype)
+    rows, columns = torch.logspace(-4, 4, shape[-2]), torch.logspace(-3, 3, shape[-1])  # else a scale along the wrong dim would do
+    x = (torch.randn(shape) * rows[:, None] * columns).to(dtype)
     plain = passed(mine, x)
     mine.zero_grad()
     multiply_in_float8(mine, ["0"], Float8Arithmetic(recipe, emulate=True))
     convert_to_float8_training(theirs, config=torchao_config(recipe))
     for ours, wanted, exact in zip(passed(mine, x), passed(theirs, x), plain, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-6)
+        assert torch.equal(ours, wanted)
         assert ours.dtype == dtype and ours.shape == exact.shape
     assert not torch.equal(passed(mine, x)[0], plain[0])  # it is not the plain product
     assert f"float8 {recipe}" in repr(mine)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
+from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.precision import check_device, precision_class, read_precision, read_scale
+from lightning_par.host.preflight import check_split
+from lightning_par.layout import parse_layout
 from lightning_par.loss_scale import LossScale
 from lightning_par.runtime.precision import PRECISIONS
 from lightning_par.zero.masters import Masters, accumulate_in_float32
@@ -214,3 +219,13 @@ def test_gradients_of_microbatches_add_up_in_float32() -> None:
     for factor in [256.0] + [0.5] * 64:
         (parameter * factor).sum().backward()
     assert parameter.grad is not None and parameter.grad.dtype is torch.float32 and parameter.grad.item() == 288.0
+
+
+def test_a_module_that_is_split_in_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, module = parse_layout("tp2").resolve(2), nn.Linear(2, 2)
+    engine = SimpleNamespace(mesh=SimpleNamespace(layout=layout), precision=PRECISIONS["bf16-true"])
+    monkeypatch.setattr(Engine, "of", lambda module: engine)
+    assert check_split(module, layout, PRECISIONS["bf16-true"]) is engine  # type: ignore[comparison-overlap]
+    words = r"precision=32-true: this Linear is already split with precision=bf16-true: use that, or build the module anew"
+    with pytest.raises(ConfigurationError, match=words):
+        check_split(module, layout, PRECISIONS["32-true"])
