@@ -75,6 +75,7 @@ def measure(quick: bool) -> list[Row]:
         report(case.name)
         try:
             rows += run_ranks(measure_case, 1, case, decoder, 4 if quick else 20, timeout=_TIMEOUT_SECONDS)
+            report(f"  {rows[-1]}")
         except AssertionError as error:
             report(str(error))
             rows.append(Row(case.system, case.what, error=str(error).strip().splitlines()[-1]))
