@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_par.errors import ConfigurationError
+from lightning_par.host.check import check_inference_mode
 from lightning_par.host.launcher import _RankLauncher
-from lightning_par.host.preflight import check_inference_mode
 from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.layout import parse_layout
 from lightning_par.plan import Plan
