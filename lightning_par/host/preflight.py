@@ -1,4 +1,4 @@
-"""What is found wrong before any other process is started: the plan of a Trainer's run, made in one process."""
+"""The plan of a Trainer's run, made in one process before any other is started, with whatever it shows to be wrong."""
 
 from __future__ import annotations
 
