@@ -1,4 +1,4 @@
-"""What the commands of all benchmarks have in common: their options, and how they end.
+"""What the commands of all benchmarks have in common: their options, how they begin and how they end.
 
 Nothing heavy is imported here, so that ``--help`` is quick.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -31,20 +32,35 @@ def make_parser(name: str, description: str, epilog: str, json: str, quick: str 
     return parser
 
 
-def print_rows(rows: Sequence[Any], options: argparse.Namespace, table: ModuleType) -> None:
-    """Print what was measured in the form that was asked for.
+def load_ranks(packages: str, heavy: str) -> Any:
+    """Import what is slow to import, and say so; `tests.ranks.run_ranks`.
+
+    Args:
+        packages: what is imported, in words.
+        heavy: a module that every forked rank would import for itself if it were not imported here.
+    """
+    report(f"importing {packages}")
+    from tests.ranks import run_ranks  # first: it chooses one thread and DeepSpeed's CPU mode
+
+    import_module(heavy)
+    return run_ranks
+
+
+def finish(rows: Sequence[Any], options: argparse.Namespace, table: ModuleType, wrong: Sequence[str], otherwise: str) -> int:
+    """Print what was measured in the form that was asked for, and say on stderr whether it is right.
 
     Args:
         rows: what was measured.
         options: of the command.
         table: has ``render_json``, ``render_markdown`` and ``render_table``.
+        wrong: what is not as it should be.
+        otherwise: what can be said where nothing is wrong.
+
+    Returns:
+        The exit code: 1 where something is wrong.
     """
     form = "json" if options.json else "markdown" if options.markdown else "table"
     print(getattr(table, f"render_{form}")(rows))
-
-
-def conclude(wrong: Sequence[str], otherwise: str) -> int:
-    """The exit code, after what is wrong, or what can be said where nothing is, has been said on stderr."""
     report("\n".join(wrong) or otherwise)
     return 1 if wrong else 0
 

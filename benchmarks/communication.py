@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.command import conclude, make_parser, print_rows, report
+from benchmarks.command import finish, load_ranks, make_parser, report
 
 if TYPE_CHECKING:
     from benchmarks.traffic import Row
@@ -37,13 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AssertionError: as `measure`.
     """
     options = _parser().parse_args(arguments)
-    report("importing torch, transformers, Lightning and DeepSpeed")
+    rows = measure()
     from benchmarks import traffic_table  # late, so that --help is quick
     from benchmarks.traffic import differences
 
-    rows = measure()
-    print_rows(rows, options, traffic_table)
-    return conclude(differences(rows), "lightning_par equals the formula")
+    return finish(rows, options, traffic_table, differences(rows), "lightning_par equals the formula")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,10 +60,7 @@ def measure() -> list[Row]:
     Raises:
         AssertionError: a rank raised (its traceback is the message), or ranks differ.
     """
-    from tests.ranks import run_ranks  # isort: skip  # first: it chooses one thread and DeepSpeed's CPU mode
-
-    import deepspeed  # noqa: F401  # here, or each forked rank would import it
-
+    run_ranks = load_ranks("torch, transformers, Lightning and DeepSpeed", "deepspeed")
     from benchmarks.llama import HEADS
     from benchmarks.systems import SYSTEMS
     from benchmarks.traffic import measure_rank

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.command import conclude, make_parser, print_rows, report
+from benchmarks.command import finish, load_ranks, make_parser, report
 
 if TYPE_CHECKING:
-    from benchmarks.storage import Case, Row
+    from benchmarks.storage import Row
 
 _TIMEOUT_SECONDS = 300
 
@@ -37,15 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AssertionError: a rank raised; its traceback is the message.
     """
     options = _parser().parse_args(arguments)
-    report("importing torch, Lightning and DeepSpeed")
+    rows = measure()
     from benchmarks import storage_table  # late, so that --help is quick
-    from benchmarks.storage import CASES, differences
+    from benchmarks.storage import differences
 
-    rows = measure(CASES)
-    print_rows(rows, options, storage_table)
+    code = finish(rows, options, storage_table, differences(rows), "every rank stores what the forecast says")
     if options.png is not None:
         storage_table.draw(rows, options.png)
-    return conclude(differences(rows), "every rank stores what the forecast says")
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,21 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(cases: Sequence[Case]) -> list[Row]:
+def measure() -> list[Row]:
     """Train in every layout and count; progress goes to stderr.
 
     Raises:
         AssertionError: a rank raised (its traceback is the message).
     """
-    from tests.ranks import run_ranks  # isort: skip  # first: it chooses one thread and DeepSpeed's CPU mode
-
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # here, or each forked rank would import it
-
-    from benchmarks.storage import measure_rank
+    run_ranks = load_ranks("torch, Lightning and DeepSpeed", "deepspeed.runtime.zero.muon.muon_optimizer")
+    from benchmarks.storage import CASES, measure_rank
     from lightning_par.layout import parse_layout
 
     rows: list[Row] = []
-    for case in cases:
+    for case in CASES:
         report(case.name)
         rows += run_ranks(measure_rank, parse_layout(case.word).world_size, case, timeout=_TIMEOUT_SECONDS)
     return rows

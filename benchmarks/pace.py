@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -81,6 +81,11 @@ class Row:
     def overhead(self) -> float:
         """Over the ideal, after the step without work is subtracted; of the quickest steps."""
         return (min(self.seconds) - min(self.idle_seconds)) / IDEAL_SECONDS - 1
+
+
+def differences(rows: Iterable[Row]) -> list[str]:
+    """What systems do not compute as one process."""
+    return [f"{row.system}, {row.schedule}: {row.wrong}" for row in rows if row.wrong]
 
 
 def measure_rank(rank: int, world_size: int, effort: Effort) -> list[Row]:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.command import conclude, make_parser, print_rows, report
+from benchmarks.command import finish, load_ranks, make_parser
 
 if TYPE_CHECKING:
     from benchmarks.pace import Row
@@ -36,13 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AssertionError: a rank raised; its traceback is the message.
     """
     options = _parser().parse_args(arguments)
-    report("importing torch, Lightning and DeepSpeed")
-    from benchmarks import pace_table  # late, so that --help is quick
-
     rows = measure(options.quick)
-    print_rows(rows, options, pace_table)
-    wrong = [f"{row.system}, {row.schedule}: {row.wrong}" for row in rows if row.wrong]
-    return conclude(wrong, "every system computes what one process does")
+    from benchmarks import pace_table  # late, so that --help is quick
+    from benchmarks.pace import differences
+
+    return finish(rows, options, pace_table, differences(rows), "every system computes what one process does")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,10 +61,7 @@ def measure(quick: bool) -> list[Row]:
     Raises:
         AssertionError: a rank raised (its traceback is the message).
     """
-    from tests.ranks import run_ranks  # isort: skip  # first: it chooses one thread and DeepSpeed's CPU mode
-
-    import deepspeed  # noqa: F401  # here, or each forked rank would import it
-
+    run_ranks = load_ranks("torch, Lightning and DeepSpeed", "deepspeed")
     from benchmarks.napping import NUM_RANKS
     from benchmarks.pace import QUICK, Effort, measure_rank
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -57,6 +58,11 @@ class Row:
 class _Times:
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
+
+
+def differences(rows: Iterable[Row]) -> list[str]:
+    """What systems do not compute as one process."""
+    return [f"{row.system}, zero{row.zero}: {row.wrong}" for row in rows if row.wrong]
 
 
 def measure_rank(rank: int, world_size: int, effort: Effort) -> list[Row]:

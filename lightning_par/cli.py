@@ -132,7 +132,7 @@ def explain(config: DictConfig) -> None:
     from lightning_par.host.preflight import plan_from_trainer
 
     trainer, module, data = build_run(config, accelerator="cpu", logger=False, callbacks=[])
-    plan = plan_from_trainer(trainer, trainer.strategy.layout, trainer.strategy.overrides, "fit", module, data, foresees=True)
+    plan = plan_from_trainer(trainer, "fit", module, data, foresees=True)
     print(describe_plan(plan, trainer.strategy.schedule, color=sys.stdout.isatty()))
 
 

@@ -154,9 +154,9 @@ def test_backends() -> None:
         HybridParallelStrategy("tp2", compile="inducter")
     with pytest.raises(ConfigurationError, match=r"compile=nothing_like_it: .*: use compile=true for inductor, or .*inductor"):
         plan_of(models.gpt(), "tp2", models.make_batch(0, 2), {"compile": "nothing_like_it"})
-    assert HybridParallelStrategy("tp2", compile=True).overrides == {"compile": "inductor"}
-    assert HybridParallelStrategy("tp2", compile=EAGER).overrides == {"compile": EAGER}
-    assert HybridParallelStrategy("tp2").overrides == {}
+    assert HybridParallelStrategy("tp2", compile=True).options.overrides == {"compile": "inductor"}
+    assert HybridParallelStrategy("tp2", compile=EAGER).options.overrides == {"compile": EAGER}
+    assert HybridParallelStrategy("tp2").options.overrides == {}
 
 
 def test_what_does_not_go_together() -> None:

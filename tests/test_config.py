@@ -115,7 +115,7 @@ def test_completion_and_help_list_examples() -> None:
 def test_what_counts_the_targets_reaches_the_strategy(override: str, named: str) -> None:
     config = composed("parallel=single", "trainer.default_root_dir=null", override)
     trainer, _, _ = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
-    count = trainer.strategy.loss_weight
+    count = trainer.strategy.options.loss_weight
     assert (repr(count) if isinstance(count, FieldCount) else str(count)) == named
 
 

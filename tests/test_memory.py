@@ -213,7 +213,7 @@ def test_what_is_alive_is_counted_once() -> None:
 # ---------------------------------------------------------------------- the command
 
 
-def made_up(cases: Any = ()) -> list[Row]:
+def made_up() -> list[Row]:
     expected = dict.fromkeys(KINDS, 1000)
     rows = [Row("tp2", rank, {**expected, "activations": 1030}, expected) for rank in range(2)]
     return [*rows, replace(rows[0], case="pp2", measured={**expected, "states": 1004, "activations": 1031})]
@@ -229,7 +229,7 @@ def test_the_exit_code_says_whether_the_forecast_is_right(
     assert output.out == render(made_up()) + "\n"
     assert "pp2, rank 0: states are 1,004 bytes; the forecast says 1,000\npp2, rank 0: activations are 1,031 bytes" in output.err
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr("benchmarks.memory.measure", lambda cases: made_up()[:2])
+    monkeypatch.setattr("benchmarks.memory.measure", lambda: made_up()[:2])
     assert main(flags) == 0
     assert "every rank stores what the forecast says" in capsys.readouterr().err
 

@@ -140,7 +140,7 @@ def test_lines_of_the_plan() -> None:
     assert "activations wait on the host: blocks.[1-3]" in render_plan(plan)
     assert "wait on the host" not in render_plan(plan_with())
     strategy = HybridParallelStrategy("pp2", offload_activations=True, plan={"offload_activations": {"blocks.3": False}})
-    assert plan_with(**strategy.overrides).chain.offload_activations == (True, True, True, False)  # type: ignore[union-attr]
+    assert plan_with(**strategy.options.overrides).chain.offload_activations == (True, True, True, False)  # type: ignore[union-attr]
 
 
 def test_what_is_refused() -> None:

@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
+from lightning_par.host.check import check_split
 from lightning_par.host.precision import check_device, precision_class, read_precision, read_scale
-from lightning_par.host.preflight import check_split
 from lightning_par.layout import parse_layout
 from lightning_par.loss_scale import LossScale
 from lightning_par.runtime.precision import PRECISIONS
@@ -30,14 +30,15 @@ class Owner:
     def __init__(self, calls: list[Any]) -> None:
         self.calls = calls
         self.root_device = torch.device("cpu")
+        self.updates: Any = self
 
-    def reduce_gradients(self, optimizer: Any) -> None:
+    def reduce(self, optimizer: Any) -> None:
         self.calls.append("reduce")
 
-    def clip_gradients(self, optimizer: Any, value: float, algorithm: str) -> None:
+    def clip(self, optimizer: Any, value: float, algorithm: str) -> None:
         self.calls.append((value, algorithm))
 
-    def step_optimizer(self, optimizer: Any) -> None:
+    def step(self, optimizer: Any) -> None:
         self.calls.append("step")
 
 

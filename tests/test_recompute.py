@@ -418,7 +418,7 @@ def test_a_later_pattern_wins() -> None:
 
 def test_the_option_of_the_strategy_comes_first() -> None:
     strategy = HybridParallelStrategy("pp2", plan={"recompute": {"blocks.0": "none"}}, recompute="full")
-    assert modes(plan_with(**strategy.overrides)) == ("none", "full", "full", "full")
+    assert modes(plan_with(**strategy.options.overrides)) == ("none", "full", "full", "full")
 
 
 def test_words_and_patterns_that_are_wrong() -> None:

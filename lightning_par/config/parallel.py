@@ -1,4 +1,4 @@
-"""The config group ``parallel``: the schema of its fields and the way from them to a `Layout`."""
+"""The config group ``parallel``: the schema of its fields and the way from them to a `Layout` and a strategy's arguments."""
 
 from __future__ import annotations
 
@@ -53,3 +53,9 @@ def read_layout(parallel: Mapping[str, Any]) -> Layout:
         if key not in known:
             raise LayoutError(f"parallel.{key}: there is no such key; the keys are {', '.join(known)}")
     return Layout(**{field.name: parallel[field.name] for field in fields(Layout) if field.name in parallel})
+
+
+def read_arguments(parallel: Mapping[str, Any]) -> dict[str, Any]:
+    """What the composed group says beside the layout, by the strategy's names of it. Keys are known ones, by `read_layout`."""
+    sizes = {field.name for field in fields(Layout)}
+    return {field.name: parallel[field.name] for field in fields(ParallelConfig) if field.name in parallel.keys() - sizes}

@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from lightning_par.config.devices import choose_devices
-from lightning_par.config.parallel import read_layout
+from lightning_par.config.parallel import read_arguments, read_layout
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -40,12 +40,8 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
     pl.seed_everything(config.seed, workers=True)
     strategy = HybridParallelStrategy(
         layout,
+        **read_arguments(config.parallel),
         plan=instantiate(config.plan, _convert_="all"),
-        recompute=config.parallel.get("recompute", "none"),
-        memory_gib=config.parallel.get("memory_gib"),
-        offload_activations=config.parallel.get("offload_activations", False),
-        compile=config.parallel.get("compile", False),
-        fp8=config.parallel.get("fp8"),
         schedule=config.schedule,
         zero=instantiate(config.get("zero"), _convert_="all"),
         hang_seconds=config.hang_seconds,

@@ -35,7 +35,10 @@ def launcher_class(root: str) -> type[Any]:
     return type("HybridParallelLauncher", (_RankLauncher, lightning.script_launcher_class(root)), {"root": root})
 
 
-class _RankLauncher:
+_Base: Any = object  # Lightning's launcher, by `launcher_class`
+
+
+class _RankLauncher(_Base):
     """The part of the launcher that is ours; see `launcher_class`."""
 
     root: ClassVar[str]
@@ -63,7 +66,7 @@ class _RankLauncher:
         preflight: called as ``preflight(trainer, *args, **kwargs)`` with what `launch` hands to its function, in every process,
             before any other process is started and before the ranks meet. What it raises ends the run.
         """
-        super().__init__(cluster_environment, num_processes, num_nodes)  # type: ignore[call-arg]
+        super().__init__(cluster_environment, num_processes, num_nodes)
         self._layout = layout
         self._preflight = preflight
         _end_earlier_job()
@@ -107,7 +110,7 @@ class _RankLauncher:
         """
         if signum == signal.SIGTERM and self.procs:
             raise SystemExit(128 + signum)
-        super().kill(signum)  # type: ignore[misc]
+        super().kill(signum)
 
     def _call_children_scripts(self) -> None:
         """Start the ranks. The base class's method of this name does it in the stock way, and is not to run."""

@@ -83,7 +83,7 @@ def check_foreseeable(layout: Layout, options: ZeroOptions) -> None:
         raise ModelError(f"the memory of the ranks cannot be foreseen with options of zero: {_SAY} and leave out memory_gib")
 
 
-def check_memory_gib(memory_gib: float | None) -> None:
+def check_memory_gib(memory_gib: float | None) -> float | None:
     """Check a number of GiB.
 
     Raises:
@@ -91,6 +91,7 @@ def check_memory_gib(memory_gib: float | None) -> None:
     """
     if memory_gib is not None and not 0 < memory_gib < math.inf:
         raise ConfigurationError(f"memory_gib={memory_gib:g}: it is what each rank may store, and must be positive")
+    return memory_gib
 
 
 def memory_budget(memory_gib: float | None, device: torch.device, overrides: Mapping[str, Any]) -> int | None:

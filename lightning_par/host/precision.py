@@ -18,6 +18,7 @@ import torch
 from lightning_utilities import apply_to_collection
 
 from lightning_par.errors import ConfigurationError
+from lightning_par.host.update import Updates
 from lightning_par.loss_scale import LossScale
 from lightning_par.runtime.precision import FULL, PRECISIONS, Precision
 
@@ -32,21 +33,16 @@ _REFUSED = {  # why, and what would work
 }
 
 
-class GradientOwner(Protocol):
-    """Who reduces, clips and steps: the strategy. All are collective over the world."""
+class StepOwner(Protocol):
+    """Whose precision it is: the strategy."""
 
     @property
     def root_device(self) -> torch.device:
         """Where this rank computes."""
 
-    def reduce_gradients(self, optimizer: Any) -> None:
-        """Average the gradients over all ranks; they are whole when it returns."""
-
-    def clip_gradients(self, optimizer: Any, value: float, algorithm: str) -> None:
-        """Clip reduced gradients to a positive ``value``, by ``norm`` or by ``value``."""
-
-    def step_optimizer(self, optimizer: Any) -> None:
-        """Update the weights."""
+    @property
+    def updates(self) -> Updates:
+        """Who reduces, clips and steps."""
 
 
 @lru_cache
@@ -59,9 +55,9 @@ def precision_class(root: str) -> type[Any]:
     base: Any = import_module(f"{root}.plugins.precision").Precision
 
     class HybridPrecision(base):
-        """The optimizer step of a strategy: what `GradientOwner` does, in Lightning's order."""
+        """The optimizer step of a strategy: what `Updates` does, in Lightning's order."""
 
-        def __init__(self, owner: GradientOwner, precision: Precision = FULL) -> None:
+        def __init__(self, owner: StepOwner, precision: Precision = FULL) -> None:
             super().__init__()
             self._owner, self._chosen = owner, precision
             self.precision = precision.name  # what trainer.precision says
@@ -92,15 +88,15 @@ def precision_class(root: str) -> type[Any]:
         def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any]) -> Any:
             """Run the closure, then ``on_before_optimizer_step`` and clipping on reduced gradients, then the step."""
             result = closure()
-            self._owner.reduce_gradients(optimizer)
+            self._owner.updates.reduce(optimizer)
             self._after_closure(model, optimizer)
-            self._owner.step_optimizer(optimizer)
+            self._owner.updates.step(optimizer)
             return result
 
         def clip_gradients(self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm") -> None:
             """Clip the gradients of all ranks; a limit of 0 clips nothing."""
             if clip_val > 0:
-                self._owner.clip_gradients(optimizer, clip_val, "value" if gradient_clip_algorithm == "value" else "norm")
+                self._owner.updates.clip(optimizer, clip_val, "value" if gradient_clip_algorithm == "value" else "norm")
 
     return HybridPrecision
 

@@ -63,12 +63,13 @@ class StageMetrics:
             # a closure, because ``metric.clone()`` cannot copy a ``process_group`` attribute
             return gather_all_tensors(state, group=group or dp_group)
 
-        metric.dist_sync_fn = metric.dist_sync_fn or gather
+        ours: dict[str, Any] = {"dist_sync_fn": metric.dist_sync_fn or gather}
         if self._mesh.pp.size > 1:
-            metric.compute = self._computed_on_last_stage(metric, metric.compute)  # type: ignore[method-assign]
+            ours["compute"] = self._computed_on_last_stage(metric, metric.compute)
         if self._mesh.layout.vp > 1:
-            metric.update = self._unless_muted(metric.update)  # type: ignore[method-assign]
-            metric.forward = self._unless_muted(metric.forward)  # type: ignore[method-assign]
+            ours |= {name: self._unless_muted(getattr(metric, name)) for name in ("update", "forward")}
+        for name, function in ours.items():
+            setattr(metric, name, function)
 
     @contextmanager
     def local(self) -> Iterator[None]:

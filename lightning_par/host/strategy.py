@@ -2,61 +2,45 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_par.checkpoint import check_layout, load_checkpoint, load_rank_state, save_checkpoint
 from lightning_par.engine import Engine
-from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
+from lightning_par.host.check import check_optimization, check_run, check_split, check_trainable
 from lightning_par.host.construction import check_init_word, configuring, guard_setup
 from lightning_par.host.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
 from lightning_par.host.memory import check_memory_gib
-from lightning_par.host.namespace import bind, root_in_use, worker_seeding
+from lightning_par.host.namespace import bind, root_in_use
+from lightning_par.host.option import Options, read_overrides
 from lightning_par.host.plan_report import report_plan
-from lightning_par.host.precision import check_device, precision_class, read_precision, read_scale
-from lightning_par.host.preflight import (
-    check_callbacks,
-    check_checkpoints,
-    check_optimization,
-    check_split,
-    check_trainable,
-    leave_inference_mode,
-    plan_from_trainer,
-)
+from lightning_par.host.precision import precision_class, read_precision, read_scale
+from lightning_par.host.preflight import leave_inference_mode, plan_from_trainer
+from lightning_par.host.ranks import RankedStrategy
 from lightning_par.host.steps import StepRunner
+from lightning_par.host.update import Updates
 from lightning_par.host.watch import check_hang_seconds, watch_engine
 from lightning_par.layout import Layout, parse_layout
 from lightning_par.materialize import match_weights, materialize_attributes
 from lightning_par.pipeline.tables import choose_schedule, splits_backward
 from lightning_par.plan import Plan
-from lightning_par.plan.compiled import read_backend
-from lightning_par.plan.override import check_float8_word, check_recompute_word
 from lightning_par.runtime.generator import share_generators
-from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.precision import FULL
-from lightning_par.tensor import check_float8
 from lightning_par.zero.config import overwritten
 from lightning_par.zero.option import check_zero_options, read_zero_options
 from lightning_par.zero.states import OptimizerStates
 
-if TYPE_CHECKING:
-    from pytorch_lightning.strategies import ParallelStrategy as Host
-else:
-    Host = object
 
-
-class HybridParallelStrategy(Host):
+class HybridParallelStrategy(RankedStrategy):
     """Pipeline, tensor and ZeRO parallelism for an unmodified LightningModule.
 
     ``Trainer(strategy=HybridParallelStrategy("tp2_pp2_zero1"), accelerator="cpu", devices=8)``, with the Trainer of
@@ -94,9 +78,13 @@ class HybridParallelStrategy(Host):
         ConfigurationError: the schedule or the word for ``recompute``, ``fp8`` or ``init`` or the backend for ``compile`` is
             unknown, ``loss_weight`` is no such thing, ``memory_gib`` is not positive, ``hang_seconds`` is too short, or an option
             in ``zero`` is unknown or not one of the layout.
-    """
 
-    root = ""  # the Lightning namespace, set by `bind`
+    Attributes:
+        layout: sizes of the axes; dp is known once the Trainer is made.
+        schedule: name of the pipeline's schedule.
+        options: what the other arguments said.
+        precision: of the run, once the Trainer is made.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> HybridParallelStrategy:
         """Make a strategy of the Lightning namespace that the caller uses: their classes are disjoint."""
@@ -122,60 +110,27 @@ class HybridParallelStrategy(Host):
         hang_seconds: float | None = 20.0,
         print_plan: bool = True,
     ) -> None:
-        super().__init__()
-        self._typed = str(layout)
-        self.schedule, self.layout = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
-        check_recompute_word(recompute)
-        check_memory_gib(memory_gib)
-        check_hang_seconds(hang_seconds)
-        self.zero_options = read_zero_options(zero)
-        check_zero_options(self.zero_options, self.layout, self.schedule, splits_backward(self.schedule, self.layout))
-        self.overrides, self._print_plan = dict(plan or {}), print_plan
-        self.loss_weight, self.memory_gib = read_loss_weight(loss_weight), memory_gib
-        self.init, self.weights = check_init_word(init), weights
-        if compile:
-            self.overrides["compile"] = read_backend(compile)
-        if fp8 is not None:
-            check_float8_word(fp8)
-            self.overrides["fp8"] = fp8
-        if recompute != "none":
-            self.overrides["recompute"] = {"*": recompute, **(self.overrides.get("recompute") or {})}
-        self._timeout, self._hang_seconds = timedelta(seconds=timeout_seconds), hang_seconds
-        if offload_activations:
-            self.overrides["offload_activations"] = {"*": True, **(self.overrides.get("offload_activations") or {})}
-        self._num_nodes = 1
+        chosen, placed = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
+        super().__init__(placed, str(layout), timedelta(seconds=timeout_seconds))
+        self.schedule = chosen
+        self.options = Options(
+            overrides=read_overrides(plan, recompute, offload_activations, compile, fp8),
+            zero=read_zero_options(zero),
+            loss_weight=read_loss_weight(loss_weight),
+            memory_gib=check_memory_gib(memory_gib),
+            init=check_init_word(init),
+            weights=weights,
+            hang_seconds=check_hang_seconds(hang_seconds),
+            print_plan=print_plan,
+        )
+        check_zero_options(self.options.zero, placed, chosen, splits_backward(chosen, placed))
         self._plan: Plan | None = None
-        self._mesh: Mesh | None = None
         self._engine: Engine | None = None
         self._steps: StepRunner | None = None
-        self._reduced: dict[int, bool] = {}  # optimizers whose gradients are reduced, by position; whether they have overflowed
-        self.grad_norm: torch.Tensor | None = None
+        self._updates: Updates | None = None
+        self._loading: Path | None = None  # the checkpoint that Lightning is restoring
 
-    # ------------------------------------------------------------------ devices and ranks
-
-    @property
-    def num_nodes(self) -> int:
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, count: int) -> None:
-        self._num_nodes = count
-
-    @property
-    def num_processes(self) -> int:
-        return len(self.parallel_devices or ())
-
-    @property
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def mesh(self) -> Mesh:
-        """This rank's axes; there once the Trainer has started."""
-        if self._mesh is None:
-            raise RuntimeError("the mesh exists once trainer.fit, validate, test or predict has started")
-        return self._mesh
+    # ------------------------------------------------------------------ the parts that do the work
 
     @property
     def plan(self) -> Plan:
@@ -185,35 +140,41 @@ class HybridParallelStrategy(Host):
         return self._plan
 
     @property
-    def dp_rank(self) -> int:
-        """Which replica this rank belongs to; what a dataset or sampler is sharded by."""
-        return self.layout.coordinate_of(self.global_rank).dp
+    def engine(self) -> Engine:
+        """The module in motion; there once the Trainer has set it up."""
+        assert self._engine is not None
+        return self._engine
 
     @property
-    def dp_size(self) -> int:
-        """Replicas."""
-        return self.layout.dp or 1
+    def states(self) -> OptimizerStates:
+        """The owner of the optimizer states; there while fitting."""
+        assert self.engine.states is not None
+        return self.engine.states
 
     @property
-    def is_distributed(self) -> bool:
-        """Whether Lightning puts its sampler in the place of the user's: with one replica the data keep their order."""
-        return self.dp_size > 1
+    def updates(self) -> Updates:
+        """Who reduces, clips and steps; there while fitting."""
+        assert self._updates is not None
+        return self._updates
 
     @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """All ranks of a replica read the same samples."""
-        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
+    def grad_norm(self) -> torch.Tensor | None:
+        """The norm that the last clipping found; None before."""
+        return None if self._updates is None else self._updates.grad_norm
 
-    def set_world_ranks(self) -> None:
-        """Tell Lightning's environment the world; fill in dp. Called by the Trainer before the launcher is made."""
-        world_size = self._num_nodes * self.num_processes
-        self.layout = self.layout.resolve(world_size, self._typed)
-        assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        self.cluster_environment.set_world_size(world_size)
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-        if self.layout.zero and self.dp_size == 1:
-            rank_zero_warn(f"parallel={self._typed}: zero{self.layout.zero} has nothing to shard with dp 1 and is ignored")
+    @property
+    def precision_plugin(self) -> Any:
+        """Ours; it carries out what Lightning's says, which is made from ``Trainer(precision=...)``."""
+        return self._own_precision
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Any) -> None:
+        self.precision = FULL if plugin is None else read_precision(plugin)
+        self._chosen_precision = plugin
+        self._precision_plugin = None  # Lightning would take anything here for the user's plugin and drop precision=
+        self._own_precision = precision_class(self.root)(self, self.precision)
+
+    # ------------------------------------------------------------------ before there are ranks
 
     def _configure_launcher(self) -> None:
         self._launcher = launcher_class(self.root)(
@@ -222,36 +183,19 @@ class HybridParallelStrategy(Host):
 
     def _preflight(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Everything that can be found wrong without other ranks, before they are started; the plan, on rank 0."""
-        check_device(self.precision, self.root_device)
-        check_callbacks(trainer)
+        check_run(trainer, [*args, *kwargs.values()])
         leave_inference_mode(trainer)
-        if self.overrides.get("fp8") is not None:
-            check_float8(self.overrides["fp8"], self.root_device, self.precision.name)
         module = args[0] if args and args[0] is not None else trainer.lightning_module
-        check_checkpoints([*args, *kwargs.values()], self.layout)
         materialize_attributes(module)
         engine = check_split(module, self.layout, self.precision)
         if engine is not None:
             self._engine, self._mesh, self._plan = engine, engine.mesh, engine.plan
-        elif self.global_rank == 0:
-            self._plan = plan_from_trainer(
-                trainer, self.layout, self.overrides, trainer.state.fn.value, module, *args[1:], **kwargs
-            )
-        if engine is None:
-            guard_setup(module)
+            return
+        if self.global_rank == 0:
+            self._plan = plan_from_trainer(trainer, trainer.state.fn.value, module, *args[1:], **kwargs)
+        guard_setup(module)
 
     # ------------------------------------------------------------------ setup
-
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        if not dist.is_initialized():
-            environment = self.cluster_environment
-            assert environment is not None
-            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-            backend = "nccl" if self.root_device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, rank=self.global_rank, world_size=self.world_size, timeout=self._timeout)
-        if self._mesh is None:
-            self._mesh = Mesh(self.layout, self._timeout)
 
     def setup(self, trainer: Any) -> None:
         """Install the plan on the module, then make the optimizers over what this rank holds."""
@@ -262,9 +206,9 @@ class HybridParallelStrategy(Host):
             self._install(module)
             folder = trainer.log_dir if trainer.loggers else None  # every rank asks: the answer is broadcast
             if self.is_global_zero:
-                report_plan(self.plan, self.schedule, folder, self._print_plan)
-        watch_engine(self.engine, self._launcher, self._hang_seconds)
-        self._steps = StepRunner(self.engine, self.loss_weight)
+                report_plan(self.plan, self.schedule, folder, self.options.print_plan)
+        watch_engine(self.engine, self._launcher, self.options.hang_seconds)
+        self._steps = StepRunner(self.engine, self.options.loss_weight)
         share_generators(self.mesh.replica)
         self.engine.loss_scale = read_scale(self._chosen_precision) if trainer.state.fn == "fit" else None
         if trainer.state.fn == "fit":
@@ -281,7 +225,7 @@ class HybridParallelStrategy(Host):
         """Around ``configure_model``: what it builds has no memory for weights yet."""
         module = self.lightning_module
         assert module is not None
-        with configuring(module, self.init):
+        with configuring(module, self.options.init):
             yield
 
     def _install(self, module: Any) -> None:
@@ -289,7 +233,7 @@ class HybridParallelStrategy(Host):
         plans: list[Any] = [self._plan, torch.initial_seed()]
         dist.broadcast_object_list(plans, src=0, group=self.mesh.world.group)
         self._plan = plans[0]
-        weights = None if self.weights is None else match_weights(module, self.weights)
+        weights = None if self.options.weights is None else match_weights(module, self.options.weights)
         self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1], self.precision, weights)
 
     def setup_optimizers(self, trainer: Any) -> None:
@@ -299,41 +243,13 @@ class HybridParallelStrategy(Host):
             check_trainable(self.lightning_module, self.mesh.coordinate, error)
             raise
         check_optimization(self.lightning_module, self.optimizers, self.layout)
-        for warning in overwritten(self.layout.zero, self.zero_options) if self.layout.zero else ():
+        for warning in overwritten(self.layout.zero, self.options.zero) if self.layout.zero else ():
             rank_zero_warn(warning)
-        self.engine.own_states(self.optimizers, self.zero_options)
-
-    def process_dataloader(self, dataloader: Any) -> Any:
-        """Seed a loader's workers by replica, not by rank: the ranks of a replica augment alike."""
-        if os.environ.get("PL_SEED_WORKERS") == "1" and getattr(dataloader, "worker_init_fn", self) is None:
-            dataloader.worker_init_fn = partial(worker_seeding(self.root), rank=self.dp_rank)
-        return dataloader
+        self.engine.own_states(self.optimizers, self.options.zero)
+        self._updates = Updates(self.engine)
 
     def model_to_device(self) -> None:
         """The engine moves this rank's shards when it installs them."""
-
-    @property
-    def engine(self) -> Engine:
-        assert self._engine is not None
-        return self._engine
-
-    @property
-    def states(self) -> OptimizerStates:
-        """The owner of the optimizer states; there while fitting."""
-        assert self.engine.states is not None
-        return self.engine.states
-
-    @property
-    def precision_plugin(self) -> Any:
-        """Ours; it carries out what Lightning's says, which is made from ``Trainer(precision=...)``."""
-        return self._own_precision
-
-    @precision_plugin.setter
-    def precision_plugin(self, plugin: Any) -> None:
-        self.precision = FULL if plugin is None else read_precision(plugin)
-        self._chosen_precision = plugin
-        self._precision_plugin = None  # Lightning would take anything here for the user's plugin and drop precision=
-        self._own_precision = precision_class(self.root)(self, self.precision)
 
     # ------------------------------------------------------------------ steps
 
@@ -348,6 +264,16 @@ class HybridParallelStrategy(Host):
             type(module).optimizer_zero_grad(module, trainer.current_epoch, batch_idx, self.optimizers[0])
             self.states.zero_grad()
         return steps.train(batch, args, kwargs, 1 / trainer.accumulate_grad_batches)
+
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The hooks around a backward; the backward itself has run, except in manual optimization."""
+        module = self.lightning_module
+        if not module.automatic_optimization:
+            scale = self.engine.loss_scale
+            scaled = closure_loss if scale is None else closure_loss * scale.scale
+            return super().backward(scaled, optimizer, *args, **kwargs)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        return self.precision_plugin.post_backward(closure_loss, module)
 
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         return self._running.evaluate("validation_step", batch, args, kwargs)
@@ -366,87 +292,6 @@ class HybridParallelStrategy(Host):
     def _running(self) -> StepRunner:
         assert self._steps is not None, "steps run inside trainer.fit, validate, test or predict"
         return self._steps
-
-    # ------------------------------------------------------------------ optimization
-
-    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The hooks around a backward; the backward itself has run, except in manual optimization."""
-        module = self.lightning_module
-        if not module.automatic_optimization:
-            scale = self.engine.loss_scale
-            scaled = closure_loss if scale is None else closure_loss * scale.scale
-            return super().backward(scaled, optimizer, *args, **kwargs)
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
-        return self.precision_plugin.post_backward(closure_loss, module)
-
-    def reduce_gradients(self, optimizer: Any) -> None:
-        """Sum shared gradients, average over dp, take the loss scale out; once for each step of an optimizer.
-
-        Collective over the world.
-        """
-        position = self._position_of(optimizer)
-        if position not in self._reduced:
-            chosen = self.optimizers[position]
-            sum_shared_gradients([p for group in chosen.param_groups for p in group["params"]], self.mesh)
-            only = chosen if len(self.optimizers) > 1 else None
-            self.states.reduce(only)
-            scale = self.engine.loss_scale
-            self._reduced[position] = scale is not None and scale.unscale(self.states, self.mesh, only)
-
-    def clip_gradients(self, optimizer: Any, value: float, algorithm: str) -> None:
-        """Clip the reduced gradients of the whole model, by norm or by value. Collective over the world."""
-        self.reduce_gradients(optimizer)
-        chosen = optimizer if len(self.optimizers) > 1 else None
-        if algorithm == "value":
-            clip_by_value(self.states, value, chosen)
-        else:
-            self.grad_norm = global_norm(self.states, self.mesh, chosen)
-            clip_by_norm(self.states, value, self.grad_norm, chosen)
-
-    def step_optimizer(self, optimizer: Any) -> None:
-        """Step with the reduced gradients; where they have overflowed, forget them."""
-        position = self._position_of(optimizer)
-        only = self.optimizers[position] if len(self.optimizers) > 1 else None
-        has_overflowed = self._reduced.pop(position)
-        if has_overflowed:
-            self.states.zero_grad(only)
-        else:
-            self.states.step(only)
-        if self.engine.loss_scale is not None:
-            self.engine.loss_scale.update(has_overflowed)
-
-    def _position_of(self, optimizer: Any) -> int:
-        """Which of the optimizers is meant; Lightning hands out wrappers, which share the groups."""
-        return next(index for index, own in enumerate(self.optimizers) if own.param_groups is optimizer.param_groups)
-
-    # ------------------------------------------------------------------ collectives for Lightning
-
-    def barrier(self, name: str | None = None) -> None:
-        if dist.is_initialized():
-            devices = [self.root_device.index or 0] if self.root_device.type == "cuda" else None
-            dist.barrier(device_ids=devices)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not dist.is_initialized():
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src=src)
-        return box[0]
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over all ranks. A mean over all ranks is the mean over replicas, as tp and pp ranks hold equal values."""
-        if not isinstance(tensor, torch.Tensor) or not dist.is_initialized():
-            return tensor
-        total = tensor.clone().to(self.root_device)
-        is_mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
-        operation = dist.ReduceOp.SUM if isinstance(reduce_op, str) or reduce_op is None else reduce_op
-        total = total.double() if is_mean and not total.is_floating_point() else total
-        dist.all_reduce(total, op=operation, group=group)
-        return total / dist.get_world_size(group) if is_mean else total
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        count = int(self.reduce(torch.tensor(int(decision)), reduce_op="sum"))
-        return count == self.world_size if all else count > 0
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -473,6 +318,7 @@ class HybridParallelStrategy(Host):
         return load_checkpoint(self._loading, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self._loading is not None
         self.engine.load_state_dict(load_rank_state(self._loading, self.mesh))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -11,15 +11,18 @@ from lightning_par.errors import ConfigurationError
 from lightning_par.runtime.watchdog import LOOK_SECONDS, Watch
 
 
-def check_hang_seconds(hang_seconds: float | None) -> None:
-    """Raises:
-    ConfigurationError: it is no time that a watchdog could wait.
+def check_hang_seconds(hang_seconds: float | None) -> float | None:
+    """Check a number of seconds.
+
+    Raises:
+        ConfigurationError: it is no time that a watchdog could wait.
     """
     if hang_seconds is not None and not hang_seconds >= LOOK_SECONDS:
         raise ConfigurationError(
             f"hang_seconds={hang_seconds}: a watchdog looks once a second, so that it needs {LOOK_SECONDS:.0f} at the least: "
             "use 20, or None to let ranks hang"
         )
+    return hang_seconds
 
 
 def watch_engine(engine: Engine, launcher: Any, hang_seconds: float | None) -> None:

@@ -66,10 +66,13 @@ def infer_flow(trace: Trace, forced: Mapping[str, Kind]) -> Flow:
     whole = read_from_outside(trace)
     whole.update({name: "as the plan section says" for name, kind in forced.items() if kind == "replicate"})
     while True:
-        flow, refused = _sweep(trace, forced, whole, hidden)
+        sweep = _Sweep(trace, forced, whole, hidden)
+        for index, op in enumerate(trace.ops):
+            sweep.visit(index, op)
+        refused = sweep.conclude()
         if not refused:
-            flow.why.update(whole)
-            return flow
+            sweep.flow.why.update(whole)
+            return sweep.flow
         whole.update(refused)
 
 
@@ -87,88 +90,129 @@ def read_from_outside(trace: Trace) -> dict[str, str]:
     return {name: f"its {what} {why}" for key, why in reasons.items() for name, what in owners.get(key, ())}
 
 
-def _sweep(
-    trace: Trace, forced: Mapping[str, Kind], whole: Mapping[str, str], hidden: frozenset[int]
-) -> tuple[Flow, dict[str, str]]:
-    """One pass over the trace. Returns the flow, and layers that turn out to have to stay whole, with the reason."""
-    flow = Flow()
-    refused: dict[str, str] = {}
-    split: dict[int, frozenset[str]] = {}  # value -> column layers whose split output it holds
-    home: dict[int, str] = {}  # value -> block that made it
-    rows: dict[int, str] = {}  # value -> row layer whose output it holds, at most scaled
-    used: set[str] = set()
-    kinds: dict[str, set[Kind]] = {}
-    outside: set[str] = set()
-    for index, op in enumerate(trace.ops):
-        columns = frozenset().union(*(split.get(n, _NONE) for n in op.inputs))
-        stream = any(n in hidden and n not in split and trace.values[n].shape[-1:] not in ((), (1,)) for n in op.inputs)
-        crosses = any(n in split and n in trace.leaving and home[n] != op.block for n in op.inputs)
-        flow.columns[index] = columns
-        home.update(dict.fromkeys(op.outputs, op.block))
-        read = [n for n in op.inputs if n in hidden]
-        if op.layer is None and len(read) == 1 and read[0] in rows:
-            rows.update(dict.fromkeys(op.outputs, rows[read[0]]))
-        if columns and trace.again and op.name in _REORDERS and not trace.is_inside_block(op):
-            split.update(dict.fromkeys(op.outputs, columns))
-        elif crosses or not trace.is_inside_block(op):
-            if op.layer is not None:
-                outside.add(op.layer)
-            refused.update({name: f"its output leaves the block ({_place(op)})" for name in columns if name not in forced})
-        elif op.layer is not None and trace.layers[op.layer].kind != "embedding":
-            kind = _kind(trace.layers[op.layer], columns, forced, whole)
-            flow.kinds[op.layer] = kind
-            kinds.setdefault(op.layer, set()).add(kind)
-            if kind == "row":
-                flow.feeds[op.layer] = flow.feeds.get(op.layer, _NONE) | columns
-                rows[op.outputs[0]] = op.layer
-                used |= columns
-            elif kind == "column":
-                flow.reads[op.layer] = op.inputs[0]
-                split[op.outputs[0]] = frozenset([op.layer])
-            if kind != "row":
-                refused.update(
-                    {name: f"its output goes into {_inside(op, op.layer)}, which is not split by row" for name in columns}
-                )
-        elif op.name in ("grad", "opaque"):
-            what = op.arguments[0] if op.name == "opaque" else "torch.autograd.grad"
-            refused.update(dict.fromkeys(columns, f"its output goes into {what}"))
-        elif len(columns) > 1 and _normalizes_outputs(trace, op, columns):
-            why = f"its output is added to another's and normalised ({_place(op)})"
-            refused[min(columns, key=list(kinds).index)] = why  # the first; others may turn out to be row layers
-        elif (
-            columns and stream and (narrow := _narrower(trace, {rows[n] for n in read if n in rows}, columns, flow) - forced.keys())
-        ):
-            refused.update(dict.fromkeys(narrow, NARROW))
-            split.update(dict.fromkeys(op.outputs, columns))  # as it will be then
-        elif columns and stream:
-            refused.update({name: f"its output meets the hidden state before a row layer ({_place(op)})" for name in columns})
+class _Sweep:
+    """One pass over the trace, in its order.
+
+    Args:
+        trace: the dry run.
+        forced: kinds that the user's plan section names.
+        whole: layers that are known to stay whole, and why.
+        hidden: numbers of the values that are the hidden state.
+
+    Attributes:
+        flow: what is found.
+        refused: layers that turn out to have to stay whole, with the reason.
+    """
+
+    def __init__(self, trace: Trace, forced: Mapping[str, Kind], whole: Mapping[str, str], hidden: frozenset[int]) -> None:
+        self.flow, self.refused = Flow(), dict[str, str]()
+        self._trace, self._forced, self._whole, self._hidden = trace, forced, whole, hidden
+        self._split: dict[int, frozenset[str]] = {}  # value -> column layers whose split output it holds
+        self._home: dict[int, str] = {}  # value -> block that made it
+        self._rows: dict[int, str] = {}  # value -> row layer whose output it holds, at most scaled
+        self._used: set[str] = set()  # column layers that a row layer reads
+        self._kinds: dict[str, set[Kind]] = {}  # of each layer, in all its calls inside the blocks
+        self._outside: set[str] = set()  # layers that are called outside of them
+
+    def visit(self, index: int, op: Op) -> None:
+        """Follow split activations through the next operation."""
+        columns = self.flow.columns[index] = frozenset().union(*(self._split.get(n, _NONE) for n in op.inputs))
+        is_inside = self._trace.is_inside_block(op)
+        leaves = not is_inside or any(
+            n in self._split and n in self._trace.leaving and self._home[n] != op.block for n in op.inputs
+        )
+        self._home.update(dict.fromkeys(op.outputs, op.block))
+        if op.layer is None and len(read := self._read(op)) == 1 and read[0] in self._rows:
+            self._rows.update(dict.fromkeys(op.outputs, self._rows[read[0]]))
+        if columns and self._trace.again and op.name in _REORDERS and not is_inside:
+            self._pass_on(op, columns)
+        elif leaves:
+            self._leave(op, columns)
+        elif op.layer is not None and self._trace.layers[op.layer].kind != "embedding":
+            self._call(op, op.layer, columns)
         elif columns:
-            split.update(dict.fromkeys(op.outputs, columns))
-            for name in map(trace.canonical, op.parameters):  # one gradient is not both partial and summed: its readers are alike
-                flow.feeds[name] = flow.feeds.get(name, _NONE) | columns
-    carried = {block.carry_out for block in trace.blocks}
-    for number in carried & split.keys():
-        refused.update(dict.fromkeys(split[number], "its output is the output of the block"))
-    for name, kind in flow.kinds.items():
-        if kind == "column" and name not in used and name not in forced:
-            refused.setdefault(name, "no row layer reads its output")
-    refused = {name: why for name, why in refused.items() if name not in whole and "column" in kinds.get(name, ())}
-    twofold = {name: "it reads the hidden state in one call and parts of it in another" for name in kinds if len(kinds[name]) > 1}
-    twofold.update(dict.fromkeys(kinds.keys() & outside, "it is called both in the blocks and outside"))
-    return flow, refused or {name: why for name, why in twofold.items() if name not in {*forced, *whole}}
+            self._combine(op, columns)
 
+    def conclude(self) -> dict[str, str]:
+        """Layers that have to stay whole and were not known to, with the reason; none where the flow is right."""
+        carried = {block.carry_out for block in self._trace.blocks}
+        for number in carried & self._split.keys():
+            self._refuse(self._split[number], "its output is the output of the block")
+        for name, kind in self.flow.kinds.items():
+            if kind == "column" and name not in self._used and name not in self._forced:
+                self.refused.setdefault(name, "no row layer reads its output")
+        kinds = self._kinds
+        refused = {name: why for name, why in self.refused.items() if name not in self._whole and "column" in kinds.get(name, ())}
+        if refused:
+            return refused
+        why = "it reads the hidden state in one call and parts of it in another"
+        twofold = {name: why for name, found in kinds.items() if len(found) > 1}
+        twofold.update(dict.fromkeys(kinds.keys() & self._outside, "it is called both in the blocks and outside"))
+        return {name: why for name, why in twofold.items() if name not in {*self._forced, *self._whole}}
 
-def _normalizes_outputs(trace: Trace, op: Op, columns: frozenset[str]) -> bool:
-    """Whether a norm runs over all features that column layers give, rather than over those of a head: it ends a residual."""
-    shape = trace.values[op.inputs[0]].shape
-    return op.name in OVER_LAST and shape[-1] in {trace.layers[name].out_size for name in columns}
+    def _leave(self, op: Op, columns: Iterable[str]) -> None:
+        """An operation outside of the block that made what it reads."""
+        if op.layer is not None:
+            self._outside.add(op.layer)
+        self._refuse((name for name in columns if name not in self._forced), f"its output leaves the block ({_place(op)})")
 
+    def _call(self, op: Op, layer: str, columns: frozenset[str]) -> None:
+        """A call of a Linear: here its kind is decided."""
+        kind = self.flow.kinds[layer] = _kind(self._trace.layers[layer], columns, self._forced, self._whole)
+        self._kinds.setdefault(layer, set()).add(kind)
+        if kind == "row":
+            self.flow.feeds[layer] = self.flow.feeds.get(layer, _NONE) | columns
+            self._rows[op.outputs[0]] = layer
+            self._used |= columns
+            return
+        if kind == "column":
+            self.flow.reads[layer] = op.inputs[0]
+            self._split[op.outputs[0]] = frozenset([layer])
+        self._refuse(columns, f"its output goes into {_inside(op, layer)}, which is not split by row")
 
-def _narrower(trace: Trace, rows: set[str], columns: frozenset[str], flow: Flow) -> frozenset[str]:
-    """The column layers that feed ``rows``, where these pairs have fewer parameters than ``columns``, which they meet."""
-    feeding = frozenset().union(*(flow.feeds[row] for row in rows))
-    is_apart = feeding.isdisjoint(columns)
-    return feeding if is_apart and _numel(trace, feeding | rows) < _numel(trace, columns) else _NONE
+    def _combine(self, op: Op, columns: frozenset[str]) -> None:
+        """Any other operation inside a block that reads split activations."""
+        if op.name in ("grad", "opaque"):
+            what = op.arguments[0] if op.name == "opaque" else "torch.autograd.grad"
+            self._refuse(columns, f"its output goes into {what}")
+        elif len(columns) > 1 and self._normalizes_outputs(op, columns):
+            first = min(columns, key=list(self._kinds).index)  # others may turn out to be row layers
+            self._refuse([first], f"its output is added to another's and normalised ({_place(op)})")
+        elif not self._meets_hidden(op):
+            self._pass_on(op, columns)
+            for name in map(self._trace.canonical, op.parameters):  # one gradient is not both partial and summed: readers are alike
+                self.flow.feeds[name] = self.flow.feeds.get(name, _NONE) | columns
+        elif narrow := self._narrower(op, columns) - self._forced.keys():
+            self._refuse(narrow, NARROW)
+            self._pass_on(op, columns)  # as it will be then
+        else:
+            self._refuse(columns, f"its output meets the hidden state before a row layer ({_place(op)})")
+
+    def _pass_on(self, op: Op, columns: frozenset[str]) -> None:
+        self._split.update(dict.fromkeys(op.outputs, columns))
+
+    def _refuse(self, columns: Iterable[str], why: str) -> None:
+        self.refused.update(dict.fromkeys(columns, why))
+
+    def _read(self, op: Op) -> list[int]:
+        """What an operation reads of the hidden state."""
+        return [n for n in op.inputs if n in self._hidden]
+
+    def _meets_hidden(self, op: Op) -> bool:
+        """Whether it reads the hidden state whole, and more of it than one number for each position."""
+        return any(n not in self._split and self._trace.values[n].shape[-1:] not in ((), (1,)) for n in self._read(op))
+
+    def _normalizes_outputs(self, op: Op, columns: frozenset[str]) -> bool:
+        """Whether a norm runs over all features that column layers give, rather than over those of a head: it ends a residual."""
+        shape = self._trace.values[op.inputs[0]].shape
+        return op.name in OVER_LAST and shape[-1] in {self._trace.layers[name].out_size for name in columns}
+
+    def _narrower(self, op: Op, columns: frozenset[str]) -> frozenset[str]:
+        """Column layers of pairs whose output meets that of ``columns``, where the pairs have fewer parameters than those."""
+        rows = {self._rows[n] for n in self._read(op) if n in self._rows}
+        feeding = frozenset().union(*(self.flow.feeds[row] for row in rows))
+        is_apart = feeding.isdisjoint(columns)
+        return feeding if is_apart and _numel(self._trace, feeding | rows) < _numel(self._trace, columns) else _NONE
 
 
 def _numel(trace: Trace, layers: Iterable[str]) -> int:

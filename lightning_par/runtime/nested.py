@@ -34,7 +34,8 @@ def rebuild(node: Any, values: list[Any]) -> Any:
             filled[key] = value
         return filled
     if isinstance(node, Mapping):
-        return type(node)(dict(zip(node, values, strict=True)))  # type: ignore[call-arg]
+        kind: Any = type(node)  # as those of transformers, it takes a dict, which `Mapping` does not ask for
+        return kind(dict(zip(node, values, strict=True)))
     if is_namedtuple(node):
         return type(node)(*values)
     if isinstance(node, (list, tuple)):

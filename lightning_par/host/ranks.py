@@ -1,0 +1,145 @@
+"""The ranks as Lightning sees them: its questions about devices, replicas and the data they read, and its collectives."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+
+from lightning_par.host.namespace import worker_seeding
+from lightning_par.layout import Layout
+from lightning_par.runtime.mesh import Mesh
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import ParallelStrategy as Host
+else:
+    Host = object  # the class of the caller's Lightning, by `bind`
+
+
+class RankedStrategy(Host):
+    """The part of `HybridParallelStrategy` that places ranks.
+
+    Args:
+        layout: sizes of the axes; dp may be left open until the Trainer says how many devices there are.
+        typed: the layout as the user typed it.
+        timeout: how long a collective may wait for a rank.
+    """
+
+    root = ""  # the Lightning namespace, set by `bind`
+
+    def __init__(self, layout: Layout, typed: str, timeout: timedelta) -> None:
+        super().__init__()
+        self.layout, self._typed, self._timeout = layout, typed, timeout
+        self._num_nodes = 1
+        self._mesh: Mesh | None = None
+
+    # ------------------------------------------------------------------ devices and replicas
+
+    @property
+    def num_nodes(self) -> int:
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, count: int) -> None:
+        self._num_nodes = count
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.parallel_devices or ())
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def mesh(self) -> Mesh:
+        """This rank's axes; there once the Trainer has started."""
+        if self._mesh is None:
+            raise RuntimeError("the mesh exists once trainer.fit, validate, test or predict has started")
+        return self._mesh
+
+    @property
+    def dp_rank(self) -> int:
+        """Which replica this rank belongs to; what a dataset or sampler is sharded by."""
+        return self.layout.coordinate_of(self.global_rank).dp
+
+    @property
+    def dp_size(self) -> int:
+        """Replicas."""
+        return self.layout.dp or 1
+
+    def set_world_ranks(self) -> None:
+        """Tell Lightning's environment the world; fill in dp. Called by the Trainer before the launcher is made."""
+        world_size = self._num_nodes * self.num_processes
+        self.layout = self.layout.resolve(world_size, self._typed)
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(world_size)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        if self.layout.zero and self.dp_size == 1:
+            rank_zero_warn(f"parallel={self._typed}: zero{self.layout.zero} has nothing to shard with dp 1 and is ignored")
+
+    def setup_environment(self) -> None:
+        """Meet the other ranks, and build the axes; collective over the world."""
+        super().setup_environment()
+        if not dist.is_initialized():
+            environment = self.cluster_environment
+            assert environment is not None
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+            backend = "nccl" if self.root_device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, rank=self.global_rank, world_size=self.world_size, timeout=self._timeout)
+        if self._mesh is None:
+            self._mesh = Mesh(self.layout, self._timeout)
+
+    # ------------------------------------------------------------------ what each rank reads
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether Lightning puts its sampler in the place of the user's: with one replica the data keep their order."""
+        return self.dp_size > 1
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """All ranks of a replica read the same samples."""
+        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Seed a loader's workers by replica, not by rank: the ranks of a replica augment alike."""
+        if os.environ.get("PL_SEED_WORKERS") == "1" and getattr(dataloader, "worker_init_fn", self) is None:
+            dataloader.worker_init_fn = partial(worker_seeding(self.root), rank=self.dp_rank)
+        return dataloader
+
+    # ------------------------------------------------------------------ collectives
+
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            devices = [self.root_device.index or 0] if self.root_device.type == "cuda" else None
+            dist.barrier(device_ids=devices)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src=src)
+        return box[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over all ranks. A mean over all ranks is the mean over replicas, as tp and pp ranks hold equal values."""
+        if not isinstance(tensor, torch.Tensor) or not dist.is_initialized():
+            return tensor
+        total = tensor.clone().to(self.root_device)
+        is_mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
+        operation = dist.ReduceOp.SUM if isinstance(reduce_op, str) or reduce_op is None else reduce_op
+        total = total.double() if is_mean and not total.is_floating_point() else total
+        dist.all_reduce(total, op=operation, group=group)
+        return total / dist.get_world_size(group) if is_mean else total
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        count = int(self.reduce(torch.tensor(int(decision)), reduce_op="sum"))
+        return count == self.world_size if all else count > 0

@@ -1,0 +1,70 @@
+"""How optimizers step on gradients that are spread over ranks: reduced once, clipped as those of the whole model, then the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_par.engine import Engine
+from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
+
+
+class Updates:
+    """The steps of a run's optimizers. Methods take one of them, or what Lightning has wrapped around it.
+
+    All methods are collective over the world.
+
+    Args:
+        engine: the module in motion; its optimizer states have their owner.
+
+    Attributes:
+        grad_norm: of the whole model, before it was last clipped by norm; None where it has not been.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        assert engine.states is not None
+        self.grad_norm: torch.Tensor | None = None
+        self._mesh, self._scale, self._states = engine.mesh, engine.loss_scale, engine.states
+        self._reduced: dict[int, bool] = {}  # optimizers whose gradients are reduced, by position; whether they have overflowed
+
+    def reduce(self, optimizer: Any) -> None:
+        """Sum shared gradients, average over dp, take the loss scale out; once for each step of an optimizer."""
+        position = self._position_of(optimizer)
+        if position not in self._reduced:
+            groups = self._states.optimizers[position].param_groups
+            sum_shared_gradients([p for group in groups for p in group["params"]], self._mesh)
+            only = self._only(position)
+            self._states.reduce(only)
+            self._reduced[position] = self._scale is not None and self._scale.unscale(self._states, self._mesh, only)
+
+    def clip(self, optimizer: Any, value: float, algorithm: str) -> None:
+        """Clip the reduced gradients of the whole model to a positive ``value``, by ``norm`` or by ``value``."""
+        self.reduce(optimizer)
+        only = self._only(self._position_of(optimizer))
+        if algorithm == "value":
+            clip_by_value(self._states, value, only)
+        else:
+            self.grad_norm = global_norm(self._states, self._mesh, only)
+            clip_by_norm(self._states, value, self.grad_norm, only)
+
+    def step(self, optimizer: Any) -> None:
+        """Step with the reduced gradients; where they have overflowed, forget them."""
+        position = self._position_of(optimizer)
+        only = self._only(position)
+        has_overflowed = self._reduced.pop(position)
+        if has_overflowed:
+            self._states.zero_grad(only)
+        else:
+            self._states.step(only)
+        if self._scale is not None:
+            self._scale.update(has_overflowed)
+
+    def _position_of(self, optimizer: Any) -> int:
+        """Which of the optimizers is meant; Lightning hands out wrappers, which share the groups."""
+        return next(index for index, own in enumerate(self._states.optimizers) if own.param_groups is optimizer.param_groups)
+
+    def _only(self, position: int) -> Optimizer | None:
+        """How the states are told which optimizer's gradients are meant; None for those of the only one."""
+        return self._states.optimizers[position] if len(self._states.optimizers) > 1 else None
