@@ -106,6 +106,10 @@ class ZeroEngine(ABC):
     def detect_borrowed(self, is_on: bool) -> None:
         """While on, reading a parameter of a module that is not running gathers it (``F.linear(x, wte.weight)``)."""
 
+    def saving(self) -> AbstractContextManager[object]:
+        """Inside, what autograd saves of a parameter does not hold the memory of one that is gathered for a while."""
+        return nullcontext()
+
     @abstractmethod
     def settle(self, keep: bool) -> None:
         """After a forward: close what an exception through it left open.

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_par.private.deepspeed.call import count_calls_apart, keep_call
 from lightning_par.private.deepspeed.engine import ZeroEngine
+from lightning_par.private.deepspeed.gathered import GatheredWeights
 from lightning_par.private.deepspeed.mark import Marks
 
 
@@ -45,6 +47,10 @@ class ZeroEngine3(ZeroEngine):
             hook.remove()
         self.zero._leaf_module_hooks.clear()
         self.undo_mapping = _map_local_tensors()
+        self.gathered = GatheredWeights(self.coordinator, self._parameters_of)
+        for module in self.root.modules():
+            if "post_bwd_fn" in vars(module):  # nothing inside a unit has one
+                count_calls_apart(module, self.zero.parameter_offload.post_sub_module_backward_function)
 
     @property
     def masters(self) -> list[Tensor]:
@@ -112,7 +118,11 @@ class ZeroEngine3(ZeroEngine):
             parameters: Any = module._parameters
             parameters._in_forward = is_on
 
+    def saving(self) -> AbstractContextManager[object]:
+        return self.gathered.saving()
+
     def settle(self, keep: bool) -> None:
+        self.gathered.forget()
         for module in [self.root, *self._unwind()]:
             if keep:
                 self._keep(module)
@@ -123,20 +133,26 @@ class ZeroEngine3(ZeroEngine):
         for module in self._unwind():  # left by a recomputation that stopped early
             self.coordinator.release_sub_module(module, forward=True)
         self.coordinator.release_backward_leftovers()
+        self.gathered.release()
 
     def destroy(self) -> None:
         del self.offload.FWD_MODULE_STACK[self.depth - 1 :]
         self.undo_mapping()
         super().destroy()
-        del self.coordinator
+        del self.coordinator, self.gathered
 
     def _keep(self, module: nn.Module) -> None:
         """Keep a module's parameters, own and borrowed, until the step."""
-        vars(module)["ds_grads_remaining"] = -(2**30)  # never counts down to the closing backward hook
-        for parameter in self.offload.iter_params(module, recurse=getattr(module, "_z3_leaf", False)):
+        keep_call(module)
+        for parameter in self._parameters_of(module):
             parameter.ds_active_sub_modules.add(module.ds_id)
             if parameter.ds_status.name == "NOT_AVAILABLE":
                 parameter.all_gather()
+
+    def _parameters_of(self, module: nn.Module) -> Iterable[Any]:
+        """Those that are gathered for a module, own and borrowed."""
+        parameters: Iterable[Any] = self.offload.iter_params(module, recurse=getattr(module, "_z3_leaf", False))
+        return parameters
 
     def _unwind(self) -> list[nn.Module]:
         stack: list[nn.Module] = self.offload.FWD_MODULE_STACK

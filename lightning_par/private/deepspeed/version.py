@@ -36,11 +36,12 @@ _DEEPSPEED_NAMES = (
     # stage 3: the stack of modules whose forward is running, which an exception through a forward leaves behind
     ("deepspeed.runtime.zero.parameter_offload", "FWD_MODULE_STACK", ()),
     ("deepspeed.runtime.zero.parameter_offload", "apply_to_tensors_only", ()),
+    ("deepspeed.runtime.zero.parameter_offload", "DeepSpeedZeRoOffload", ("post_sub_module_backward_function",)),
     ("deepspeed.runtime.zero.utils", "apply_to_tensors_only", ()),
     (
         "deepspeed.runtime.zero.partitioned_param_coordinator",
         "PartitionedParameterCoordinator",
-        ("release_sub_module", "release_backward_leftovers"),
+        ("fetch_sub_module", "release_sub_module", "release_backward_leftovers"),
     ),
     # stage 3: a module's own parameters and those it borrows from others
     ("deepspeed.runtime.zero.partitioned_param_coordinator", "iter_params", ()),
