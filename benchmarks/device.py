@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.command import conclude, make_parser, print_rows, report
+from benchmarks.command import finish, load_ranks, make_parser, report
 
 if TYPE_CHECKING:
     from benchmarks.device_pace import Row
@@ -36,16 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AssertionError: a row raised; its traceback is the message.
     """
     options = _parser().parse_args(arguments)
-    report("importing torch, Lightning and transformers, and making the model")
-    os.environ["LIGHTNING_PAR_TEST_DEVICE"] = "cuda"
-    import tests.ranks  # noqa: F401  # isort: skip  # first: it hides the GPU from this process, which is going to fork
-
+    rows = measure(options.quick)
     from benchmarks import device_table  # late, so that --help is quick
     from benchmarks.device_pace import differences
 
-    rows = measure(options.quick)
-    print_rows(rows, options, device_table)
-    return conclude(differences(rows), "every system trains alike")
+    return finish(rows, options, device_table, differences(rows), "every system trains alike")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,8 +60,9 @@ def measure(quick: bool) -> list[Row]:
     Args:
         quick: see ``--help``.
     """
+    os.environ["LIGHTNING_PAR_TEST_DEVICE"] = "cuda"
+    run_ranks = load_ranks("torch, Lightning and transformers", "transformers")  # without the GPU: this process is going to fork
     from benchmarks.device_pace import CASES, Row, make_decoder, measure_case
-    from tests.ranks import run_ranks
 
     decoder, rows = make_decoder(), []
     for case in CASES:

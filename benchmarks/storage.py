@@ -3,8 +3,8 @@
 Parameters, gradients (of all microbatches, before they are reduced) and optimizer states are the storages of the tensors that the
 owner of the states names, each once. Activations are all other storages that operations of the step have made and that are alive
 between two actions of the schedule, at the most. Two things are neither: messages on their way, because gloo holds what it sends
-until the other side has it, which depends on time; and parameters that ZeRO-3 has gathered, of which DeepSpeed keeps up to 10^9
-elements, as long as they are read again soon.
+until the other side has it, which depends on time; and parameters that ZeRO-3 has gathered, of which some are there inside an
+action and none between two.
 """
 
 from __future__ import annotations
@@ -197,27 +197,39 @@ class _Saved:
         self.tensor = tensor
 
 
-class _Living(LivingTensors):
-    """Knows besides which storages hold parameters that were gathered over dp."""
+class LivingParameters(LivingTensors):
+    """Knows besides which storages hold parameters that were gathered over dp.
+
+    Args:
+        before: as in `LivingTensors`.
+        dp: name of the process group.
+
+    Attributes:
+        most_gathered: the most bytes of them at once; to be set to 0 to begin anew.
+    """
 
     def __init__(self, before: Iterable[torch.Tensor], dp: str) -> None:
         super().__init__(before, has_peak=False)
-        self._dp, self._gathered = dp, list[StorageWeakRef]()
+        self._dp, self._gathered, self.most_gathered = dp, list[tuple[StorageWeakRef, int]](), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in GATHERS and dist.ProcessGroup.unbox(args[2]).group_name == self._dp:
-            self._gathered += [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors_in(args[0])]
+            self._note_gathered(tensors_in(args[0]))
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten.cat.default:  # the parameters of a block, gathered in one collective, out of each rank's part
             gathered = self.gathered()
             if any(tensor.untyped_storage()._cdata in gathered for tensor in args[0]):
-                self._gathered.append(StorageWeakRef(result.untyped_storage()))
+                self._note_gathered([result])
         return result
 
-    def gathered(self) -> set[int]:
-        """Keys of the storages that are still there."""
-        self._gathered = [reference for reference in self._gathered if not reference.expired()]
-        return {reference.cdata for reference in self._gathered}
+    def gathered(self) -> dict[int, int]:
+        """Bytes of the storages that are still there, by key."""
+        self._gathered = [entry for entry in self._gathered if not entry[0].expired()]
+        return {reference.cdata: size for reference, size in self._gathered}
+
+    def _note_gathered(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._gathered += [(StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes()) for tensor in tensors]
+        self.most_gathered = max(self.most_gathered, sum(self.gathered().values()))
 
 
 class _Ledger:
@@ -230,7 +242,7 @@ class _Ledger:
     def __init__(self, engine: Engine, batch: Any) -> None:
         self._engine, self.most = engine, 0
         before = [*engine.module.parameters(), *engine.module.buffers(), *tensors_in(batch)]
-        self._living = _Living(before, engine.mesh.dp.group.group_name)
+        self._living = LivingParameters(before, engine.mesh.dp.group.group_name)
         self._saved: WeakSet[_Saved] = WeakSet()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
 
@@ -274,5 +286,5 @@ class _Ledger:
         saved = {each.tensor.untyped_storage()._cdata for each in self._saved}
         messages = [tensor for tensor in self._engine.on_the_way if tensor.untyped_storage()._cdata not in saved]
         others = [*(tensor for tensors in states.stored() for tensor in tensors), *messages]
-        keys = self._living.gathered() | {tensor.untyped_storage()._cdata for tensor in others}
+        keys = self._living.gathered().keys() | {tensor.untyped_storage()._cdata for tensor in others}
         return self._living.num_bytes(keys)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lightning_par.plan import Plan
+from lightning_par.private.saved import saving
 from lightning_par.private.torch import Place, StorageWeakRef, is_fake, place_of, storage_key
 from lightning_par.runtime.call import change_call
 
@@ -58,14 +59,14 @@ class _Offload:
     def __init__(self, block: nn.Module, stream: torch.cuda.Stream | None) -> None:
         self._block, self._stream = block, stream
         self._copies: weakref.WeakValueDictionary[tuple[Place, int], _HostCopy] = weakref.WeakValueDictionary()
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self.hooks = saving(self._pack)
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Packed:
+    def _pack(self, tensor: torch.Tensor) -> _Packed | None:
         shape = tensor.shape
         flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach()  # as a layer and what is before it show it
         place = place_of(flat)
         if place is None or self._stays(tensor):
-            return tensor
+            return None
         key = place, tensor._version
         known = self._copies.get(key)
         if known is None or known.source.expired():  # else another tensor lies where it was
@@ -125,6 +126,5 @@ class _Packed(NamedTuple):
     copy: _HostCopy
     shape: torch.Size
 
-
-def _unpack(packed: torch.Tensor | _Packed) -> torch.Tensor:
-    return packed.copy.fetch().view(packed.shape) if isinstance(packed, _Packed) else packed
+    def fetch(self) -> torch.Tensor:
+        return self.copy.fetch().view(self.shape)

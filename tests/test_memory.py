@@ -63,6 +63,7 @@ def check_cases(*cases: Case) -> None:
 def test_two_ranks_store_what_the_forecast_says() -> None:
     check_cases(
         Case("tp2_sp"),
+        Case("tp2_sp", recompute="selective"),
         Case("tp2_mb2", recompute="selective"),
         Case("pp2_mb4", recompute="full"),
         Case("pp2_vp2_mb4", "interleaved-zb"),
@@ -81,7 +82,8 @@ def test_other_precisions(precision: str) -> None:
 def test_more_layouts() -> None:
     check_cases(*(case for case in CASES if parse_layout(case.word).world_size == 1))
     check_cases(*(case for case in CASES if parse_layout(case.word).world_size == 2), Case("pp2_mb4", "zb-h1"))
-    check_cases(Case("tp2_pp2"), Case("tp2_pp2_sp", recompute="full"), Case("pp2_dp2_zero2", "zb-h1"), Case("tp2_dp2_zero3"))
+    sequences = [Case("tp2_pp2_sp", recompute=mode) for mode in ("selective", "full")]
+    check_cases(Case("tp2_pp2"), *sequences, Case("pp2_dp2_zero2", "zb-h1"), Case("tp2_dp2_zero3"))
 
 
 # ---------------------------------------------------------------------- model states

@@ -21,9 +21,9 @@ from lightning_par.pipeline.executor import Executor
 from lightning_par.pipeline.transport import Like, Transport
 from lightning_par.plan import Plan
 from lightning_par.private.torch import FakeTensorMode
-from lightning_par.runtime.axis import LocalAxis
 from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.generator import generators_put_back
+from lightning_par.runtime.imagined import ImaginedAxis
 from lightning_par.runtime.nested import map_tensors, tensors_in
 from lightning_par.runtime.precision import FULL, Precision
 from lightning_par.trace.tracer import fake_of, silent_copy
@@ -105,7 +105,7 @@ class _Rank:
         module, batch, plan = run
         twin = silent_copy(module, lambda tensor: precision.convert(fake_of(fake, tensor)))
         self._batch = map_tensors(lambda tensor: fake.from_tensor(tensor.detach()), batch)
-        deferred, tp = DeferredGradients(), LocalAxis("tp", plan.layout.tp, 0)
+        deferred, tp = DeferredGradients(), ImaginedAxis("tp", plan.layout.tp, 0)
         stages = install(twin, plan, pp, tp, _CPU, deferred if splits_backward else None)
         twin.train()
         accumulate_in_float32(twin.parameters())

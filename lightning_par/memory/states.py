@@ -17,8 +17,9 @@ copy even of fp32 weights.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lightning_par.memory.gathered import most_gathered
 from lightning_par.memory.optimizer import GroupForm, OptimizerForm
 from lightning_par.plan import Plan
 from lightning_par.plan.plan import ParameterPlan
@@ -33,7 +34,7 @@ class StateBytes:
 
     Attributes:
         parameters, gradients, states: see the top of this file.
-        gathered: the most of parameters that stage 3 has whole for a while: autograd keeps those that a backward is to read.
+        gathered: the most of parameters that stage 3 has whole at once, see `lightning_par.memory.gathered`.
     """
 
     parameters: int
@@ -56,7 +57,9 @@ def state_bytes(plan: Plan, pp: int, optimizer: OptimizerForm) -> StateBytes:
     zero = layout.zero if count.dp > 1 else 0
     if zero == 0:
         return count.replicated(optimizer)
-    return count.partitioned_parameters(optimizer) if zero == 3 else count.partitioned_states(optimizer)
+    if zero < 3:
+        return count.partitioned_states(optimizer)
+    return replace(count.partitioned_parameters(optimizer), gathered=most_gathered(plan, pp, held))
 
 
 class _Count:
@@ -100,7 +103,7 @@ class _Count:
             parts = sum(map(self._part, members))
             buffer += _FP32 * parts
             states += parts * (group.element_bytes + _FP32) + group.tensor_bytes * bool(members)
-        return StateBytes(parameters, self._gradients() + buffer, states, gathered=self._bytes(self.held))
+        return StateBytes(parameters, self._gradients() + buffer, states)
 
     def _members(self, group: GroupForm) -> list[ParameterPlan]:
         return [parameter for parameter in self.held if parameter.spec.name in group.names]

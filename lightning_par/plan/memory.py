@@ -15,7 +15,7 @@ class RankMemory:
         states: of the optimizer, master weights included.
         activations: the most that is stored between two actions of the schedule: for backwards to come, or received, or noted.
         working: what an action has at its peak besides: what operations give each other, and a block that is computed again.
-        gathered: the most that ZeRO-3 has of parameters that are whole for a while.
+        gathered: the most that ZeRO-3 has of whole parameters at once.
     """
 
     parameters: int

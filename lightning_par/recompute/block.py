@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
@@ -26,7 +25,7 @@ from lightning_par.plan.plan import Recompute
 from lightning_par.private.torch import is_compiled
 from lightning_par.recompute.arguments import Arguments
 from lightning_par.recompute.keep import keeping
-from lightning_par.runtime.axis import Axis, GroupAxis
+from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.call import change_call
 from lightning_par.runtime.precision import default_dtype
 
@@ -44,7 +43,7 @@ def recompute_blocks(module: nn.Module, plan: Plan, pp: int, tp: Axis) -> None:
     """
     if plan.chain is None:
         return
-    group, made = tp.group if isinstance(tp, GroupAxis) else None, dict[Any, type[nn.Module]]()
+    made = dict[Any, type[nn.Module]]()
     for index in plan.blocks_at(pp):
         block, mode = module.get_submodule(plan.chain.blocks[index]), plan.chain.recompute[index]
         if mode != "none":
@@ -53,13 +52,13 @@ def recompute_blocks(module: nn.Module, plan: Plan, pp: int, tp: Axis) -> None:
             if kind in made:
                 block.__class__ = made[kind]  # by its class torch.compile knows that it has compiled an equal block
             else:
-                change_call(block, _recomputing(*kind, group))
+                change_call(block, _recomputing(*kind, tp))
                 made[kind] = type(block)
 
 
-def _recomputing(cls: type[nn.Module], mode: Recompute, as_written: bool, group: dist.ProcessGroup | None) -> Callable[..., Any]:
+def _recomputing(cls: type[nn.Module], mode: Recompute, as_written: bool, tp: Axis) -> Callable[..., Any]:
     """The call of a block; ``as_written``: nothing in it is compiled, so that its reads can be watched."""
-    contexts = partial(keeping, group) if mode == "selective" else noop_context_fn
+    contexts = partial(keeping, tp) if mode == "selective" else noop_context_fn
 
     def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -22,6 +22,8 @@ import torch.distributed as dist
 
 from lightning_par.errors import ModelError
 from lightning_par.private.torch import TorchDispatchMode, alias_below_autograd, finished_work, storage_key
+from lightning_par.runtime.axis import Axis, GroupAxis
+from lightning_par.runtime.imagined import ImaginedAxis, Watcher
 from lightning_par.runtime.nested import map_tensors, tensors_in
 
 _aten, _c10d = torch.ops.aten, torch.ops.c10d
@@ -42,17 +44,20 @@ COLLECTIVES = {
     _c10d.reduce_scatter_.default: 2,
     _c10d._reduce_scatter_base_.default: 2,
 }
-_VIEWS = frozenset({_aten.view.default, _aten._unsafe_view.default, _aten.detach.default, _aten.alias.default})
+# views; and a fake tensor is asked for its device by an operation
+_READING_NOTHING = frozenset(
+    {_aten.view.default, _aten._unsafe_view.default, _aten.detach.default, _aten.alias.default, torch.ops.prim.device.default}
+)
 
 
-def keeping(group: dist.ProcessGroup | None) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def keeping(axis: Axis) -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Contexts for one forward of a block and for its recomputations.
 
     Args:
-        group: keep the results of its collectives, and not those of others: ZeRO-3 gathers parameters.
+        axis: keep the results of its collectives, and not those of others: ZeRO-3 gathers parameters.
     """
-    kept = Kept(group)
-    return _Keep(kept), _Replay(kept)
+    kept = Kept(axis.group if isinstance(axis, GroupAxis) else None)
+    return _Keep(kept, axis.watchers if isinstance(axis, ImaginedAxis) else []), _Replay(kept)
 
 
 def is_costly(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -132,11 +137,16 @@ class Result:
 
 
 class _Keep(TorchDispatchMode):
-    """Runs every operation and keeps some results."""
+    """Runs every operation and keeps some results.
 
-    def __init__(self, kept: Kept) -> None:
+    Args:
+        kept: where.
+        watchers: of collectives that are no operations.
+    """
+
+    def __init__(self, kept: Kept, watchers: list[Watcher]) -> None:
         super().__init__()
-        self._kept = kept
+        self._kept, self._watchers = kept, watchers
         self._watched: dict[int, Result] = {}  # by the storage of a result, or of a product's copy that is not summed yet
         self._copies: list[torch.Tensor] = []  # alive, so that no storage is taken for another
 
@@ -144,19 +154,24 @@ class _Keep(TorchDispatchMode):
         kwargs = kwargs or {}
         is_ours = self._kept.is_ours(func, args)
         copied = self._product(args[0]) if func is _aten.clone.default else None
-        if not (is_ours or copied or func in _VIEWS):
+        if not (is_ours or copied or func in _READING_NOTHING):
             self._note_reads(args[1:] if func is _aten.copy_.default else args, kwargs)  # which writes its first one
         output = func(*args, **kwargs)
         if copied is not None:
             self._watched[storage_key(output)] = copied
             self._copies.append(alias_below_autograd(output))
         elif is_ours:
-            self._keep_collective(func, args, output)
+            self._keep_collective(func, args[0], args, output[-1])
         elif is_costly(func, args, kwargs):
             self._keep(func, Result(output))
         return output
 
+    def __enter__(self) -> Any:
+        self._watchers.append(self._keep_imagined)
+        return super().__enter__()
+
     def __exit__(self, *raised: Any) -> None:
+        self._watchers.remove(self._keep_imagined)
         for result in self._watched.values():
             if result.work is not None:
                 result.note_read()
@@ -172,8 +187,11 @@ class _Keep(TorchDispatchMode):
         for tensor in tensors_in(result.value):
             self._watched[storage_key(tensor)] = result
 
-    def _keep_collective(self, func: Any, args: Any, output: Any) -> None:
-        result = Result(args[0], work=output[-1])
+    def _keep_imagined(self, written: torch.Tensor, read: torch.Tensor) -> None:
+        self._keep_collective(ImaginedAxis, written, read, work=ImaginedAxis)  # a handle of any kind tells it from a product
+
+    def _keep_collective(self, func: Any, written: Any, args: Any, work: Any) -> None:
+        result = Result(written, work=work)
         for tensor in tensors_in(args):
             product = self._product(tensor)
             if product is not None:

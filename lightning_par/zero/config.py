@@ -93,7 +93,7 @@ def _offload(options: ZeroOptions, device: torch.device) -> dict[str, Any]:
     chosen = {name: getattr(options, name) for name in ("offload_optimizer", "offload_param")}
     offload: dict[str, Any] = {name: {"device": to, "pin_memory": is_pinned} for name, to in chosen.items() if to is not None}
     if options.offload_optimizer is not None:
-        offload["compute_grad_norm"] = True  # DeepSpeed asks for it here; its collectives are left out in private/deepspeed.py
+        offload["compute_grad_norm"] = True  # DeepSpeed asks for it here; its collectives are left out in private/deepspeed
     return offload
 
 

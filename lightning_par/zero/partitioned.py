@@ -87,7 +87,8 @@ class DeepSpeedStates(OptimizerStates):
     def accumulate(self) -> Iterator[None]:
         self.engine.detect_borrowed(True)
         try:
-            yield
+            with self.engine.saving():
+                yield
         finally:
             self.engine.detect_borrowed(False)
 

@@ -1,0 +1,98 @@
+"""What autograd saves of a weight that stage 3 has gathered: which part of which parameter it is.
+
+``nn.functional.linear`` saves a view, ``weight.t()``. It would hold the memory of the gathered weight until the backward, so that
+after a forward all weights of the rank are there at once, released or not. Instead the backward makes the view again, of the
+parameter as the hooks of its module have gathered it by then; where none has, it is gathered there and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_par.private.saved import saving
+from lightning_par.private.torch import place_of, storage_key
+
+
+class GatheredWeights:
+    """The parameters that stage 3 has gathered, by their memory.
+
+    Args:
+        coordinator: who gathers the parameters of a module before its forward and its backward.
+        parameters_of: what it gathers then.
+    """
+
+    def __init__(self, coordinator: Any, parameters_of: Callable[[nn.Module], Iterable[nn.Parameter]]) -> None:
+        self._by_storage: dict[int, Any] = {}  # where parameters were when they were last gathered; most have gone from there
+        self._late: list[Any] = []  # gathered by a backward
+        fetch = coordinator.fetch_sub_module
+
+        def fetch_and_note(module: nn.Module, forward: bool) -> None:
+            fetch(module, forward=forward)
+            self._by_storage.update({storage_key(parameter): parameter for parameter in parameters_of(module)})
+
+        coordinator.fetch_sub_module = fetch_and_note
+
+    def saving(self) -> AbstractContextManager[object]:
+        """Inside, no graph holds a gathered weight."""
+        return saving(self._pack)
+
+    def forget(self) -> None:
+        """After a forward: what it had gathered has gone, or stays until the step."""
+        self._by_storage.clear()
+
+    def gather(self, parameter: Any) -> Tensor:
+        """A parameter's whole values, in a backward; gathered if it is not. Collective over dp then.
+
+        Every dp rank runs the same graph, and so gathers in the same order.
+        """
+        if not _is_whole(parameter):
+            with torch.no_grad():
+                parameter.all_gather()
+            assert _is_whole(parameter), f"{parameter.ds_summary()} is not there for its backward"
+            self._late.append(parameter)
+        values: Tensor = parameter.data
+        return values
+
+    def release(self) -> None:
+        """After a backward: release what it had gathered itself."""
+        for parameter in self._late:
+            if _is_whole(parameter) and not parameter.ds_active_sub_modules:
+                parameter.partition()
+        self._late.clear()
+
+    def _pack(self, tensor: Tensor) -> _Part | None:
+        place = place_of(tensor)
+        parameter = None if place is None else self._by_storage.get(place[0])
+        if place is None or parameter is None or not _is_whole(parameter) or storage_key(parameter) != place[0]:
+            return None
+        _, offset, shape, strides = place
+        start = offset - parameter.storage_offset()
+        end = start + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if tensor.dtype != parameter.dtype or start < 0 or end >= parameter.numel():
+            return None
+        return _Part(self, parameter, start, shape, strides)
+
+
+class _Part:
+    """Some elements of a parameter."""
+
+    __slots__ = ("_parameter", "_shape", "_start", "_strides", "_weights")
+
+    def __init__(
+        self, weights: GatheredWeights, parameter: nn.Parameter, start: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> None:
+        self._weights, self._parameter, self._start, self._shape, self._strides = weights, parameter, start, shape, strides
+
+    def fetch(self) -> Tensor:
+        values = self._weights.gather(self._parameter)
+        return values.as_strided(self._shape, self._strides, values.storage_offset() + self._start)
+
+
+def _is_whole(parameter: Any) -> bool:
+    is_available: bool = parameter.ds_status.name == "AVAILABLE"
+    return is_available
