@@ -385,13 +385,20 @@ def test_only_the_shards_of_a_rank_are_made() -> None:
 GIB = 1 << 30
 
 
+def large_llama(layers: int) -> pl.LightningModule:
+    """A model of 0.5 GiB and 0.2 for each layer, in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=16)
+    return TransformersModel(LlamaForCausalLM(LlamaConfig(**sizes)))  # type: ignore[arg-type]
+
+
 def of_three_gib(kind: str) -> pl.LightningModule:
     """A model of 3 GiB in fp32."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     if kind == "Llama":
-        sizes = dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=13, num_attention_heads=16)
-        return TransformersModel(LlamaForCausalLM(LlamaConfig(**sizes)))  # type: ignore[arg-type]
+        return large_llama(13)
     if kind == "GPT-2":
         return TransformersModel(GPT2LMHeadModel(GPT2Config(n_embd=2048, n_layer=14, n_head=16)))
     module = ByteModel()

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 
 from lightning_par.materialize.record import Operation, Place, Record, map_places, places_in
-from lightning_par.materialize.replay import call_of, fill_fast, is_truncation, passes_of, state_before
-from lightning_par.materialize.stream import CELL, GROUP, offset_words, piece_end, skip
+from lightning_par.materialize.replay import FILLS, call_of, fill_fast, is_truncation, passes_of, state_before
+from lightning_par.materialize.stream import CELL, GROUP, Stream, offset_words, piece_end
 from lightning_par.materialize.truncation import fill_truncated
 from lightning_par.runtime.generator import generators_put_back
 
 Range = tuple[int, int]
-Cursors = dict[int, tuple[int, torch.Tensor]]  # by operation: how far it has drawn, and the state of the generator there
+Streams = dict[int, list[Stream]]  # by operation
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _SHAPED = {"zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1, "zeros": 0, "ones": 1}
 _COPIES = {"clone", "_to_copy", "copy_", "detach"}
-_DRAWS = {"normal_", "uniform_", "randn", "rand"}
 
 
 def piecewise(record: Record, place: Place) -> list[Operation] | None:
@@ -40,14 +39,14 @@ def fill_pieces(
 
     Memory: a few pieces.
     """
-    cursors: Cursors = {}
+    streams: Streams = {}
     buffers: dict[int, torch.Tensor] = {}  # the same memory for all pieces
     with generators_put_back(), torch.no_grad():
         for first, last in ranges:
             start = _start(first, place.numel)
             while start < last:
                 end = piece_end(start, last, place.numel)
-                piece = _piece(record, operations, place.key, (start, end), cursors, buffers)
+                piece = _piece(record, operations, place.key, (start, end), streams, buffers)
                 low, high = max(start, first), min(end, last)
                 yield low, piece[low - start : high - start]
                 start = end
@@ -60,7 +59,7 @@ def _start(first: int, numel: int) -> int:
 
 
 def _piece(
-    record: Record, operations: Sequence[Operation], key: int, span: Range, cursors: Cursors, buffers: dict[int, torch.Tensor]
+    record: Record, operations: Sequence[Operation], key: int, span: Range, streams: Streams, buffers: dict[int, torch.Tensor]
 ) -> torch.Tensor:
     start, end = span
     held: dict[int, torch.Tensor] = {}
@@ -75,7 +74,7 @@ def _piece(
     for operation in operations:
         name, target = operation.name, operation.target
         if operation.draw is not None:
-            _draw(record, operation, at(target), start, cursors)
+            _draw(record, operation, at(target), start, streams)
         elif name in _SHAPED:
             at(target).fill_(_SHAPED[name])
         elif name == "full":
@@ -98,28 +97,26 @@ def _piece(
     return held[key]
 
 
-def _draw(
-    record: Record, operation: Operation, out: torch.Tensor, start: int, cursors: dict[int, tuple[int, torch.Tensor]]
-) -> None:
-    """Draw the elements from ``start`` on; where the last piece ended there the generator's state is known."""
+def _draw(record: Record, operation: Operation, out: torch.Tensor, start: int, streams: Streams) -> None:
+    """Draw the elements from ``start`` on."""
     if record.init == "fast":
         fill_fast(record, operation, out, start)
         return
-    assert operation.draw is not None
-    (name, args), generator = call_of(operation), operation.draw.generator
-    if name == "trunc_normal_":
-        words = offset_words("normal_", args[:2], out.dtype, start)
-        assert words is not None
-        fill_truncated(out, passes_of(record, operation), args, words, generator)
-        return
-    position, state = cursors.get(operation.index, (0, None))
-    if state is None or position > start:
-        position, state = 0, state_before(record, operation.draw)
-    words = offset_words(name, args, out.dtype, start - position)
-    assert words is not None
-    generator.set_state(skip(state, words))
-    getattr(out, name)(*args, generator=generator)
-    cursors[operation.index] = (start + out.numel(), generator.get_state())
+    if operation.index not in streams:
+        streams[operation.index] = _streams(record, operation)
+    if is_truncation(operation):
+        fill_truncated(out, start, call_of(operation)[1], streams[operation.index])
+    else:
+        streams[operation.index][0].fill(out, start)
+
+
+def _streams(record: Record, operation: Operation) -> list[Stream]:
+    """What an operation draws, for a truncated draw that of each pass."""
+    (name, args), draw = call_of(operation), operation.draw
+    assert draw is not None
+    if is_truncation(operation):
+        return passes_of(record, operation).streams(args, draw.generator)
+    return [Stream(state_before(record, draw), name, args, draw.generator)]
 
 
 def _works(record: Record, operation: Operation, place: Place) -> bool:
@@ -148,12 +145,10 @@ def _works(record: Record, operation: Operation, place: Place) -> bool:
 
 
 def _draws(record: Record, operation: Operation, target: Place) -> bool:
-    if record.init == "fast":
-        return operation.name in {*_DRAWS, "trunc_normal_"}
-    if operation.name == "trunc_normal_":
-        return is_truncation(operation)
-    known = operation.name in _DRAWS and target.numel >= GROUP
-    return known and offset_words(*call_of(operation), target.dtype, GROUP) is not None
+    name, args = call_of(operation)
+    if name not in FILLS or record.init == "fast" or is_truncation(operation):
+        return name in FILLS
+    return target.numel >= GROUP and offset_words(name, args, target.dtype, GROUP) is not None
 
 
 def _is_number(values: Sequence[Any]) -> bool:

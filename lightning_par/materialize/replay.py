@@ -10,7 +10,7 @@ import torch
 
 from lightning_par.materialize.record import Draw, Operation, Place, Record, map_places, places_in
 from lightning_par.materialize.stream import GROUP, in_cells, skip, words_for
-from lightning_par.materialize.truncation import Passes, find_passes, is_known
+from lightning_par.materialize.truncation import Passes, cuts_nothing, find_passes, is_known
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.random import mix_seed
 
@@ -29,7 +29,7 @@ def replay(record: Record, place: Place, before: int | None = None) -> torch.Ten
 
 
 def state_before(record: Record, draw: Draw) -> torch.Tensor:
-    """The state in which one process draws (`exact`)."""
+    """The state in which one process draws (`exact`): numbers drawn since the last known state are passed over all at once."""
     chain, at = [], draw
     while at not in record.cache and isinstance(at.previous, Draw):
         chain.append(at)
@@ -37,21 +37,35 @@ def state_before(record: Record, draw: Draw) -> torch.Tensor:
     if at not in record.cache:
         assert not isinstance(at.previous, Draw)
         record.cache[at] = record.start if at.previous is None else at.previous
+    state, words = record.cache[at], 0
     for later in reversed(chain):
         assert isinstance(later.previous, Draw)
-        record.cache[later] = state_after(record, later.previous)
+        taken = _words_of(record, later.previous)
+        if taken is None:
+            record.cache[later.previous] = skip(state, words)
+            state, words = _state_after_running(record, later.previous), 0
+            record.cache[later] = state
+        else:
+            words += taken
+    record.cache[draw] = skip(state, words)
     return record.cache[draw]
 
 
 def state_after(record: Record, draw: Draw) -> torch.Tensor:
     """The state in which one process goes on after a draw."""
-    state, operation = state_before(record, draw), record.operations[draw.index]
-    place = operation.target
-    words = None
-    if operation.name in ("normal_", "uniform_", "randn", "rand") and place.is_contiguous:
-        words = words_for(*call_of(operation), place.dtype, place.numel)
-    if words is not None:
-        return skip(state, words)
+    words = _words_of(record, draw)
+    return _state_after_running(record, draw) if words is None else skip(state_before(record, draw), words)
+
+
+def _words_of(record: Record, draw: Draw) -> int | None:
+    """Numbers of 32 bits that a draw takes; None where it has to be run to know."""
+    operation = record.operations[draw.index]
+    (name, args), place = call_of(operation), operation.target
+    return words_for(name, args, place.dtype, place.numel) if name in ("normal_", "uniform_") and place.is_contiguous else None
+
+
+def _state_after_running(record: Record, draw: Draw) -> torch.Tensor:
+    operation = record.operations[draw.index]
     if is_truncation(operation):
         return passes_of(record, operation).end
     with generators_put_back(), torch.no_grad():
@@ -73,7 +87,11 @@ def passes_of(record: Record, operation: Operation) -> Passes:
 
 
 def is_truncation(operation: Operation) -> bool:
-    """Whether it is a truncated draw of which parts can be made alone."""
+    """Whether it is a truncated draw, in passes, of which parts can be made alone."""
+    return _has_passes(operation) and not cuts_nothing(operation.args[1:])
+
+
+def _has_passes(operation: Operation) -> bool:
     target, args = operation.target, operation.args[1:]
     is_plain = operation.name == "trunc_normal_" and target.is_contiguous and target.numel >= GROUP
     return is_plain and is_known(args, target.dtype)
@@ -81,9 +99,10 @@ def is_truncation(operation: Operation) -> bool:
 
 def call_of(operation: Operation) -> tuple[str, tuple[Any, ...]]:
     """The name and the numbers of the fill that an operation amounts to."""
-    if operation.name in ("randn", "rand"):
-        return ("normal_", (0.0, 1.0)) if operation.name == "randn" else ("uniform_", (0.0, 1.0))
-    return operation.name, operation.args[1:]
+    name, args = operation.name, operation.args[1:]
+    if name in ("randn", "rand"):
+        return ("normal_", (0.0, 1.0)) if name == "randn" else ("uniform_", (0.0, 1.0))
+    return ("normal_", args[:2]) if _has_passes(operation) and cuts_nothing(args) else (name, args)
 
 
 def seed_of(record: Record, operation: Operation, cell: int) -> int:

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy
 import torch
 
+from lightning_par.materialize.jump import BLOCK, jump, twister_at
 from lightning_par.runtime.generator import generators_put_back
 
 CELL = 1 << 18  # numbers drawn from one seed in `fast`
 GROUP = 16  # numbers that torch draws at once
 # Bytes of the state of torch's CPU generator (aten/src/ATen/CPUGeneratorImpl.cpp, CPUGeneratorImplStateLegacy): the Mersenne
 # twister's 624 words lie in the middle, its position before them.
-_LEFT, _NEXT, _WORDS = slice(8, 12), slice(16, 24), slice(24, 24 + 8 * 624)
+_LEFT, _NEXT, _WORDS = slice(8, 12), slice(16, 24), slice(24, 24 + 8 * BLOCK)
+_FAR = 1 << 23  # numbers that take as long to pass over as a jump over a new distance: 22 ms
 
 
 def skip(state: torch.Tensor, words: int) -> torch.Tensor:
-    """The state of a CPU generator after ``words`` more numbers of 32 bits. About 3 ns for each."""
+    """The state of a CPU generator after ``words`` more numbers of 32 bits. 3 ns for each, at most 30 ms."""
     if words == 0:
         return state
     raw = state.numpy().copy()
     left, following = int(raw[_LEFT].view(numpy.int32)[0]), int(raw[_NEXT].view(numpy.uint64)[0])
-    twister: Any = numpy.random.MT19937(0)
-    key, position = raw[_WORDS].view(numpy.uint64).astype(numpy.uint32), 624 if left == 1 else following
-    twister.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": position}}
-    twister.random_raw(words, output=False)
-    inner = twister.state["state"]
-    raw[_WORDS].view(numpy.uint64)[:] = inner["key"]
-    raw[_LEFT].view(numpy.int32)[0], raw[_NEXT].view(numpy.uint64)[0] = 625 - inner["pos"], inner["pos"]
+    key, position = raw[_WORDS].view(numpy.uint64).astype(numpy.uint32), BLOCK if left == 1 else following
+    blocks, last = divmod(position + words - 1, BLOCK)
+    if words < _FAR:
+        twister = twister_at(key, position)
+        twister.random_raw(words, output=False)
+        key = twister.state["state"]["key"]
+    else:
+        key = jump(key, blocks)
+    raw[_WORDS].view(numpy.uint64)[:] = key
+    raw[_LEFT].view(numpy.int32)[0], raw[_NEXT].view(numpy.uint64)[0] = BLOCK - last, last + 1
     return torch.from_numpy(raw)
 
 
@@ -40,14 +46,34 @@ def words_for(name: str, args: tuple[Any, ...], dtype: torch.dtype, numel: int) 
     ``normal_`` fills 16 elements at once and the last 16 a second time where that does not divide; fewer than 16 it draws
     one by one (aten/src/ATen/native/cpu/DistributionTemplates.h). Held against torch itself, once for each kind of call.
     """
-    if numel < GROUP:
-        return None
-    each = _words_each(name, args, dtype)
-    return None if each is None else _count(name, each, numel)
+    cost = _cost(name, args, dtype)
+    return None if numel < GROUP or cost is None else cost.words(numel)
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Numbers of 32 bits that a fill takes.
+
+    Attributes:
+        each: for one element.
+        again: elements that are drawn once more where groups leave a rest.
+        draws_rest: whether the elements of the rest are drawn before that too: not in half precision.
+    """
+
+    each: int
+    again: int
+    draws_rest: bool
+
+    def words(self, numel: int) -> int:
+        rest = numel % GROUP
+        return self.each * (numel + (self.again if rest else 0) - (0 if self.draws_rest else rest))
+
+
+_COSTS = [_Cost(each, *more) for each in (1, 2) for more in ((0, True), (GROUP, True), (GROUP, False))]
 
 
 @lru_cache
-def _words_each(name: str, args: tuple[Any, ...], dtype: torch.dtype) -> int | None:
+def _cost(name: str, args: tuple[Any, ...], dtype: torch.dtype) -> _Cost | None:
     if name not in ("normal_", "uniform_"):
         return None
     with generators_put_back():
@@ -57,14 +83,8 @@ def _words_each(name: str, args: tuple[Any, ...], dtype: torch.dtype) -> int | N
             torch.default_generator.set_state(start)
             getattr(torch.empty(numel, dtype=dtype), name)(*args)
             ends.append((numel, _position(torch.default_generator.get_state())))
-    for each in (1, 2):
-        if all(_position(skip(start, _count(name, each, numel))) == end for numel, end in ends):
-            return each
-    return None
-
-
-def _count(name: str, each: int, numel: int) -> int:
-    return each * (numel + (16 if name == "normal_" and numel % 16 else 0))
+    fits = (cost for cost in _COSTS if all(_position(skip(start, cost.words(numel))) == end for numel, end in ends))
+    return next(fits, None)
 
 
 def _position(state: torch.Tensor) -> tuple[int, bytes]:
@@ -74,8 +94,27 @@ def _position(state: torch.Tensor) -> tuple[int, bytes]:
 
 def offset_words(name: str, args: tuple[Any, ...], dtype: torch.dtype, first: int) -> int | None:
     """Numbers of 32 bits before element ``first``, a multiple of 16."""
-    each = _words_each(name, args, dtype)
-    return None if each is None else each * first
+    cost = _cost(name, args, dtype)
+    return None if cost is None else cost.each * first
+
+
+class Stream:
+    """What a fill draws from a state of its generator on, in pieces; where the last one ended the state is known."""
+
+    def __init__(self, state: torch.Tensor, name: str, args: tuple[Any, ...], generator: torch.Generator) -> None:
+        self._begin, self._call, self._generator = state, (name, args), generator
+        self._element, self._state = 0, state
+
+    def fill(self, out: torch.Tensor, first: int) -> None:
+        """Draw element ``first``, a multiple of 16, and the following. Leaves the generator after them."""
+        if first < self._element:
+            self._element, self._state = 0, self._begin
+        name, args = self._call
+        words = offset_words(name, args, out.dtype, first - self._element)
+        assert words is not None
+        self._generator.set_state(skip(self._state, words))
+        getattr(out, name)(*args, generator=self._generator)
+        self._element, self._state = first + out.numel(), self._generator.get_state()
 
 
 def piece_end(start: int, last: int, numel: int) -> int:

@@ -10,12 +10,13 @@ Torch draws the whole tensor, and draws it whole again for those elements that l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from lightning_par.materialize.stream import CELL, GROUP, piece_end, skip, words_for
+from lightning_par.materialize.stream import CELL, GROUP, Stream, piece_end, words_for
 from lightning_par.runtime.generator import generators_put_back
 
 Bounds = tuple[float, float, float, float]  # mean, standard deviation, lower and upper bound
@@ -27,6 +28,10 @@ class Passes:
 
     starts: tuple[torch.Tensor, ...]
     end: torch.Tensor
+
+    def streams(self, args: Bounds, generator: torch.Generator) -> list[Stream]:
+        """What each pass draws."""
+        return [Stream(state, "normal_", args[:2], generator) for state in self.starts]
 
 
 def find_passes(state: torch.Tensor, args: Bounds, dtype: torch.dtype, numel: int, generator: torch.Generator) -> Passes:
@@ -55,18 +60,28 @@ def find_passes(state: torch.Tensor, args: Bounds, dtype: torch.dtype, numel: in
         starts.append(generator.get_state())
 
 
-def fill_truncated(out: torch.Tensor, passes: Passes, args: Bounds, words: int, generator: torch.Generator) -> None:
-    """Fill a piece that begins ``words`` numbers after the beginning of each pass. Leaves the generator anywhere."""
-    generator.set_state(skip(passes.starts[0], words))
-    out.normal_(*args[:2], generator=generator)
+def fill_truncated(out: torch.Tensor, first: int, args: Bounds, passes: Sequence[Stream]) -> None:
+    """Fill a piece that begins at element ``first``."""
+    passes[0].fill(out, first)
     outside = _outside(out, args)
-    for state in passes.starts[1:]:
+    for stream in passes[1:]:
         if not outside.any():
             return
-        generator.set_state(skip(state, words))
-        again = torch.empty_like(out).normal_(*args[:2], generator=generator)
+        again = torch.empty_like(out)
+        stream.fill(again, first)
         torch.where(outside, again, out, out=out)
         outside = _outside(out, args)
+
+
+def cuts_nothing(args: Bounds) -> bool:
+    """Whether the bounds lie further out than any number that torch draws.
+
+    It draws r cos t with r^2 = -2 ln u (Box and Muller); the least u is 2^-53, in double precision, and r then 8.57. Single
+    precision may round the mean by a part of 2^24.
+    """
+    mean, deviation, low, high = args
+    reach = 9 * deviation + 2**-20 * abs(mean)
+    return low <= mean - reach and mean + reach <= high
 
 
 @lru_cache
@@ -84,7 +99,7 @@ def is_known(args: Bounds, dtype: torch.dtype) -> bool:
             passes = _first_passes(start, args, dtype, numel, generator)
             if passes is None:
                 return False
-            fill_truncated(ours, passes, args, 0, generator)
+            fill_truncated(ours, 0, args, passes.streams(args, generator))
             if not torch.equal(ours, expected) or not torch.equal(passes.end, end):
                 return False
     return True
