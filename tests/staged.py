@@ -21,7 +21,7 @@ allgather_into_tensor_coalesced all_gather_single_coalesced gather scatter reduc
 reduce_scatter_tensor_coalesced reduce_scatter_single_coalesced alltoall alltoall_base all_to_all_single recv""".split()
 
 
-class StagedWork(dist._Work):
+class StagedWork(dist.Work):
     """Waits for gloo's work, then copies what it has received to where it was to go."""
 
     def __init__(self, work: Any, arriving: list[tuple[torch.Tensor, torch.Tensor]], kept: Any) -> None:
@@ -43,8 +43,8 @@ class StagedWork(dist._Work):
 class StagedGroup(dist.ProcessGroup):
     """Gloo for tensors on the host and, by way of the host, for those on a GPU."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        super().__init__(rank, size)
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]  # what a subclass in Python calls
         self._gloo, self._name = dist.ProcessGroup(store, rank, size), ""
         self._gloo._set_default_backend(_GLOO)
         gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
@@ -66,7 +66,7 @@ class StagedGroup(dist.ProcessGroup):
         return self._name
 
     @property
-    def group_name(self) -> str:
+    def group_name(self) -> Any:
         return self._name
 
     def _set_group_name(self, name: str) -> None:
