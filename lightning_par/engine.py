@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_par.install import install
 from lightning_par.loss_scale import LossScale
-from lightning_par.materialize import Weights, is_deferred, share_records
+from lightning_par.materialize import LateValues, Weights, is_deferred, share_records
 from lightning_par.pipeline.executor import Executor, Hooks, Observer
 from lightning_par.pipeline.lockstep import Lockstep
 from lightning_par.pipeline.measure import CostMeter
@@ -54,6 +54,7 @@ class Engine:
         precision: in which the steps are to run; parameters are cast to it.
         states: the owner of the optimizer states; None until something is trained.
         loss_scale: factor of the loss in the backward; None for none.
+        late: parameters that get their memory when stage 3 partitions them.
         watchdog: an observer that finds out whether this rank hangs, once it is started.
     """
 
@@ -69,6 +70,7 @@ class Engine:
         seed: int = 0,
         precision: Precision = FULL,
         weights: Weights | None = None,
+        late: LateValues | None = None,
     ) -> None:
         self.module, self.plan, self.mesh, self.device, self.precision = module, plan, mesh, device, precision
         share_records(module, mesh.world)
@@ -82,7 +84,7 @@ class Engine:
         self.tables = Tables(schedule or default_schedule(layout.vp), layout, traced_costs(plan), is_ordered)
         deferred = DeferredGradients()
         splits = splits_backward(self.tables.schedule, layout)
-        stages = install(module, plan, pp, mesh.tp, device, deferred if splits else None, weights, precision)
+        stages = install(module, plan, pp, mesh.tp, device, deferred if splits else None, weights, precision, late)
         module.to(device)
         self.streams = MicrobatchStreams(seed, mesh.coordinate.dp, device)
         self._hooks = Hooks(before_forward=self.streams.begin, at_entrance=self.streams.enter_stage)
@@ -94,6 +96,7 @@ class Engine:
         self.watchdog = Watchdog()
         self.states: OptimizerStates | None = None
         self.loss_scale: LossScale | None = None
+        self.late = late or LateValues()
         Engine._engines[module] = self
 
     @classmethod
@@ -120,6 +123,7 @@ class Engine:
                 options,
                 has_masters=self.precision.has_masters,
                 units=self._blocks(),
+                fill=self.late.fill if self.late else None,
             )
         else:
             self.states = ReplicatedStates(self.module, optimizers, self.mesh.dp, self.precision.has_masters)

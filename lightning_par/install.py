@@ -23,7 +23,7 @@ from torch import nn
 
 from lightning_par.compilation import compile_modules
 from lightning_par.errors import ModelError
-from lightning_par.materialize import Weights, give_values, is_deferred, materialize_rest, materialize_shard
+from lightning_par.materialize import LateValues, Weights, give_values, is_deferred, materialize_rest, materialize_shard
 from lightning_par.offload import offload_blocks
 from lightning_par.pipeline.stage import StageProgram
 from lightning_par.plan import LayerPlan, Plan
@@ -55,6 +55,7 @@ def install(
     deferred: DeferredGradients | None = None,
     weights: Weights | None = None,
     precision: Precision = FULL,
+    late: LateValues | None = None,
 ) -> StageProgram:
     """Make ``module`` this rank's part of the plan, in place. Not a collective.
 
@@ -69,8 +70,9 @@ def install(
         deferred: where layers leave their weight gradients during an action I; None where the schedule has none.
         weights: values in files that win over the module's own.
         precision: what parameters and buffers are cast to.
+        late: takes the deferred parameters, which get their memory later; None to give it to them at once.
     """
-    shard_parameters(module, plan.parameters, pp, tp, device, weights, precision)
+    shard_parameters(module, plan.parameters, pp, tp, device, weights, precision, late)
     sequence = _sequence(plan, tp)
     convert_layers(module, plan, pp, tp, sequence)
     if plan.float8 is not None:
@@ -92,7 +94,7 @@ def install(
 def install_tensor_parallel(module: nn.Module, plan: Plan, tp: Axis) -> None:
     """Steps 1 and 2 for all stages at once: the module that one replica of pp 1 would run."""
     for parameter in plan.parameters:
-        _shard_parameter(module, parameter, (alias for alias, _ in parameter.aliases), tp)
+        _shard_parameter(module, parameter, (alias for alias, _ in parameter.aliases), tp, torch.device("cpu"))
     sequence = _sequence(plan, tp)
     _convert(module, plan, plan.layers, tp, sequence)
     if plan.chain is not None and sequence is not None:
@@ -108,11 +110,12 @@ def shard_parameters(
     device: torch.device,
     weights: Weights | None = None,
     precision: Precision = FULL,
+    late: LateValues | None = None,
 ) -> None:
     """Replace every parameter's data by this rank's shard, and take away what its stages do not hold."""
     for parameter in parameters:
         held = [alias for alias, holders in parameter.aliases if pp in holders]
-        _shard_parameter(module, parameter, held, tp, weights, precision)
+        _shard_parameter(module, parameter, held, tp, device, weights, precision, late)
         for alias, _ in parameter.aliases:
             if alias not in held:
                 owner, name = _owner(module, alias)
@@ -196,8 +199,10 @@ def _shard_parameter(
     plan: ParameterPlan,
     aliases: Iterable[str],
     tp: Axis,
+    device: torch.device,
     weights: Weights | None = None,
     precision: Precision = FULL,
+    late: LateValues | None = None,
 ) -> None:
     """Give the parameter its shard under every alias; ties stay ties."""
     aliases = list(aliases)
@@ -206,20 +211,32 @@ def _shard_parameter(
     owner, name = _owner(module, aliases[0])
     parameter = owner._parameters[name]
     assert parameter is not None
-    where = plan.spec.split, tp.size, tp.coordinate
-    names = [alias for alias, _ in plan.aliases]
-    values = None if weights is None else weights.read_shard(names, *where, precision.dtype_of(parameter))
-    if is_deferred(parameter):
-        values = materialize_shard(parameter, *where) if values is None else values
-        give_values(parameter, precision.convert(values), plan.spec.name)
-    elif values is not None:
+    spec, names = plan.spec, [alias for alias, _ in plan.aliases]
+    split, dtype = spec.split if tp.size > 1 else None, precision.dtype_of(parameter)
+    where = split, tp.size, tp.coordinate
+
+    def read(out: torch.Tensor | None = None) -> torch.Tensor | None:
+        return None if weights is None else weights.read_shard(names, *where, dtype, out)
+
+    if not is_deferred(parameter):
+        values = read()
+        if values is None:
+            whole = parameter.data
+            values = precision.convert(whole if split is None else split.shard(whole, tp.size, tp.coordinate))
         parameter.data = values
+    elif late is None:
+        values = read()
+        give_values(parameter, precision.convert(materialize_shard(parameter, *where)) if values is None else values, spec.name)
     else:
-        values = parameter.data
-        if plan.spec.split is not None and tp.size > 1:
-            values = plan.spec.split.shard(values, tp.size, tp.coordinate)
-        parameter.data = precision.convert(values)
-    set_spec(parameter, plan.spec)
+        recorded = parameter.detach()  # shows the record when the parameter does not any more
+
+        def write(out: torch.Tensor) -> None:
+            if read(out) is None:
+                materialize_shard(recorded, *where, out)
+
+        shape = tuple(parameter.shape) if split is None else split.local_shape(tuple(parameter.shape), tp.size)
+        late.add(parameter, torch.empty(shape, dtype=dtype, device=device), spec.name, write)
+    set_spec(parameter, spec)
 
 
 def _take_away(

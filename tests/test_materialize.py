@@ -22,6 +22,7 @@ from lightning_par.errors import ConfigurationError, ModelError, ReplicaError
 from lightning_par.host.construction import configuring, construct, guard_setup
 from lightning_par.install import install, shard_parameters
 from lightning_par.materialize import (
+    LateValues,
     deferred_init,
     give_values,
     is_deferred,
@@ -240,6 +241,43 @@ def deferred(make: Callable[[], pl.LightningModule]) -> Callable[[], pl.Lightnin
 def test_training_is_that_of_one_process(word: str) -> None:
     makers = {"GPT": deferred(gpt), "GPT-2, tied": deferred(gpt2), "Llama": deferred(llama)}
     check_parity(makers, word)
+
+
+def late_linear() -> tuple[nn.Linear, LateValues, torch.Tensor]:
+    """A layer whose weight waits for its memory; what the weight is going to be."""
+    torch.manual_seed(0)
+    expected = nn.Linear(20, 30).weight.detach()
+    torch.manual_seed(0)
+    with deferred_init():
+        linear = nn.Linear(20, 30)
+    late, recorded = LateValues(), linear.weight.detach()
+    late.add(linear.weight, torch.empty(30, 20), "weight", lambda out: materialize_shard(recorded, None, 1, 0, out))
+    return linear, late, expected
+
+
+def test_a_parameter_that_waits_for_its_memory_makes_an_optimizer_and_gets_its_values_where_it_is_read() -> None:
+    linear, late, expected = late_linear()
+    weight, view = linear.weight, linear.weight.data
+    assert weight.shape == (30, 20) and weight.device.type == "cpu" and weight.untyped_storage().nbytes() == 0 and len(late) == 1
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    with late.filling():
+        assert torch.equal(view.t(), expected.t())
+    assert not late and weight is linear.weight and torch.equal(weight, expected)
+    weight.sum().backward()
+    optimizer.step()
+    assert not torch.equal(view, expected)
+    late.fill(weight)  # once is enough
+    assert torch.equal(view, weight)
+
+
+def test_a_shard_is_written_into_memory_of_another_dtype() -> None:
+    _, _, expected = late_linear()
+    with deferred_init():
+        torch.manual_seed(0)
+        weight = nn.Linear(20, 30).weight
+    out = torch.full((30, 10), 7.0, dtype=torch.bfloat16)
+    assert materialize_shard(weight, Split(1, (20,)), 2, 1, out) is out
+    assert torch.equal(out, expected[:, 10:].bfloat16())
 
 
 class Reading(pl.LightningModule):

@@ -30,13 +30,13 @@ from lightning_par.host.steps import StepRunner
 from lightning_par.host.update import Updates
 from lightning_par.host.watch import check_hang_seconds, watch_engine
 from lightning_par.layout import Layout, parse_layout
-from lightning_par.materialize import match_weights, materialize_attributes
+from lightning_par.materialize import LateValues, match_weights, materialize_attributes
 from lightning_par.pipeline.tables import choose_schedule, splits_backward
 from lightning_par.plan import Plan
 from lightning_par.runtime.generator import share_generators
 from lightning_par.runtime.precision import FULL
 from lightning_par.zero.config import overwritten
-from lightning_par.zero.option import check_zero_options, read_zero_options
+from lightning_par.zero.option import check_zero_options, partitions_late, read_zero_options
 from lightning_par.zero.states import OptimizerStates
 
 
@@ -203,7 +203,7 @@ class HybridParallelStrategy(RankedStrategy):
         self.accelerator.setup(trainer)
         module = self.lightning_module
         if self._engine is None or self._engine.module is not module:
-            self._install(module)
+            self._install(module, is_fitting=trainer.state.fn == "fit")
             folder = trainer.log_dir if trainer.loggers else None  # every rank asks: the answer is broadcast
             if self.is_global_zero:
                 report_plan(self.plan, self.schedule, folder, self.options.print_plan)
@@ -228,17 +228,21 @@ class HybridParallelStrategy(RankedStrategy):
         with configuring(module, self.options.init):
             yield
 
-    def _install(self, module: Any) -> None:
+    def _install(self, module: Any, is_fitting: bool) -> None:
         materialize_attributes(module)
         plans: list[Any] = [self._plan, torch.initial_seed()]
         dist.broadcast_object_list(plans, src=0, group=self.mesh.world.group)
         self._plan = plans[0]
         weights = None if self.options.weights is None else match_weights(module, self.options.weights)
-        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, plans[1], self.precision, weights)
+        late = LateValues() if is_fitting and partitions_late(self.layout, self.options.zero) else None
+        self._engine = Engine(
+            module, self.plan, self.mesh, self.root_device, self.schedule, plans[1], self.precision, weights, late
+        )
 
     def setup_optimizers(self, trainer: Any) -> None:
         try:
-            super().setup_optimizers(trainer)
+            with self.engine.late.filling():
+                super().setup_optimizers(trainer)
         except ValueError as error:
             check_trainable(self.lightning_module, self.mesh.coordinate, error)
             raise

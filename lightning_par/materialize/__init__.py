@@ -1,5 +1,6 @@
 """Models larger than a host: the constructor runs without memory for weights, and each rank makes its shards alone."""
 
+from lightning_par.materialize.late import LateValues
 from lightning_par.materialize.module import (
     defer_values,
     deferred_init,
@@ -17,6 +18,7 @@ from lightning_par.materialize.shard import materialize_shard
 from lightning_par.materialize.weights import Weights, match_weights
 
 __all__ = [
+    "LateValues",
     "Weights",
     "defer_values",
     "deferred_init",

@@ -13,7 +13,9 @@ from lightning_par.materialize.replay import replay
 from lightning_par.runtime.parameter import Split
 
 
-def materialize_shard(tensor: torch.Tensor, split: Split | None, size: int, coordinate: int) -> torch.Tensor:
+def materialize_shard(
+    tensor: torch.Tensor, split: Split | None, size: int, coordinate: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """This rank's shard of a deferred tensor. Not a collective.
 
     Memory: the shard and pieces of 1 MiB, where each operation of the tensor's initialisation works element by element; for
@@ -23,6 +25,7 @@ def materialize_shard(tensor: torch.Tensor, split: Split | None, size: int, coor
         tensor: on the meta device, with a record.
         split: how it is cut over ``size`` ranks; None where every rank holds all of it.
         size, coordinate: of the tp axis.
+        out: where it is to be, in any dtype; None for new memory.
     """
     record, place = record_of(tensor), Place.of(tensor)
     assert record is not None
@@ -30,23 +33,28 @@ def materialize_shard(tensor: torch.Tensor, split: Split | None, size: int, coor
     operations = piecewise(record, place)
     if operations is None:
         whole = replay(record, place)
-        return whole if split is None else split.shard(whole, size, coordinate)
+        shard = whole if split is None else split.shard(whole, size, coordinate)
+        return shard if out is None else out.copy_(shard)
     known = operations
-    return gather_parts(place.shape, place.dtype, split, size, coordinate, lambda ranges: fill_pieces(record, known, place, ranges))
+    if out is None:
+        out = torch.empty(place.shape if split is None else split.local_shape(place.shape, size), dtype=place.dtype)
+    gather_parts(out, place.shape, split, size, coordinate, lambda ranges: fill_pieces(record, known, place, ranges))
+    return out
 
 
 def gather_parts(
+    out: torch.Tensor,
     shape: tuple[int, ...],
-    dtype: torch.dtype,
     split: Split | None,
     size: int,
     coordinate: int,
     read: Callable[[list[Range]], Iterator[tuple[int, torch.Tensor]]],
-) -> torch.Tensor:
-    """A shard from pieces of the global tensor.
+) -> None:
+    """Fill a shard from pieces of the global tensor.
 
     Args:
-        shape, dtype: of the global tensor.
+        out: the shard.
+        shape: of the global tensor.
         split, size, coordinate: which shard.
         read: gives the elements in flat ranges, ascending, as pieces: where each begins, and its elements.
     """
@@ -54,12 +62,11 @@ def gather_parts(
     inner = math.prod(shape[dim + 1 :])
     parts = [(0, shape[0] if shape else 1, 0)] if split is None else split.parts(size, coordinate)
     columns = [(first * inner, count * inner, local * inner) for first, count, local in parts if count]
-    shard = torch.zeros(shape if split is None else split.local_shape(shape, size), dtype=dtype)
     rows, width = math.prod(shape[:dim]), math.prod(shape[dim:])
     ranges = [(0, rows * width)] if rows > 1 else sorted({(first, first + count) for first, count, _ in columns})
+    out.zero_()  # of what no rank has: the padding of a vocabulary
     for start, values in read(ranges):
-        _put(shard.view(rows, -1), width, columns, start, values)
-    return shard
+        _put(out.view(rows, -1), width, columns, start, values)
 
 
 def _put(out: torch.Tensor, width: int, columns: list[tuple[int, int, int]], start: int, values: torch.Tensor) -> None:

@@ -25,10 +25,13 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
 
-    def read_shard(self, split: Split | None, size: int, coordinate: int, dtype: torch.dtype) -> torch.Tensor:
-        """One rank's shard, contiguous and in ``dtype``. Memory: the shard and a block of 16 MiB."""
+    def read_shard(
+        self, split: Split | None, size: int, coordinate: int, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One rank's shard, in ``out`` or contiguous and in ``dtype``. Memory: the shard and a block of 16 MiB."""
         split = None if size == 1 else split
-        shard = torch.zeros(self.shape if split is None else split.local_shape(self.shape, size), dtype=dtype)
+        local_shape = self.shape if split is None else split.local_shape(self.shape, size)
+        shard = torch.zeros(local_shape, dtype=dtype) if out is None else out.zero_()
         if not self.shape:
             with safe_open(self.file, "pt") as opened:
                 return shard.copy_(opened.get_tensor(self.name))

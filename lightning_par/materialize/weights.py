@@ -27,11 +27,17 @@ class Weights:
     tensors: Mapping[str, StoredTensor]
 
     def read_shard(
-        self, names: Iterable[str], split: Split | None, size: int, coordinate: int, dtype: torch.dtype
+        self,
+        names: Iterable[str],
+        split: Split | None,
+        size: int,
+        coordinate: int,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """This rank's shard of the tensor of one of these names; None where the files have none of them."""
+        """This rank's shard of the tensor of one of these names, in ``out`` or new; None where the files have none of them."""
         stored = next((self.tensors[name] for name in names if name in self.tensors), None)
-        return None if stored is None else stored.read_shard(split, size, coordinate, dtype)
+        return None if stored is None else stored.read_shard(split, size, coordinate, dtype, out)
 
     def read_buffers(self, module: nn.Module) -> None:
         """Read the buffers that a module still has, in place."""

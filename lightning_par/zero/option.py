@@ -50,6 +50,15 @@ class ZeroOptions:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
+def partitions_late(layout: Layout, options: ZeroOptions) -> bool:
+    """Whether parameters may get their memory one after the other, as stage 3 partitions them.
+
+    ZeRO++ makes groups of its own first.
+    """
+    plain = options.hpz_partition_size == 1 and not options.quantized_weights and not options.config
+    return layout.zero == 3 and (layout.dp or 1) > 1 and plain
+
+
 def read_zero_options(given: Mapping[str, Any] | None) -> ZeroOptions:
     """The options in a user's section ``zero``; a value of None is the default.
 

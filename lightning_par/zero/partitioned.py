@@ -7,7 +7,7 @@ hyperparameters of the user's groups are copied over before each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,7 @@ class DeepSpeedStates(OptimizerStates):
         has_masters: whether the parameters are bfloat16.
         units: modules whose parameters stage 3 gathers all at once, such as the blocks: a collective for each of their small
             layers would cost more than it saves.
+        fill: in stage 3, gives a parameter its memory, just before it is partitioned; None where all have it.
 
     Raises:
         ConfigurationError: several optimizers, one that is not elementwise, parameters of another dtype, or no
@@ -60,6 +61,7 @@ class DeepSpeedStates(OptimizerStates):
         options: ZeroOptions | None = None,
         has_masters: bool = False,
         units: Iterable[nn.Module] = (),
+        fill: Callable[[nn.Parameter], None] | None = None,
     ) -> None:
         super().__init__(module, optimizers)
         options = options or ZeroOptions()
@@ -79,7 +81,7 @@ class DeepSpeedStates(OptimizerStates):
             accumulate_in_float32(self._shapes)
         config = deepspeed_config(stage, sum(p.numel() for p in self._shapes), options, device, has_masters)
         self.engine: ZeroEngine = start_zero_engine(
-            stage, root, twin_of(optimizers[0], groups), MeshUnit(mesh), config, device, units
+            stage, root, twin_of(optimizers[0], groups), MeshUnit(mesh), config, device, units, fill
         )
         self._early = EarlyReduction(self.engine, self._shapes, mesh) if options.reduce == MICROBATCH else None
 

@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def start_zero_engine(
     config: dict[str, Any],
     device: torch.device,
     units: Iterable[nn.Module] = (),
+    fill: Callable[[nn.Parameter], None] | None = None,
 ) -> ZeroEngine:
     """Build DeepSpeed's engine for ZeRO stage 1, 2 or 3. Collective over the world.
 
@@ -40,6 +41,7 @@ def start_zero_engine(
         config: DeepSpeed's configuration.
         device: where the parameters are.
         units: in stage 3, modules inside ``root`` whose parameters are gathered all at once.
+        fill: in stage 3, gives a parameter its memory, just before it is partitioned; None where all have it.
 
     Raises:
         ConfigurationError: DeepSpeed is missing or another version.
@@ -51,6 +53,8 @@ def start_zero_engine(
     marks = Marks(root)
     for unit in units if stage == 3 else ():
         deepspeed.utils.set_z3_leaf_module(unit, True)
+    if stage == 3 and fill is not None:
+        _partition(root, mpu, config, fill)
     engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, mpu=mpu, config=config)
     marks.find()
     kind = ZeroEngine3 if stage == 3 else ZeroEngine12
@@ -59,6 +63,18 @@ def start_zero_engine(
     except AttributeError as error:
         raise wrong_version(error) from error
     return kind(engine, marks)
+
+
+def _partition(root: nn.Module, mpu: Any, config: dict[str, Any], fill: Callable[[nn.Parameter], None]) -> None:
+    """Partition one parameter after the other, as DeepSpeed itself does with a module whose parameters all have memory.
+
+    Collective over dp.
+    """
+    partitions = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+    init = partitions.Init(data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu)
+    for parameter in root.parameters():
+        fill(parameter)
+        init._zero_init_param(parameter)
 
 
 def quieten_deepspeed(device: torch.device) -> None:

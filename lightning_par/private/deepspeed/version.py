@@ -33,6 +33,8 @@ _DEEPSPEED_NAMES = (
             "_reassign_or_swap_out_partitioned_parameters",
         ),
     ),
+    # stage 3: partitions one parameter, which gets its memory just before
+    ("deepspeed.runtime.zero.partition_parameters", "Init", ("_zero_init_param",)),
     # stage 3: the stack of modules whose forward is running, which an exception through a forward leaves behind
     ("deepspeed.runtime.zero.parameter_offload", "FWD_MODULE_STACK", ()),
     ("deepspeed.runtime.zero.parameter_offload", "apply_to_tensors_only", ()),
