@@ -187,7 +187,7 @@ def test_every_path_in_the_architecture_exists() -> None:
 
 def test_the_architecture_names_every_module() -> None:
     package = ROOT / "lightning_par"
-    files = {path: package for path in package.rglob("*.py")}
+    files = dict.fromkeys(package.rglob("*.py"), package)
     files |= {path: ROOT for folder in ("tests", "benchmarks") for path in (ROOT / folder).glob("*.py")}
     modules = {str(path.relative_to(base)) for path, base in files.items() if path.name != "__init__.py"}
     assert modules - named_paths() == set()

@@ -31,7 +31,6 @@ def check_run(trainer: Any, given: Iterable[Any]) -> None:
     strategy = trainer.strategy
     check_device(strategy.precision, strategy.root_device)
     check_callbacks(trainer)
-    check_inference_mode(trainer)
     if strategy.options.overrides.get("fp8") is not None:
         check_float8(strategy.options.overrides["fp8"], strategy.root_device, strategy.precision.name)
     check_checkpoints(given, strategy.layout)
@@ -72,22 +71,6 @@ def check_checkpoints(given: Iterable[Any], layout: Layout) -> None:
     for value in given:
         if isinstance(value, (str, Path)) and Path(value).exists():
             check_layout(Path(value), layout)
-
-
-def check_inference_mode(trainer: Any) -> None:
-    """ZeRO-3 gathers parameters during an evaluation, and tensors made in inference mode cannot be trained on afterwards.
-
-    Over gloo Lightning never uses inference mode.
-
-    Raises:
-        ConfigurationError: it would here.
-    """
-    strategy = trainer.strategy
-    if strategy.layout.zero == 3 and strategy.root_device.type == "cuda" and trainer.validate_loop.inference_mode:
-        raise ConfigurationError(
-            f"parallel={strategy.layout}: with zero3, parameters gathered in inference mode could not be trained on: pass "
-            "Trainer(inference_mode=False)"
-        )
 
 
 def check_callbacks(trainer: Any) -> None:

@@ -114,6 +114,16 @@ def _with_memory(plan: Plan, twin: Any, batch: Any, optimizers: Sequence[Any] | 
     return plan
 
 
+def leave_inference_mode(trainer: Any) -> None:
+    """Have evaluations run under ``torch.no_grad`` with ZeRO-3: parameters gathered in inference mode could not be trained on.
+
+    Lightning itself leaves it to the loops of ``validate``, ``test`` and ``predict``, and over gloo to none.
+    """
+    if trainer.strategy.layout.zero == 3:
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+
+
 def _configure_optimizers(twin: Any, layout: Layout) -> list[Any] | None:
     """Check what configure_optimizers returns, and let the dry run's ``self.optimizers()`` give it.
 

@@ -24,7 +24,7 @@ from lightning_par.host.namespace import bind, root_in_use
 from lightning_par.host.option import Options, read_overrides
 from lightning_par.host.plan_report import report_plan
 from lightning_par.host.precision import precision_class, read_precision, read_scale
-from lightning_par.host.preflight import plan_from_trainer
+from lightning_par.host.preflight import leave_inference_mode, plan_from_trainer
 from lightning_par.host.ranks import RankedStrategy
 from lightning_par.host.steps import StepRunner
 from lightning_par.host.update import Updates
@@ -184,6 +184,7 @@ class HybridParallelStrategy(RankedStrategy):
     def _preflight(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Everything that can be found wrong without other ranks, before they are started; the plan, on rank 0."""
         check_run(trainer, [*args, *kwargs.values()])
+        leave_inference_mode(trainer)
         module = args[0] if args and args[0] is not None else trainer.lightning_module
         materialize_attributes(module)
         engine = check_split(module, self.layout, self.precision)
