@@ -40,7 +40,7 @@ def load_ranks(packages: str, heavy: str) -> Any:
         heavy: a module that every forked rank would import for itself if it were not imported here.
     """
     report(f"importing {packages}")
-    from tests.ranks import run_ranks  # first: it chooses one thread and DeepSpeed's CPU mode
+    from tests.ranks import run_ranks  # first: what the environment must say before torch is imported is said there
 
     import_module(heavy)
     return run_ranks

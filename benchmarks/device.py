@@ -60,8 +60,8 @@ def measure(quick: bool) -> list[Row]:
     Args:
         quick: see ``--help``.
     """
-    os.environ["LIGHTNING_PAR_TEST_DEVICE"] = "cuda"
-    run_ranks = load_ranks("torch, Lightning and transformers", "transformers")  # without the GPU: this process is going to fork
+    os.environ["LIGHTNING_PAR_TEST_DEVICE"] = "cuda"  # hides the GPU from this process, which is going to fork
+    run_ranks = load_ranks("torch, Lightning and transformers, and making the model", "transformers")
     from benchmarks.device_pace import CASES, Row, make_decoder, measure_case
 
     decoder, rows = make_decoder(), []

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lightning_par.config.devices import choose_devices
-from lightning_par.config.parallel import read_layout
+from lightning_par.config.parallel import ParallelConfig, read_layout
 from lightning_par.config.run import build_run
 from lightning_par.config.search_path import register
 from lightning_par.config.source import LayoutConfigSource
@@ -117,6 +118,19 @@ def test_what_counts_the_targets_reaches_the_strategy(override: str, named: str)
     trainer, _, _ = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
     count = trainer.strategy.options.loss_weight
     assert (repr(count) if isinstance(count, FieldCount) else str(count)) == named
+
+
+def test_options_of_the_group_parallel_reach_the_strategy() -> None:
+    said = {"recompute": "full", "memory_gib": 3.0, "offload_activations": True, "compile": True, "fp8": "rowwise"}
+    sizes = {field.name for field in fields(Layout)}
+    assert said.keys() == {field.name for field in fields(ParallelConfig)} - sizes
+    lines = [f"parallel.{name}={value}" for name, value in said.items()]
+    config = composed("parallel=tp2", "trainer.default_root_dir=null", *lines)
+    trainer, _, _ = build_run(config, accelerator="cpu", devices=2, logger=False, callbacks=[])
+    assert trainer.strategy.options.memory_gib == 3.0
+    assert trainer.strategy.options.overrides.items() >= {"compile": "inductor", "fp8": "rowwise"}.items()
+    assert trainer.strategy.options.overrides["recompute"] == {"*": "full"}
+    assert trainer.strategy.options.overrides["offload_activations"] == {"*": True}
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -175,6 +175,14 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
         assert (ROOT / target).exists()
 
 
+def test_the_contents_are_the_sections() -> None:
+    sections = re.findall(r"^## (.*)$", README, re.MULTILINE)
+    listed = re.findall(r"\[([^\]]*)\]\(#([^)]*)\)", README.split("\n## ")[0])
+    assert [name for name, _ in listed] == [name for name in sections if name != "Licence"]
+    for name, anchor in listed:
+        assert anchor == re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-")
+
+
 def named_paths() -> set[str]:
     """Files and folders that ARCHITECTURE.md names: with a slash at the end, or an extension."""
     return set(re.findall(r"`([\w.-]+(?:/[\w.-]+)*(?:/|\.py|\.txt)|\.ci/run|Makefile)`", ARCHITECTURE))

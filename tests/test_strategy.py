@@ -93,6 +93,20 @@ def test_workers_are_seeded_by_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     assert strategy.process_dataloader(DataLoader(Numbers())).worker_init_fn is None
 
 
+class Named(HybridParallelStrategy):
+    """As a user would extend it."""
+
+    def __init__(self, layout: str, *, name: str, **options: Any) -> None:
+        super().__init__(layout, **options)
+        self.name = name
+
+
+def test_a_strategy_can_be_subclassed() -> None:
+    strategy = Named("tp2_pp2", name="mine", recompute="full", plan={"recompute": {"blocks.0": "none"}})
+    assert isinstance(strategy, Named) and isinstance(strategy, pl.strategies.ParallelStrategy) and strategy.name == "mine"
+    assert strategy.options.overrides == {"recompute": {"*": "full", "blocks.0": "none"}}
+
+
 class TwoOptimizers(pl.LightningModule):
     """Manual optimization that takes both backwards before both steps, clipping one of them."""
 

@@ -26,7 +26,7 @@ def check_run(trainer: Any, given: Iterable[Any]) -> None:
         given: what its function was called with.
 
     Raises:
-        ConfigurationError: the precision, a callback, a checkpoint or something else cannot work.
+        ConfigurationError: the precision, float8, a callback or a checkpoint cannot work.
     """
     strategy = trainer.strategy
     check_device(strategy.precision, strategy.root_device)
