@@ -17,7 +17,7 @@ from lightning_par.errors import ConfigurationError, ModelError
 from lightning_par.host.construction import configuring, weights_untouched
 from lightning_par.host.first_batch import first_batch
 from lightning_par.host.loss_weight import TargetCount, check_loss_weight
-from lightning_par.host.memory import Foresight, check_foreseeable, fit_memory, memory_budget, with_memory
+from lightning_par.host.memory import Foresight, fit_memory, memory_budget, with_memory
 from lightning_par.host.timeline import PipelineTimeline
 from lightning_par.host.whole_parts import explain_sizes, note_whole_parts
 from lightning_par.layout import Coordinate, Layout, nearest_layouts
@@ -112,8 +112,8 @@ def _with_memory(plan: Plan, twin: Any, batch: Any, optimizers: Sequence[Any] | 
     budget = memory_budget(strategy.memory_gib, strategy.root_device, strategy.overrides)
     with nullcontext() if budget is not None else suppress(ModelError):  # where nothing depends on it
         if budget is not None or foresees:
-            check_foreseeable(plan.layout, strategy.zero_options)
-            foresight = Foresight(twin, batch, optimizers, strategy.schedule, strategy.precision)
+            zero = strategy.zero_options if plan.layout.zero else None
+            foresight = Foresight(twin, batch, optimizers, strategy.schedule, strategy.precision, zero)
             return with_memory(plan, foresight) if budget is None else fit_memory(plan, budget, strategy.overrides, foresight)
     return plan
 
