@@ -37,6 +37,7 @@ from lightning_par.prepare import prepare_plan
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.nested import tensors_in
 from lightning_par.runtime.precision import FULL, PRECISIONS, Precision
+from lightning_par.zero.option import STEP, ZeroOptions
 
 WIDTH, DEPTH, HEADS, BATCH, LENGTH, VOCABULARY = 128, 8, 4, 8, 64, 250
 TOLERANCE = 0.03  # of activations; all else must be exact
@@ -54,18 +55,21 @@ class Case:
         schedule: of its pipeline; None for the usual one.
         recompute: what of the blocks is computed again.
         precision: Lightning's word.
+        reduce: when ZeRO reduces gradients.
     """
 
     word: str
     schedule: str | None = None
     recompute: str = "none"
     precision: str = FULL.name
+    reduce: str = STEP
 
     @property
     def name(self) -> str:
         """Such as ``pp2_vp2 interleaved-zb``."""
         usual = Case(self.word)
-        words = (self.word, self.schedule, *({self.recompute, self.precision} - {usual.recompute, usual.precision}))
+        unusual = {self.recompute, self.precision, self.reduce} - {usual.recompute, usual.precision, usual.reduce}
+        words = (self.word, self.schedule, *unusual)
         return " ".join(word for word in words if word)
 
 
@@ -146,9 +150,10 @@ def measure_rank(rank: int, world_size: int, case: Case, make: Callable[[], pl.L
     lines = {"recompute": {"*": case.recompute}} if case.recompute != "none" else None
     plan = prepare_plan(module, batch, layout, lines, precision=precision)
     pieces = split_batch(batch, plan.layout.microbatches or 1)
-    expected = _forecast(module, pieces[0][0], plan, schedule, precision)[layout.coordinate_of(rank).pp]
+    options = ZeroOptions(reduce=case.reduce)
+    expected = _forecast(module, pieces[0][0], plan, schedule, precision, options)[layout.coordinate_of(rank).pp]
     engine = Engine(module, plan, Mesh(layout, timedelta(seconds=60)), torch.device("cpu"), schedule, precision=precision)
-    states = engine.own_states([make_optimizer(module)])
+    states = engine.own_states([make_optimizer(module)], options)
     shapes = [("training_step", size) for _, size in pieces]
     weights = [size / BATCH for _, size in pieces]
     step: Any = module.training_step
@@ -171,13 +176,15 @@ def measure_rank(rank: int, world_size: int, case: Case, make: Callable[[], pl.L
     return Row(case.name, rank, measured, {kind: getattr(expected, kind) for kind in KINDS})
 
 
-def _forecast(module: pl.LightningModule, piece: Any, plan: Any, schedule: str, precision: Precision) -> tuple[RankMemory, ...]:
+def _forecast(
+    module: pl.LightningModule, piece: Any, plan: Any, schedule: str, precision: Precision, options: ZeroOptions
+) -> tuple[RankMemory, ...]:
     from lightning_par.engine import traced_costs
 
     form = read_optimizer(make_optimizer(module), dict(module.named_parameters()))
     assert form is not None
     table = Tables(schedule, plan.layout, traced_costs(plan)).training(plan.layout.microbatches or 1)
-    return forecast(module, piece, plan, table, form, loss_of, splits_backward(schedule, plan.layout), precision)
+    return forecast(module, piece, plan, table, form, loss_of, splits_backward(schedule, plan.layout), precision, options)
 
 
 def _count(stored: Mapping[str, list[torch.Tensor]]) -> dict[str, int]:

@@ -26,6 +26,7 @@ from lightning_par.plan import Plan, render_plan
 from lightning_par.plan.memory import RankMemory
 from lightning_par.plan.plan import CompilePlan
 from lightning_par.runtime.axis import LocalAxis
+from lightning_par.zero.option import ZeroOptions
 from tests.models import gpt, make_batch
 from tests.parity import check_parity
 from tests.planning import Block, Chain, plan_of, quiet_trainer, tokens
@@ -221,6 +222,13 @@ def test_an_optimizer_that_is_not_known(make: Callable[[Any], Any], name: str) -
 def test_a_step_that_needs_values() -> None:
     with pytest.raises(ModelError, match=r"cannot be foreseen: Reading.training_step needs values of tensors.*say recompute=none"):
         fit(Reading(), recompute="auto", memory_gib=4)
+
+
+def test_an_option_of_zero_that_has_no_formula() -> None:
+    options = ZeroOptions(reduce="microbatch", hpz_partition_size=2, config={"zero_optimization": {"sub_group_size": 9}})
+    module, batch = gpt(), make_batch(0, 8)
+    with pytest.raises(ModelError, match=r"cannot be foreseen with zero.hpz_partition_size=2, zero.config: say recompute=none"):
+        Foresight(module, batch, [make_optimizer(module)], "1f1b", options=options)
 
 
 def test_parity() -> None:

@@ -29,6 +29,7 @@ from lightning_par.memory.states import StateBytes, state_bytes
 from lightning_par.pipeline.schedules import build_schedule
 from lightning_par.plan import Plan
 from lightning_par.prepare import prepare_plan
+from lightning_par.zero.option import ZeroOptions
 from tests.planning import Block, Chain, tokens
 from tests.ranks import run_ranks
 
@@ -69,6 +70,7 @@ def test_two_ranks_store_what_the_forecast_says() -> None:
         Case("pp2_vp2_mb4", "interleaved-zb"),
         Case("dp2_zero1"),
         Case("dp2_zero3_mb2"),
+        Case("dp2_zero2_mb2", reduce="microbatch"),
     )
 
 
@@ -84,6 +86,7 @@ def test_more_layouts() -> None:
     check_cases(*(case for case in CASES if parse_layout(case.word).world_size == 2), Case("pp2_mb4", "zb-h1"))
     sequences = [Case("tp2_pp2_sp", recompute=mode) for mode in ("selective", "full")]
     check_cases(Case("tp2_pp2"), *sequences, Case("pp2_dp2_zero2", "zb-h1"), Case("tp2_dp2_zero3"))
+    check_cases(*(Case(word, reduce="microbatch") for word in ("pp2_dp2_zero2", "tp2_sp_dp2_zero2")))
 
 
 # ---------------------------------------------------------------------- model states
@@ -99,9 +102,9 @@ def all_in_one_group(module: nn.Module, element_bytes: int = 8, tensor_bytes: in
     return OptimizerForm((GroupForm(names, element_bytes, tensor_bytes),))
 
 
-def states_of(word: str, pp: int = 0) -> StateBytes:
+def states_of(word: str, pp: int = 0, **options: Any) -> StateBytes:
     module, plan = plan_for(word)
-    return state_bytes(plan, pp, all_in_one_group(module))
+    return state_bytes(plan, pp, all_in_one_group(module), ZeroOptions(**options))
 
 
 BLOCK, TABLE = 16 * 32 + 32 + 32 * 16 + 16, 24 * 16  # elements of a block, and of the embedding or the head
@@ -124,8 +127,23 @@ def test_zero_divides_what_its_stage_says() -> None:
     sizes = [16 * 32, 32, 32 * 16, 16] * 2 + [TABLE] * 2
     third = sum(-(-size // 3) for size in sizes)
     assert third > WHOLE / 3  # padding counts
-    assert states_of("dp3_zero3") == StateBytes(4 * third, 4 * WHOLE + 4 * third, 12 * third + 4, gathered=4 * WHOLE)
+    twice_a_block = 4 * (BLOCK + 3 * sum(-(-size // 3) for size in sizes[:4]))
+    assert states_of("dp3_zero3") == StateBytes(4 * third, 4 * WHOLE + 4 * third, 12 * third + 4, gathered=twice_a_block)
     assert states_of("dp1_zero3") == states_of("single")
+
+
+def test_what_is_offloaded_is_not_on_the_device() -> None:
+    for zero in (1, 2, 3):
+        stored, offloaded = states_of(f"dp2_zero{zero}"), states_of(f"dp2_zero{zero}", offload_optimizer="cpu")
+        assert offloaded == replace(stored, gradients=4 * WHOLE, states=0)
+    assert states_of("dp2_zero3", offload_param="cpu") == replace(states_of("dp2_zero3"), parameters=0)
+    assert states_of("dp2_zero3", offload_optimizer="cpu", reduce="microbatch").gradients == 0
+
+
+def test_gradients_that_are_reduced_early_are_kept_by_one_rank() -> None:
+    assert (
+        states_of("dp2_zero2", reduce="microbatch").gradients == states_of("dp2_zero3", reduce="microbatch").gradients == 2 * WHOLE
+    )
 
 
 def test_frozen_parameters_have_no_gradient() -> None:

@@ -13,14 +13,13 @@ from lightning_par.engine import traced_costs
 from lightning_par.errors import ConfigurationError, ModelError
 from lightning_par.host.batch import split_batch
 from lightning_par.host.loss import loss_of
-from lightning_par.layout import Layout
 from lightning_par.memory import fit_recompute, forecast, read_optimizer
 from lightning_par.pipeline.tables import Tables, splits_backward
 from lightning_par.plan import Overrides, Plan
 from lightning_par.plan.memory import RankMemory
 from lightning_par.private.torch import is_data_dependent
 from lightning_par.runtime.precision import FULL, Precision
-from lightning_par.zero.option import ZeroOptions
+from lightning_par.zero.option import ZeroOptions, unforeseen
 
 _SAY = "say recompute=none, selective or full"
 
@@ -34,15 +33,27 @@ class Foresight:
         optimizers: of the module; None where they are not known.
         schedule: of the pipeline.
         precision: of the run.
+        options: the section ``zero``.
 
     Raises:
-        ModelError: what the optimizer keeps cannot be found out.
+        ModelError: what the optimizer keeps cannot be found out, or an option has it store more.
     """
 
     def __init__(
-        self, module: Any, batch: Any, optimizers: Sequence[Any] | None, schedule: str, precision: Precision = FULL
+        self,
+        module: Any,
+        batch: Any,
+        optimizers: Sequence[Any] | None,
+        schedule: str,
+        precision: Precision = FULL,
+        options: ZeroOptions | None = None,
     ) -> None:
         self._module, self._batch, self._schedule, self._precision = module, batch, schedule, precision
+        self._options = options or ZeroOptions()
+        if chosen := unforeseen(self._options):
+            raise ModelError(
+                f"the memory of the ranks cannot be foreseen with {', '.join(chosen)}: {_SAY} and leave out memory_gib"
+            )
         forms = [read_optimizer(each, dict(module.named_parameters())) for each in optimizers or ()]
         if len(forms) != 1 or forms[0] is None:
             names = ", ".join(type(each).__name__ for each in optimizers or ()) or "none before the training"
@@ -63,7 +74,7 @@ class Foresight:
         table = Tables(self._schedule, plan.layout, traced_costs(plan)).training(count)
         splits = splits_backward(self._schedule, plan.layout)
         try:
-            return forecast(self._module, piece, plan, table, self._form, loss_of, splits, precision=self._precision)
+            return forecast(self._module, piece, plan, table, self._form, loss_of, splits, self._precision, self._options)
         except Exception as error:
             if not is_data_dependent(error):
                 raise
@@ -71,16 +82,6 @@ class Foresight:
                 f"the memory of the ranks cannot be foreseen: {type(self._module).__name__}.training_step needs values of "
                 f"tensors, which the dry run does not have: {_SAY} and leave out memory_gib"
             ) from error
-
-
-def check_foreseeable(layout: Layout, options: ZeroOptions) -> None:
-    """Check that ZeRO stores what its stage says.
-
-    Raises:
-        ModelError: an option has it store elsewhere, or less.
-    """
-    if layout.zero and options != ZeroOptions():
-        raise ModelError(f"the memory of the ranks cannot be foreseen with options of zero: {_SAY} and leave out memory_gib")
 
 
 def check_memory_gib(memory_gib: float | None) -> float | None:

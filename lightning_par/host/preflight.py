@@ -15,7 +15,7 @@ from lightning_par.host.check import check_manual, check_optimization
 from lightning_par.host.construction import configuring, weights_untouched
 from lightning_par.host.first_batch import first_batch
 from lightning_par.host.loss_weight import check_loss_weight
-from lightning_par.host.memory import Foresight, check_foreseeable, fit_memory, memory_budget, with_memory
+from lightning_par.host.memory import Foresight, fit_memory, memory_budget, with_memory
 from lightning_par.host.whole_parts import explain_sizes, note_whole_parts
 from lightning_par.layout import Layout
 from lightning_par.materialize import match_weights, materialize_attributes
@@ -108,8 +108,8 @@ def _with_memory(plan: Plan, twin: Any, batch: Any, optimizers: Sequence[Any] | 
     budget = memory_budget(options.memory_gib, strategy.root_device, options.overrides)
     with nullcontext() if budget is not None else suppress(ModelError):  # where nothing depends on it
         if budget is not None or foresees:
-            check_foreseeable(plan.layout, options.zero)
-            foresight = Foresight(twin, batch, optimizers, strategy.schedule, strategy.precision)
+            zero = options.zero if plan.layout.zero else None
+            foresight = Foresight(twin, batch, optimizers, strategy.schedule, strategy.precision, zero)
             return with_memory(plan, foresight) if budget is None else fit_memory(plan, budget, options.overrides, foresight)
     return plan
 

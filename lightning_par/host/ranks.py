@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 from functools import partial
@@ -13,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_par.host.namespace import worker_seeding
 from lightning_par.layout import Layout
-from lightning_par.runtime.mesh import Mesh
+from lightning_par.runtime.mesh import Mesh, wait_for_all
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import ParallelStrategy as Host
@@ -94,6 +95,8 @@ class RankedStrategy(Host):
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
             backend = "nccl" if self.root_device.type == "cuda" else "gloo"
             dist.init_process_group(backend, rank=self.global_rank, world_size=self.world_size, timeout=self._timeout)
+            if backend == "nccl":  # which complains of groups that outlive a program
+                atexit.register(_leave_group)
         if self._mesh is None:
             self._mesh = Mesh(self.layout, self._timeout)
 
@@ -119,8 +122,7 @@ class RankedStrategy(Host):
 
     def barrier(self, name: str | None = None) -> None:
         if dist.is_initialized():
-            devices = [self.root_device.index or 0] if self.root_device.type == "cuda" else None
-            dist.barrier(device_ids=devices)
+            wait_for_all()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if not dist.is_initialized():
@@ -143,3 +145,8 @@ class RankedStrategy(Host):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         count = int(self.reduce(torch.tensor(int(decision)), reduce_op="sum"))
         return count == self.world_size if all else count > 0
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

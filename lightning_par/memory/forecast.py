@@ -18,6 +18,7 @@ from lightning_par.pipeline.action import Row, Table
 from lightning_par.plan import Plan
 from lightning_par.plan.memory import RankMemory
 from lightning_par.runtime.precision import FULL, Precision
+from lightning_par.zero.option import ZeroOptions
 
 
 def forecast(
@@ -29,6 +30,7 @@ def forecast(
     loss_of: Loss,
     splits_backward: bool,
     precision: Precision = FULL,
+    options: ZeroOptions | None = None,
 ) -> tuple[RankMemory, ...]:
     """What a training step stores on every rank. One process, no process group; the module is not changed.
 
@@ -41,6 +43,7 @@ def forecast(
         loss_of: the loss in what the step returns.
         splits_backward: whether the schedule computes weight gradients apart.
         precision: of the run, as the plan was made for.
+        options: the section ``zero``.
 
     Returns:
         By pp coordinate.
@@ -49,13 +52,12 @@ def forecast(
         Exception: whatever the step raises on fake tensors.
     """
     stages = profile_stages(module, microbatch, plan, loss_of, splits_backward, precision)
-    return tuple(_rank_memory(plan, pp, row, stages, optimizer) for pp, row in enumerate(table))
-
-
-def _rank_memory(plan: Plan, pp: int, row: Row, stages: Sequence[StageMemory], optimizer: OptimizerForm) -> RankMemory:
-    states = state_bytes(plan, pp, optimizer)
-    held, peak = peak_bytes(row, stages)
-    return RankMemory(states.parameters, states.gradients, states.states, held, peak - held, states.gathered)
+    found = []
+    for pp, row in enumerate(table):
+        states = state_bytes(plan, pp, optimizer, options)
+        held, peak = peak_bytes(row, stages)
+        found.append(RankMemory(states.parameters, states.gradients, states.states, held, peak - held, states.gathered))
+    return tuple(found)
 
 
 def peak_bytes(row: Row, stages: Sequence[StageMemory]) -> tuple[int, int]:

@@ -12,6 +12,10 @@ Gradients add up in at least fp32: g = max(e, 4). Half-precision parameters have
 Gradients are those of all microbatches before their one reduction, when they are most: a pipeline keeps them whole in every stage
 of ZeRO. Stage 3 has a buffer of fp32 for the partition besides. The 4 of the states are the fp32 masters that DeepSpeed steps, a
 copy even of fp32 weights.
+
+Options of ZeRO: with ``reduce: microbatch`` gradients are 4 n'/d or 4 n''/d, and g for each element of those that stay whole until
+the end of the step; what a backward has at once until a bucket is reduced is not counted. What is offloaded is not counted, nor
+are the partitions of gradients, which go with the states: it is not on the device.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from lightning_par.memory.gathered import most_gathered
 from lightning_par.memory.optimizer import GroupForm, OptimizerForm
 from lightning_par.plan import Plan
 from lightning_par.plan.plan import ParameterPlan
+from lightning_par.zero.early import is_late
+from lightning_par.zero.option import MICROBATCH, ZeroOptions
 
 _FP32 = 4  # bytes
 _ALIGNMENT = 2  # elements of each partition of a group in stages 1 and 2 (DeepSpeed 0.19.8, nccl_start_alignment_factor)
@@ -43,17 +49,18 @@ class StateBytes:
     gathered: int = 0
 
 
-def state_bytes(plan: Plan, pp: int, optimizer: OptimizerForm) -> StateBytes:
-    """What each rank at a pp coordinate stores; all dp and tp coordinates the same.
+def state_bytes(plan: Plan, pp: int, optimizer: OptimizerForm, options: ZeroOptions | None = None) -> StateBytes:
+    """What each rank at a pp coordinate stores on its device; all dp and tp coordinates the same.
 
     Args:
         plan: all decisions.
         pp: the coordinate.
         optimizer: what it keeps.
+        options: the section ``zero``.
     """
     layout = plan.layout
     held = [parameter for parameter in plan.parameters if any(pp in holders for _, holders in parameter.aliases)]
-    count = _Count(held, layout.tp, layout.dp or 1)
+    count = _Count(held, layout.tp, layout.dp or 1, options or ZeroOptions())
     zero = layout.zero if count.dp > 1 else 0
     if zero == 0:
         return count.replicated(optimizer)
@@ -68,10 +75,11 @@ class _Count:
     Args:
         held: the rank's parameters.
         tp, dp: sizes of the axes.
+        options: the section ``zero``.
     """
 
-    def __init__(self, held: list[ParameterPlan], tp: int, dp: int) -> None:
-        self.held, self.tp, self.dp = held, tp, dp
+    def __init__(self, held: list[ParameterPlan], tp: int, dp: int, options: ZeroOptions) -> None:
+        self.held, self.tp, self.dp, self.options = held, tp, dp, options
 
     def replicated(self, optimizer: OptimizerForm) -> StateBytes:
         states = 0
@@ -79,20 +87,21 @@ class _Count:
             sizes = self._sizes(self._members(group))
             states += sum(sizes) * group.element_bytes + len(sizes) * group.tensor_bytes
             states += sum(_FP32 * member.local_numel(self.tp) for member in self._members(group) if member.itemsize < _FP32)
-        return StateBytes(self._bytes(self.held), self._gradients(), states)
+        return StateBytes(self._bytes(self.held), self._gradients(self.held), states)
 
     def partitioned_states(self, optimizer: OptimizerForm) -> StateBytes:
         """Stages 1 and 2: parameters are views of one flat tensor for each group."""
-        stepped, parameters, states = set[str](), 0, 0
+        stepped, parameters, states, sums = set[str](), 0, 0, 0
         for group in optimizer.groups:
             members = self._members(group)
             if members:
                 flat = _padded(sum(self._sizes(members)), _ALIGNMENT * self.dp)
                 parameters += flat * members[0].itemsize
                 states += flat // self.dp * (_FP32 + group.element_bytes) + group.tensor_bytes
+                sums += flat // self.dp * _FP32
                 stepped |= {member.spec.name for member in members}
         others = self._bytes(parameter for parameter in self.held if parameter.spec.name not in stepped)
-        return StateBytes(parameters + others, self._gradients(), states)
+        return self._stored(parameters + others, sums if self.options.reduce == MICROBATCH else 0, states)
 
     def partitioned_parameters(self, optimizer: OptimizerForm) -> StateBytes:
         """Stage 3: each parameter is a part of itself."""
@@ -103,7 +112,14 @@ class _Count:
             parts = sum(map(self._part, members))
             buffer += _FP32 * parts
             states += parts * (group.element_bytes + _FP32) + group.tensor_bytes * bool(members)
-        return StateBytes(parameters, self._gradients() + buffer, states)
+        return self._stored(0 if self.options.offload_param else parameters, buffer, states)
+
+    def _stored(self, parameters: int, partitions: int, states: int) -> StateBytes:
+        """With partitions of gradients, which are with the states."""
+        whole = [p for p in self.held if is_late(p.spec, self.tp)] if self.options.reduce == MICROBATCH else self.held
+        if self.options.offload_optimizer:
+            partitions = states = 0
+        return StateBytes(parameters, self._gradients(whole) + partitions, states)
 
     def _members(self, group: GroupForm) -> list[ParameterPlan]:
         return [parameter for parameter in self.held if parameter.spec.name in group.names]
@@ -114,8 +130,8 @@ class _Count:
     def _bytes(self, parameters: Iterable[ParameterPlan]) -> int:
         return sum(parameter.local_numel(self.tp) * parameter.itemsize for parameter in parameters)
 
-    def _gradients(self) -> int:
-        return sum(p.local_numel(self.tp) * max(p.itemsize, _FP32) for p in self.held if p.requires_grad)
+    def _gradients(self, whole: Iterable[ParameterPlan]) -> int:
+        return sum(p.local_numel(self.tp) * max(p.itemsize, _FP32) for p in whole if p.requires_grad)
 
     def _part(self, parameter: ParameterPlan) -> int:
         return _padded(parameter.local_numel(self.tp), self.dp) // self.dp

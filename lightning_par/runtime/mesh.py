@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import cast
 
+import torch
 import torch.distributed as dist
 
 from lightning_par.layout import Coordinate, Layout
@@ -78,7 +79,7 @@ class Mesh:
 
     def barrier(self) -> None:
         """Wait for all ranks of the world."""
-        dist.barrier(group=self.world.group)
+        wait_for_all(self.world.group)
 
     @property
     def is_first_stage(self) -> bool:
@@ -99,3 +100,9 @@ class Mesh:
             if self.rank in ranks:
                 mine = GroupAxis(name, group, ranks, ranks.index(self.rank))
         return mine
+
+
+def wait_for_all(group: dist.ProcessGroup | None = None) -> None:
+    """Wait for all ranks of a group; of the world by default."""
+    is_nccl = dist.get_backend(group) == "nccl"  # which would guess at the device, with a warning
+    dist.barrier(group=group, device_ids=[torch.cuda.current_device()] if is_nccl else None)

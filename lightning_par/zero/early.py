@@ -30,9 +30,9 @@ class EarlyReduction:
 
     def __init__(self, engine: ZeroEngine, parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
         self._engine = engine
-        is_late = {parameter: _is_shared(get_spec(parameter), mesh) for parameter in parameters}
-        self._late = [parameter for parameter, late in is_late.items() if late]
-        early = [parameter for parameter, late in is_late.items() if not late]
+        waits = {parameter: is_late(get_spec(parameter), mesh.tp.size) for parameter in parameters}
+        self._late = [parameter for parameter, late in waits.items() if late]
+        early = [parameter for parameter, late in waits.items() if not late]
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._reduce) for parameter in early]
         self._taken: set[nn.Parameter] = set()  # in this backward
         self._is_open = False
@@ -72,7 +72,12 @@ class EarlyReduction:
             self._is_open = True
 
 
-def _is_shared(spec: ParameterSpec, mesh: Mesh) -> bool:
-    """Whether several ranks of a replica hold parts of the gradient that add up."""
+def is_late(spec: ParameterSpec, tp: int) -> bool:
+    """Whether the gradient of a parameter stays whole until the end of a step: several ranks of a replica hold parts that add up.
+
+    Args:
+        spec: of the parameter.
+        tp: ranks on that axis.
+    """
     has_copies = spec.split is not None and any(count > 1 for count in spec.split.copies)
-    return len(spec.stages) > 1 or has_copies or (spec.partial and mesh.tp.size > 1)
+    return len(spec.stages) > 1 or has_copies or (spec.partial and tp > 1)

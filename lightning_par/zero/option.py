@@ -119,6 +119,7 @@ def check_zero_options(options: ZeroOptions, layout: Layout, schedule: str, spli
         )
 
 
+_UNFORESEEN = ("hpz_partition_size", "quantized_weights", "quantized_gradients", "config")
 _LEAST_STAGE = {
     "reduce": 2,  # in stage 1 every rank keeps whole gradients
     "offload_optimizer": 1,
@@ -128,6 +129,11 @@ _LEAST_STAGE = {
     "quantized_gradients": 3,
     "config": 1,
 }
+
+
+def unforeseen(options: ZeroOptions) -> list[str]:
+    """What of the options, as the user typed it, changes what a rank stores in a way that no formula here has."""
+    return [typed for name, typed in _chosen(options).items() if name in _UNFORESEEN]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

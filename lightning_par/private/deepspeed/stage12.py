@@ -42,6 +42,10 @@ class ZeroEngine12(ZeroEngine):
     def masters(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        return self.sums
+
     def flush(self) -> None:
         self.engine._flush_coalesced_reduction_zero12(self.zero)
 
