@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all format clean
+.PHONY: help train test test-all test-gpu format clean
 
 help:  ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: $(READY)  ## Lint, check types and run the fast tests: make test ARGS="tes
 
 test-all: test  ## Everything in `make test`, then the long matrices.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(READY)  ## What needs a GPU; one is enough. With a torch for it: make test-gpu CONSTRAINTS=
+	LIGHTNING_PAR_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 format: $(READY)  ## Rewrite the sources in the house format.
 	$(BIN)/ruff check --fix .

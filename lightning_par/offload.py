@@ -73,7 +73,9 @@ class _Offload:
         return _Packed(known, shape)
 
     def _stays(self, tensor: torch.Tensor) -> bool:
-        """Whether its memory stays: that of a parameter or buffer, as it is now, or of fewer numbers than it shows."""
+        """Whether its memory stays: the host's already, a parameter's or buffer's of now, or of fewer numbers than it shows."""
+        if self._stream is not None and not tensor.is_cuda:  # such as the mark that torch's checkpoint saves
+            return True
         if tensor.nbytes > tensor.untyped_storage().nbytes() or not tensor.ndim:
             return True
         key = storage_key(tensor)  # ZeRO-3 gathers parameters while the block runs

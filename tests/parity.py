@@ -21,7 +21,7 @@ from lightning_par.layout import Layout, parse_layout
 from lightning_par.runtime.nested import map_tensors
 from lightning_par.runtime.parameter import ParameterSpec, get_spec
 from tests.models import make_batch
-from tests.ranks import run_ranks
+from tests.ranks import DEVICE, in_one_process, machines, run_ranks
 
 STEPS, REPLICA_BATCH, CLIP, TOLERANCE = 3, 8, 0.3, 1e-5
 MakeModel = Callable[[], pl.LightningModule]
@@ -79,14 +79,14 @@ class Watch(pl.Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0:
             named = pl_module.named_parameters()
-            self.run.gradients = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
+            self.run.gradients = {name: kept(p.grad) for name, p in named if p.grad is not None}
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         strategy = trainer.strategy
         if isinstance(strategy, HybridParallelStrategy):
             if trainer.global_step == 0:
                 self.run.pieces = [
-                    (get_spec(each.parameter).name, strategy.mesh.coordinate.tp, each.start, each.gradient.detach().clone())
+                    (get_spec(each.parameter).name, strategy.mesh.coordinate.tp, each.start, kept(each.gradient))
                     for each in strategy.states.gradients()
                 ]
         else:
@@ -118,7 +118,7 @@ def fit(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        chosen: dict[str, Any] = {"accelerator": "cpu", "max_steps": STEPS, "gradient_clip_val": CLIP, **quiet, **trainer}
+        chosen: dict[str, Any] = {"accelerator": DEVICE, "max_steps": STEPS, "gradient_clip_val": CLIP, **quiet, **trainer}
         host = pl.Trainer(callbacks=[watch, *callbacks], **chosen)
         host.fit(module, loader, ckpt_path=ckpt_path)
     return host, module, watch.run
@@ -127,8 +127,13 @@ def fit(
 def train_alone(make: MakeModel, dp_size: int) -> Run:
     """The run in one process, on the batches of all replicas together."""
     _, module, run = fit(make, DataLoader(Steps(dp_size), batch_size=None), devices=1)
-    run.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    run.weights = {name: kept(p) for name, p in module.named_parameters()}
     return run
+
+
+def kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def train_rank(
@@ -137,8 +142,8 @@ def train_rank(
     """One rank's view of the run in a layout. Collective over the world."""
     strategy = HybridParallelStrategy(layout, print_plan=False, **strategy_options)
     loader: DataLoader[Any] = DataLoader(Steps(layout.dp or 1, layout.coordinate_of(rank).dp), batch_size=None)
-    _, module, run = fit(make, loader, strategy=strategy, devices=layout.world_size, **(trainer or {}))
-    run.weights = {name: value.detach().clone() for name, value in strategy.states.full_parameters()}
+    _, module, run = fit(make, loader, strategy=strategy, **{**machines(layout.world_size), **(trainer or {})})
+    run.weights = {name: kept(value) for name, value in strategy.states.full_parameters()}
     run.specs = {name: get_spec(p) for name, p in module.named_parameters()}
     strategy.states.close()
     return run
@@ -171,14 +176,18 @@ def check_parity(
     chosen = {name: {**strategy_options, **(options or {}).get(name, {})} for name in makers}
     results = run_ranks(_all_models, layout.world_size, makers, layout, chosen, timeout=timeout)
     errors = {}
-    for name, make in makers.items():
-        alone = train_alone(make, layout.dp or 1)
+    runs = in_one_process(_all_alone, makers, layout.dp or 1)
+    for name, alone in runs.items():
         ranks = [result[name] for result in results]
         try:
             errors[name] = compare(alone, ranks, layout)
         except AssertionError as error:
             raise AssertionError(f"{name} in {word}: {error}") from None
     return errors
+
+
+def _all_alone(makers: Mapping[str, MakeModel], dp_size: int) -> dict[str, Run]:
+    return {name: train_alone(make, dp_size) for name, make in makers.items()}
 
 
 def _all_models(

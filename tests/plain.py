@@ -29,10 +29,11 @@ from tests.parity import (
     Steps,
     assemble,
     compare,
+    kept,
     relative_error,
     train_rank,
 )
-from tests.ranks import run_ranks
+from tests.ranks import DEVICE, in_one_process, run_ranks
 
 Plant = Callable[[int, nn.Module], None]  # changes the gradients of a step
 
@@ -62,7 +63,7 @@ def _context(precision: str) -> AbstractContextManager[Any]:
     if precision == "bf16-true":
         return _default(torch.bfloat16)
     dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    return torch.autocast("cpu", dtypes[precision], cache_enabled=False) if precision in dtypes else nullcontext()
+    return torch.autocast(DEVICE, dtypes[precision], cache_enabled=False) if precision in dtypes else nullcontext()
 
 
 def train_plainly(
@@ -85,14 +86,14 @@ def train_plainly(
     """
     assert layout.microbatches is not None and layout.dp is not None
     torch.manual_seed(0)
-    module, run, num_parts = make(), Run(), layout.microbatches * layout.dp
+    module, run, num_parts = make().to(DEVICE), Run(), layout.microbatches * layout.dp
     if precision == "bf16-true":
         module.bfloat16()
     masters = copy.deepcopy(module).float()
     optimizer: Any = masters.configure_optimizers()
     data = Steps(layout.dp)
     for step in range(steps):
-        batch, total = data.make(step % STEPS, REPLICA_BATCH * layout.dp), 0.0
+        batch, total = {name: tensor.to(DEVICE) for name, tensor in data.make(step % STEPS, REPLICA_BATCH * layout.dp).items()}, 0.0
         for part in range(num_parts):
             rows = slice(part * REPLICA_BATCH // layout.microbatches, (part + 1) * REPLICA_BATCH // layout.microbatches)
             with _context(precision), warnings.catch_warnings():
@@ -106,7 +107,7 @@ def train_plainly(
             if master.grad is not None:
                 master.grad /= layout.dp  # after the backward, as in a layout: float16 is uneven near its end
         if step == 0:
-            run.gradients = {name: p.grad.clone() for name, p in masters.named_parameters() if p.grad is not None}
+            run.gradients = {name: kept(p.grad) for name, p in masters.named_parameters() if p.grad is not None}
         plant(step, masters)
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -122,7 +123,7 @@ def train_plainly(
         with torch.no_grad():
             for ours, master in zip(module.parameters(), masters.parameters(), strict=True):
                 ours.copy_(master)
-    run.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    run.weights = {name: kept(p) for name, p in module.named_parameters()}
     return run
 
 
@@ -158,9 +159,10 @@ def check_precisions(
     layouts = {word: resolved(word) for word in words}
     first = layouts[words[0]]
     results = run_ranks(_all_runs, first.world_size, make, layouts, precisions, steps, strategy_options, timeout=timeout)
-    full = train_plainly(make, first, "32-true", steps)
+    truths = in_one_process(_all_plain, make, first, ["32-true", *precisions], steps)
+    full = truths["32-true"]
     for precision in precisions:
-        alone = train_plainly(make, first, precision, steps)
+        alone = truths[precision]
         for word, layout in layouts.items():
             try:
                 ranks = [result[word, precision] for result in results]
@@ -177,6 +179,10 @@ def check_precisions(
                     assert error <= tolerance, f"all weights: relative error {error:.1e}, more than {tolerance:.1e}"
             except AssertionError as error:
                 raise AssertionError(f"{word} in {precision}: {error}") from None
+
+
+def _all_plain(make: MakeModel, layout: Layout, precisions: Sequence[str], steps: int) -> dict[str, Run]:
+    return {precision: train_plainly(make, layout, precision, steps) for precision in precisions}
 
 
 def resolved(word: str) -> Layout:

@@ -2,6 +2,9 @@
 
 Forking with the imports already loaded starts four ranks in one or two seconds where spawning takes thirty; so the
 parent imports what is slow, and never runs a parallel region of its own (one thread, set below).
+
+With ``LIGHTNING_PAR_TEST_DEVICE=cuda`` the ranks share the GPU of this machine, and talk as in `tests.staged`; this process
+does not see it, because one that has used CUDA cannot fork (see ``tests/__init__.py``).
 """
 
 from __future__ import annotations
@@ -17,14 +20,16 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import torch
 import torch.distributed as dist
+from torch.utils._triton import has_triton
+
+from tests import staged
 
 torch.set_num_threads(1)
+DEVICE = os.environ["DS_ACCELERATOR"]
 COLLECTIVE_TIMEOUT = timedelta(seconds=30)
+GPU: dict[str, Any] = {"accelerator": "cuda", "devices": 1}
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90) -> list[Any]:
@@ -54,6 +59,20 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 process.join()
 
 
+def machines(world_size: int) -> dict[str, Any]:
+    """What a `Trainer` of a rank is told: so many ranks on this CPU, or one on each of so many machines with a GPU."""
+    return {"accelerator": DEVICE, "devices": world_size} if DEVICE == "cpu" else {**GPU, "num_nodes": world_size}
+
+
+def in_one_process(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``; on a GPU in a process of its own."""
+    return function(*args) if DEVICE == "cpu" else run_ranks(_apply, 1, function, args, timeout=200)[0]
+
+
+def _apply(rank: int, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return function(*args)
+
+
 def _collect(processes: list[Any], results: Any, timeout: float) -> list[Any]:
     done: dict[int, Any] = {}
     deadline = time.monotonic() + timeout
@@ -77,8 +96,14 @@ def _rank_main(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
+        backend = "gloo"
+        if DEVICE == "cuda":  # as if each rank were on a machine of its own
+            os.environ.update(NODE_RANK=str(rank), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", CUDA_VISIBLE_DEVICES="0")
+            has_triton.cache_clear()
+            backend = staged.NAME
+            staged.register()
         dist.init_process_group(
-            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+            backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
         )
         value = function(rank, world_size, *args)
         results.put((rank, None, pickle.dumps(value)))  # by value: torch would share memory that dies with this process

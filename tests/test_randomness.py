@@ -39,7 +39,7 @@ from lightning_par.tensor import ShardedTensor
 from lightning_par.tensor.rules import attention, stochastic
 from tests.models import VOCABULARY, make_batch
 from tests.parity import MakeModel
-from tests.ranks import run_ranks
+from tests.ranks import machines, run_ranks
 
 NUM_DRAWS, WIDTH, HEADS, RATE = 250, 16, 4, 0.3
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ class Watch(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         def see(path: str, child: nn.Module, args: Any, output: torch.Tensor) -> None:
             local = output.local if isinstance(output, ShardedTensor) else output
-            kept = (local.detach() != 0).numpy().tobytes()
+            kept = (local.detach() != 0).cpu().numpy().tobytes()
             self.seen.masks.setdefault((path, trainer.global_step), []).append(kept)
 
         for path, child in pl_module.named_modules():
@@ -161,7 +161,7 @@ class Watch(pl.Callback):
                 child.register_forward_hook(partial(see, path))
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seen.gradients = {name: p.grad.numpy().copy() for name, p in pl_module.named_parameters() if p.grad is not None}
+        self.seen.gradients = {name: p.grad.cpu().numpy().copy() for name, p in pl_module.named_parameters() if p.grad is not None}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -189,8 +189,7 @@ def train(
     module, watch = make(), Watch()
     silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
     trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=parse_layout(word).world_size,
+        **machines(parse_layout(word).world_size),
         strategy="auto" if word == "single" else HybridParallelStrategy(word, print_plan=False, **options),
         max_steps=num_steps,
         callbacks=[watch, *callbacks],

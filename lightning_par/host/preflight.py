@@ -155,20 +155,14 @@ def check_checkpoints(given: Iterable[Any], layout: Layout) -> None:
             check_layout(Path(value), layout)
 
 
-def check_inference_mode(trainer: Any) -> None:
-    """ZeRO-3 gathers parameters during an evaluation, and tensors made in inference mode cannot be trained on afterwards.
+def leave_inference_mode(trainer: Any) -> None:
+    """Have evaluations run under ``torch.no_grad`` with ZeRO-3: parameters gathered in inference mode could not be trained on.
 
-    Over gloo Lightning never uses inference mode.
-
-    Raises:
-        ConfigurationError: it would here.
+    Lightning itself leaves it to the loops of ``validate``, ``test`` and ``predict``, and over gloo to none.
     """
-    strategy = trainer.strategy
-    if strategy.layout.zero == 3 and strategy.root_device.type == "cuda" and trainer.validate_loop.inference_mode:
-        raise ConfigurationError(
-            f"parallel={strategy.layout}: with zero3, parameters gathered in inference mode could not be trained on: pass "
-            "Trainer(inference_mode=False)"
-        )
+    if trainer.strategy.layout.zero == 3:
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
 
 
 def check_callbacks(trainer: Any) -> None:

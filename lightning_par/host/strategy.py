@@ -28,10 +28,10 @@ from lightning_par.host.precision import check_device, precision_class, read_pre
 from lightning_par.host.preflight import (
     check_callbacks,
     check_checkpoints,
-    check_inference_mode,
     check_optimization,
     check_split,
     check_trainable,
+    leave_inference_mode,
     plan_from_trainer,
 )
 from lightning_par.host.steps import StepRunner
@@ -224,7 +224,7 @@ class HybridParallelStrategy(Host):
         """Everything that can be found wrong without other ranks, before they are started; the plan, on rank 0."""
         check_device(self.precision, self.root_device)
         check_callbacks(trainer)
-        check_inference_mode(trainer)
+        leave_inference_mode(trainer)
         if self.overrides.get("fp8") is not None:
             check_float8(self.overrides["fp8"], self.root_device, self.precision.name)
         module = args[0] if args and args[0] is not None else trainer.lightning_module
