@@ -456,8 +456,8 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def build_coordinate(rank: int, world_size: int, kind: str, init: str, pp: int) -> dict[str, float]:
-    """One coordinate of tp4_pp2, played in this process: what it took to build its part."""
+def build_coordinate(pp: int, world_size: int, kind: str, init: str) -> dict[str, float]:
+    """One coordinate of tp4_pp2 for each process, played there: what it took to build its part."""
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     base, start = resident("VmRSS"), time.process_time()
     with deferred_init(init):
@@ -469,16 +469,16 @@ def build_coordinate(rank: int, world_size: int, kind: str, init: str, pp: int) 
     return {"total": total, "shard": shard, "peak": resident("VmHWM") - base, "seconds": time.process_time() - start}
 
 
-def write_weights(rank: int, world_size: int, kind: str, folder: Path) -> None:
-    of_three_gib(kind).model.save_pretrained(folder, max_shard_size="500MB")  # type: ignore[union-attr, operator]
+def write_weights(rank: int, world_size: int, layers: int, folder: Path) -> None:
+    large_llama(layers).model.save_pretrained(folder, max_shard_size="250MB")  # type: ignore[union-attr, operator]
 
 
-def read_coordinate(rank: int, world_size: int, kind: str, folder: Path, pp: int) -> dict[str, float]:
-    """One coordinate of tp2_pp2, played in this process: what it took to read its part."""
+def read_coordinate(pp: int, world_size: int, layers: int, folder: Path) -> dict[str, float]:
+    """One coordinate of tp2_pp2 for each process, played there: what it took to read its part."""
     Path("/proc/self/clear_refs").write_text("5")
     base, start = resident("VmRSS"), time.process_time()
     with deferred_init("fast"):
-        module = of_three_gib(kind)
+        module = large_llama(layers)
     plan = plan_of(module, "tp2_pp2", {"tokens": torch.zeros(8, 17, dtype=torch.long)})
     install(module, plan, pp, LocalAxis("tp", 2, 1), torch.device("cpu"), weights=match_weights(module, folder))
     shard = sum(parameter.numel() * parameter.itemsize for parameter in module.parameters())
@@ -487,23 +487,19 @@ def read_coordinate(rank: int, world_size: int, kind: str, folder: Path, pp: int
 
 @pytest.mark.slow
 def test_shards_of_a_large_checkpoint(tmp_path: Path) -> None:
-    """The same bound where they are read from files of 3 GiB."""
-    run_ranks(write_weights, 1, "Llama", tmp_path, timeout=300)
+    """The same bound where they are read from files of 1.3 GiB; one whole embedding would be more than it leaves."""
+    run_ranks(write_weights, 1, 4, tmp_path, timeout=300)
     assert len(list(tmp_path.glob("*.safetensors"))) > 5
-    for pp in range(2):
-        (read,) = run_ranks(read_coordinate, 1, "Llama", tmp_path, pp, timeout=300)
+    for read in run_ranks(read_coordinate, 2, 4, tmp_path, timeout=300):
         assert read["peak"] < 1.1 * read["shard"] + 100e6, f"{read['peak'] / 2**20:.0f} MiB"
         assert read["seconds"] < 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["fast", "exact"])
-@pytest.mark.parametrize("kind", ["Llama", "GPT-2", "truncated"])
+@pytest.mark.parametrize(("kind", "init"), [("Llama", "exact"), ("GPT-2", "exact"), ("truncated", "exact"), ("truncated", "fast")])
 def test_a_model_larger_than_what_is_built(kind: str, init: str) -> None:
-    """Peak memory is at most 1.1 times the shard and 100 MB; the weights of a seed of their own take less than 10 CPU seconds."""
-    for pp in range(2):
-        (built,) = run_ranks(build_coordinate, 1, kind, init, pp, timeout=300)
-        print(kind, init, pp, built)
+    """Peak memory is at most 1.1 times the shard and 100 MB, in less than 10 CPU seconds. One kind has every way of drawing."""
+    for built in run_ranks(build_coordinate, 2, kind, init, timeout=300):
         assert 2.9 * GIB < built["total"] < 3.1 * GIB and built["shard"] < built["total"] / 5
         assert built["peak"] < 1.1 * built["shard"] + 100e6, f"{built['peak'] / 2**20:.0f} MiB"
-        assert init == "exact" or built["seconds"] < 10
+        assert built["seconds"] < 10

@@ -49,6 +49,18 @@ def test_weights_far_from_each_other() -> None:
             assert torch.equal(shard(tensor, coordinate), Split(0, (tensor.numel(),)).shard(whole, 4, coordinate)), name
 
 
+def test_parts_that_share_a_group_of_numbers() -> None:
+    """A rank that holds elements 0 to 4 and 10 to 36: both parts begin in the first group of 16."""
+    torch.manual_seed(3)
+    expected = [torch.randn(64), nn.init.trunc_normal_(torch.empty(64))]
+    torch.manual_seed(3)
+    with deferred_init():
+        drawn = [torch.randn(64), nn.init.trunc_normal_(torch.empty(64))]
+    split = Split(0, (10, 54))
+    for tensor, whole in zip(drawn, expected, strict=True):
+        assert torch.equal(materialize_shard(tensor, split, 2, 0), split.shard(whole, 2, 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_bound_that_no_number_reaches_needs_no_passes(dtype: torch.dtype) -> None:
     with deferred_init():

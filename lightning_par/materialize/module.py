@@ -28,8 +28,7 @@ def deferred_init(init: str = "exact") -> Iterator[None]:
 
     Args:
         init: ``exact``, weights are bit for bit those that one process draws from the same state of torch's generator, which is
-            afterwards where it is there, at 3 ns for each number drawn; or ``fast``, each weight is drawn from a seed of its
-            own, equal in every layout.
+            afterwards where it is there; or ``fast``, each weight is drawn from a seed of its own, equal in every layout.
 
     Raises:
         ConfigurationError: another word.

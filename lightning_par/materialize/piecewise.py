@@ -6,6 +6,7 @@ elements from any multiple of 16 on can be drawn without those before.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ def _piece(
     def at(place: Place) -> torch.Tensor:
         if place.key not in held:
             if place.key not in buffers:
-                buffers[place.key] = torch.empty(CELL + GROUP, dtype=place.dtype)
+                buffers[place.key] = _buffer(place.dtype)
             held[place.key] = buffers[place.key][: end - start]
         return held[place.key]
 
@@ -95,6 +96,11 @@ def _piece(
             if operation.target.key not in held:
                 held[operation.target.key] = result
     return held[key]
+
+
+def _buffer(dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a piece, from the system: in malloc's heap it leaves a hole of its size behind for each parameter."""
+    return torch.frombuffer(mmap.mmap(-1, (CELL + GROUP) * dtype.itemsize), dtype=dtype)
 
 
 def _draw(record: Record, operation: Operation, out: torch.Tensor, start: int, streams: Streams) -> None:
