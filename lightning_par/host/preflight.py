@@ -30,6 +30,7 @@ from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.parameter import has_spec
 from lightning_par.runtime.precision import Precision
 from lightning_par.trace.copying import copy_module
+from lightning_par.zero.nvme import check_files
 from lightning_par.zero.optimizer import check_optimizer
 
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
@@ -73,6 +74,8 @@ def plan_from_trainer(
         if trainer.strategy.weights is not None:
             match_weights(twin, trainer.strategy.weights)
         optimizers = _configure_optimizers(twin, layout) if what == "fit" else None
+        if optimizers is not None and layout.zero and layout.dp != 1:
+            check_files(trainer.strategy.zero_options, optimizers[0], trainer.strategy.root_device)
         loaders = args[1] if len(args) > 1 and args[1] is not None and args[1] is not datamodule else None
         if loaders is None:
             loaders = getattr(source, _LOADERS[what])()
