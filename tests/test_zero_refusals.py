@@ -31,7 +31,13 @@ CPU = torch.device("cpu")
         ("dp2_zero2", {"offload": "cpu"}, None, "zero.offload: there is no such option; there are reduce, offload_optimizer, "),
         ("dp2_zero2", {"reduce": "often"}, None, "zero.reduce=often: it is step or microbatch"),
         ("dp2_zero2", {"offload_optimizer": "disk"}, None, "zero.offload_optimizer=disk: it is cpu or nvme, or null"),
-        ("dp2_zero3", {"offload_param": "nvme"}, None, "zero.offload_param=nvme: it is cpu, .* nvme is for zero.offload_optimizer"),
+        (
+            "dp2_zero3",
+            {"offload_param": "nvme"},
+            None,
+            "zero.offload_param=nvme: DeepSpeed has a fixed number of buffers .*: use cpu",
+        ),
+        ("dp2_zero3", {"offload_param": "disk"}, None, "zero.offload_param=disk: it is cpu, or null"),
         ("dp2_zero3", {"offload_optimizer": "nvme"}, None, "offload_optimizer=nvme: say where .*: zero.nvme_path=FOLDER"),
         (
             "dp2_zero3",

@@ -80,11 +80,13 @@ def read_zero_options(given: Mapping[str, Any] | None) -> ZeroOptions:
         raise ConfigurationError(
             f"zero.offload_optimizer={options.offload_optimizer}: it is {CPU} or {NVME}, or null for the device that trains"
         )
-    if options.offload_param not in (None, CPU):
+    if options.offload_param == NVME:
         raise ConfigurationError(
-            f"zero.offload_param={options.offload_param}: it is {CPU}, or null for the device that trains; {NVME} is for "
-            "zero.offload_optimizer alone"
+            f"zero.offload_param={NVME}: DeepSpeed has a fixed number of buffers for parameters from files while they are gathered, "
+            f"and a stage of a pipeline has some gathered until the step: use {CPU}"
         )
+    if options.offload_param not in (None, CPU):
+        raise ConfigurationError(f"zero.offload_param={options.offload_param}: it is {CPU}, or null for the device that trains")
     if options.is_in_files and options.nvme_path is None:
         raise ConfigurationError(f"zero.offload_optimizer={NVME}: say where its files go: zero.nvme_path=FOLDER")
     if options.nvme_path is not None and not options.is_in_files:
