@@ -82,7 +82,7 @@ def read_zero_options(given: Mapping[str, Any] | None) -> ZeroOptions:
         )
     if options.offload_param == NVME:
         raise ConfigurationError(
-            f"zero.offload_param={NVME}: DeepSpeed has a fixed number of buffers for parameters from files while they are gathered, "
+            f"zero.offload_param={NVME}: DeepSpeed has a fixed number of buffers for parameters from files that are gathered, "
             f"and a stage of a pipeline has some gathered until the step: use {CPU}"
         )
     if options.offload_param not in (None, CPU):
