@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -155,8 +156,13 @@ def test_skipped_steps_leave_nothing_behind(folder: Path) -> None:
     check_skipped_steps([(resolved("pp2_dp2_zero3_mb2"), section(folder))])
 
 
-def test_what_a_machine_lacks_for_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AsyncIOBuilder, "has_function", lambda self, *args, **kwargs: False)  # as without the package
+def test_what_a_machine_lacks_for_files_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def has_function(self: AsyncIOBuilder, *args: Any) -> bool:
+        logging.getLogger("compilers").info("a command")  # as distutils does
+        return False  # as without the package
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(AsyncIOBuilder, "has_function", has_function)
     with pytest.raises(
         ConfigurationError, match=r"operator async_io .* machine: install libaio with its header \(apt install libaio-dev\), or"
     ):
@@ -164,6 +170,7 @@ def test_what_a_machine_lacks_for_files_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", "/no/compiler")
     with pytest.raises(ConfigurationError, match=r"install a C\+\+ compiler \(g\+\+\), or use zero.offload_optimizer=cpu"):
         load_async_io(CPU)
+    assert not [record for record in caplog.records if record.name == "compilers"]
 
 
 def test_an_operator_that_fails_to_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

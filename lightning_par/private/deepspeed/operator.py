@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import shutil
 import textwrap
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,13 +32,25 @@ def load_async_io(device: torch.device) -> None:
     """
     import_deepspeed(device)
     builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
-    if _missing(builder):
-        raise _refused(builder)
+    with _without_information():  # the command of every compilation
+        if _missing(builder):
+            raise _refused(builder)
+        try:
+            builder.load(verbose=False)
+        except Exception as error:
+            check_operator(error)
+            raise
+
+
+@contextmanager
+def _without_information() -> Iterator[None]:
+    """While open, nothing is logged that is no warning."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
     try:
-        builder.load(verbose=False)
-    except Exception as error:
-        check_operator(error)
-        raise
+        yield
+    finally:
+        logging.disable(before)
 
 
 def check_operator(error: BaseException) -> None:
