@@ -25,6 +25,7 @@ from lightning_par.prepare import prepare_plan
 from lightning_par.private.deepspeed import check_operator
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.trace.copying import copy_module
+from lightning_par.zero.nvme import check_files
 from lightning_par.zero.optimizer import check_optimizer
 
 _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
@@ -58,6 +59,8 @@ def plan_from_trainer(trainer: Any, what: str, *args: Any, foresees: bool = Fals
         source = twin if datamodule is None else _copied(datamodule, trainer)
         _set_up(twin, source, strategy, what)
         optimizers = _configure_optimizers(twin, layout) if what == "fit" else None
+        if optimizers is not None and layout.zero and layout.dp != 1:
+            check_files(strategy.options.zero, optimizers[0], strategy.root_device)
         batch = _converted_batch(getattr(source, _LOADERS[what])() if loaders is None else loaders, twin, source, what)
         plan = _plan_checked(twin, batch, strategy, _STEPS[what])
         if what == "fit":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,12 @@ BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32; DeepSpeed's default is ten times
 
 
 def deepspeed_config(
-    stage: int, num_elements: int, options: ZeroOptions, device: torch.device, has_masters: bool = False
+    stage: int,
+    num_elements: int,
+    options: ZeroOptions,
+    device: torch.device,
+    has_masters: bool = False,
+    files: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The configuration of an engine; whatever has a default that changes the result or has changed is stated.
 
@@ -24,12 +30,14 @@ def deepspeed_config(
         options: the user's; ``config`` is merged last.
         device: where the parameters are.
         has_masters: whether they are bfloat16.
+        files: what ``offload_optimizer=nvme`` adds.
 
     Raises:
         ConfigurationError: an option that the device has not.
     """
     config = _config(stage, num_elements, options, device)
-    return _merged(_with_masters(config) if has_masters else config, options.config)
+    config = _merged(_with_masters(config) if has_masters else config, files)
+    return _merged(config, options.config)
 
 
 def overwritten(stage: int, options: ZeroOptions) -> list[str]:

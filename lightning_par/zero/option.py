@@ -10,6 +10,7 @@ from lightning_par.errors import ConfigurationError
 from lightning_par.layout import Layout
 
 STEP, MICROBATCH = "step", "microbatch"
+CPU, NVME = "cpu", "nvme"
 # what says the same as another option of the run, with where that is said
 _ELSEWHERE = {
     "zero_optimization.stage": "the layout word, such as zero2",
@@ -23,6 +24,10 @@ _ELSEWHERE = {
     "bf16": "Trainer(precision=...)",
     "torch_autocast": "Trainer(precision=...)",
     "tensor_parallel": "the layout word, such as tp2",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "zero.nvme_path",
+    "zero_optimization.offload_param.device": "zero.offload_param",
+    "zero_optimization.offload_param.nvme_path": "zero.nvme_path",
 }
 
 
@@ -33,7 +38,9 @@ class ZeroOptions:
     Attributes:
         reduce: when gradients go to the dp rank that keeps them: ``step``, once for all microbatches, or ``microbatch``, each as
             soon as a backward has made it, which keeps 1/dp of them and sends them as often as there are microbatches.
-        offload_optimizer: ``cpu`` keeps masters and optimizer states in the host's memory, and steps there.
+        offload_optimizer: ``cpu`` keeps masters and optimizer states in the host's memory, and steps there; ``nvme`` in files, and
+            loads them group by group to step.
+        nvme_path: an existing folder for these files, on a disk of each host. Each run has folders of its own there.
         offload_param: ``cpu`` keeps the parameters that stage 3 partitions in the host's memory.
         hpz_partition_size: ranks that hold a second partition of the parameters among them (ZeRO++, arXiv 2306.10209).
         quantized_weights: whether stage 3 gathers parameters in 8 bits (ZeRO++).
@@ -43,11 +50,17 @@ class ZeroOptions:
 
     reduce: str = STEP
     offload_optimizer: str | None = None
+    nvme_path: str | None = None
     offload_param: str | None = None
     hpz_partition_size: int = 1
     quantized_weights: bool = False
     quantized_gradients: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_in_files(self) -> bool:
+        """Whether optimizer states are in files."""
+        return self.offload_optimizer == NVME
 
 
 def partitions_late(layout: Layout, options: ZeroOptions) -> bool:
@@ -72,8 +85,23 @@ def read_zero_options(given: Mapping[str, Any] | None) -> ZeroOptions:
     options = ZeroOptions(**{key: value for key, value in (given or {}).items() if value is not None})
     if options.reduce not in (STEP, MICROBATCH):
         raise ConfigurationError(f"zero.reduce={options.reduce}: it is {STEP} or {MICROBATCH}")
-    for name in ("offload_optimizer", "offload_param"):
-        _check_device(name, getattr(options, name))
+    if options.offload_optimizer not in (None, CPU, NVME):
+        raise ConfigurationError(
+            f"zero.offload_optimizer={options.offload_optimizer}: it is {CPU} or {NVME}, or null for the device that trains"
+        )
+    if options.offload_param == NVME:
+        raise ConfigurationError(
+            f"zero.offload_param={NVME}: DeepSpeed has a fixed number of buffers for parameters from files that are gathered, "
+            f"and a stage of a pipeline has some gathered until the step: use {CPU}"
+        )
+    if options.offload_param not in (None, CPU):
+        raise ConfigurationError(f"zero.offload_param={options.offload_param}: it is {CPU}, or null for the device that trains")
+    if options.is_in_files and options.nvme_path is None:
+        raise ConfigurationError(f"zero.offload_optimizer={NVME}: say where its files go: zero.nvme_path=FOLDER")
+    if options.nvme_path is not None and not options.is_in_files:
+        raise ConfigurationError(
+            f"zero.nvme_path={options.nvme_path}: nothing would go there: use zero.offload_optimizer={NVME}, or leave it out"
+        )
     size = options.hpz_partition_size
     if not isinstance(size, int) or size < 1:
         raise ConfigurationError(f"zero.hpz_partition_size={size}: it is a number of ranks, 1 for no second partition")
@@ -106,6 +134,11 @@ def check_zero_options(options: ZeroOptions, layout: Layout, schedule: str, spli
         if name in chosen and stage < least:
             stages = "1, 2 and 3" if least == 1 else "2 and 3" if least == 2 else "3"
             raise ConfigurationError(f"parallel={layout}: {chosen[name]} is for ZeRO {stages}: use zero{least}, or leave it out")
+    if options.is_in_files and stage < 3:
+        raise ConfigurationError(
+            f"parallel={layout}: {chosen['offload_optimizer']} is for ZeRO 3, the only one of which DeepSpeed keeps files: use "
+            f"zero3, or zero.offload_optimizer={CPU}"
+        )
     if options.reduce == MICROBATCH and splits_backward:
         raise ConfigurationError(
             f"parallel={layout}: {chosen['reduce']} reduces a gradient when the backward of its layer has made it, and "
@@ -153,13 +186,3 @@ def _chosen(options: ZeroOptions) -> dict[str, str]:
 
 def _typed(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _check_device(name: str, device: Any) -> None:
-    if device == "nvme":
-        raise ConfigurationError(
-            f"zero.{name}=nvme: norms, clipping and checkpoints read masters and gradients in memory, and DeepSpeed would have "
-            "them on disk: use cpu"
-        )
-    if device not in (None, "cpu"):
-        raise ConfigurationError(f"zero.{name}={device}: it is cpu, or null for the device that trains")

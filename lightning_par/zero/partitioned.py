@@ -24,6 +24,7 @@ from lightning_par.zero.config import deepspeed_config
 from lightning_par.zero.early import EarlyReduction
 from lightning_par.zero.masters import accumulate_in_float32
 from lightning_par.zero.mpu import MeshUnit
+from lightning_par.zero.nvme import StateFolder, check_files, check_locked_memory
 from lightning_par.zero.optimizer import check_optimizer
 from lightning_par.zero.option import MICROBATCH, ZeroOptions
 from lightning_par.zero.states import Fragment, OptimizerStates, Stored
@@ -48,8 +49,8 @@ class DeepSpeedStates(OptimizerStates):
         fill: in stage 3, gives a parameter its memory, just before it is partitioned; None where all have it.
 
     Raises:
-        ConfigurationError: several optimizers, one that is not elementwise, parameters of another dtype, or no
-            DeepSpeed of the right version.
+        ConfigurationError: several optimizers, one that is not elementwise, parameters of another dtype, no
+            DeepSpeed of the right version, or a machine that cannot keep states in files.
     """
 
     def __init__(
@@ -79,10 +80,15 @@ class DeepSpeedStates(OptimizerStates):
             groups = [{**optimizers[0].defaults, "params": [stand_in]}]
         if has_masters:
             accumulate_in_float32(self._shapes)
-        config = deepspeed_config(stage, sum(p.numel() for p in self._shapes), options, device, has_masters)
+        kept = check_files(options, optimizers[0], device)
+        self._folder = StateFolder(options.nvme_path, mesh.rank)
+        files = self._folder.config(len(kept))
+        config = deepspeed_config(stage, sum(p.numel() for p in self._shapes), options, device, has_masters, files)
+        check_locked_memory(config, [[p.numel() for p in group["params"]] for group in groups], mesh.dp.size)
         self.engine: ZeroEngine = start_zero_engine(
             stage, root, twin_of(optimizers[0], groups), MeshUnit(mesh), config, device, units, fill
         )
+        self._folder.reserve(self.engine.files_to_come(kept))
         self._early = EarlyReduction(self.engine, self._shapes, mesh) if options.reduce == MICROBATCH else None
 
     @contextmanager
@@ -151,11 +157,12 @@ class DeepSpeedStates(OptimizerStates):
                 yield name, parameter.detach()
 
     def state_dict(self) -> dict[str, Any]:
+        states = [self.engine.read_state(group) for group in range(len(self.engine.masters))]
         return {
             "zero_stage": self.stage,
             "constants": self._constants(),
-            "masters": [master.detach() for master in self.engine.masters],
-            "moments": [dict(self.engine.inner.state[master]) for master in self.engine.masters],
+            "masters": [master for master, _ in states],
+            "moments": [moments for _, moments in states],
             "groups": [hyperparameters(group) for group in self.optimizers[0].param_groups],
         }
 
@@ -167,10 +174,10 @@ class DeepSpeedStates(OptimizerStates):
         with torch.no_grad():
             for name, tensor in self._constants().items():
                 tensor.copy_(state["constants"][name])
-            for master, value in zip(self.engine.masters, state["masters"], strict=True):
-                master.copy_(value)
-        for master, moments in zip(self.engine.masters, state["moments"], strict=True):
-            self.engine.inner.state[master] = {key: self._placed(value, master) for key, value in moments.items()}
+            for index, (value, moments) in enumerate(zip(state["masters"], state["moments"], strict=True)):
+                with self.engine.state_replaced(index) as master:
+                    master.copy_(value)
+                    self.engine.inner.state[master] = {key: self._placed(each, master) for key, each in moments.items()}
         for group, saved in zip(self.optimizers[0].param_groups, state["groups"], strict=True):
             group.update(saved)
         self.engine.publish()
@@ -179,6 +186,7 @@ class DeepSpeedStates(OptimizerStates):
         if self._early is not None:
             self._early.close()
         self.engine.destroy()
+        self._folder.close()
         self._shapes = {}
 
     def dissolve(self) -> None:

@@ -36,12 +36,6 @@ class ZeroEngine(ABC):
         inner: Optimizer = self.zero.optimizer
         return inner
 
-    def _clear_offloaded(self) -> None:
-        """Where gradients are with the masters on the host: a parameter that has none in this backward would keep the last one."""
-        for master in self.masters:
-            if master.grad is not None:
-                master.grad.zero_()
-
     @property
     @abstractmethod
     def masters(self) -> list[Tensor]:
@@ -51,6 +45,23 @@ class ZeroEngine(ABC):
     def buffers(self) -> list[Tensor]:
         """What is kept for gradients besides ``p.grad``, from step to step."""
         return []
+
+    def files_to_come(self, states: Iterable[str]) -> dict[str, int]:
+        """Bytes of every file that there is going to be, by path.
+
+        Args:
+            states: what the optimizer keeps for each element, by name.
+        """
+        return {}
+
+    def read_state(self, group: int) -> tuple[Tensor, dict[str, Any]]:
+        """The masters and the optimizer's states of a group, to be read before the next step."""
+        master = self.masters[group]
+        return master.detach(), dict(self.inner.state[master])
+
+    def state_replaced(self, group: int) -> AbstractContextManager[Tensor]:
+        """While open, gives the masters of a group, to be overwritten; so may be what ``inner.state`` has for them."""
+        return nullcontext(self.masters[group])
 
     @abstractmethod
     def flush(self) -> None:

@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
+import os
+import shutil
 import textwrap
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from lightning_par.errors import ConfigurationError
+from lightning_par.private.deepspeed.start import import_deepspeed
+
+_COMPILER, _NINJA, _LIBAIO = "a C++ compiler (g++)", "ninja (pip install ninja)", "libaio with its header (apt install libaio-dev)"
+_INSTEAD = {"async_io": "use zero.offload_optimizer=cpu"}
+
+
+def load_async_io(device: torch.device) -> None:
+    """Load the operator that reads and writes files. It is compiled where it has not been before, which takes minutes.
+
+    Args:
+        device: where the parameters are.
+
+    Raises:
+        ConfigurationError: it cannot be; says what is missing.
+    """
+    import_deepspeed(device)
+    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    with _without_information():  # the command of every compilation
+        if _missing(builder):
+            raise _refused(builder)
+        try:
+            builder.load(verbose=False)
+        except Exception as error:
+            check_operator(error)
+            raise
+
+
+@contextmanager
+def _without_information() -> Iterator[None]:
+    """While open, nothing is logged that is no warning."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def check_operator(error: BaseException) -> None:
@@ -26,7 +70,21 @@ def check_operator(error: BaseException) -> None:
             builder: Any = frame.f_locals.get("self")
             if frame.f_globals.get("__name__", "").startswith("deepspeed.ops.op_builder") and hasattr(builder, "NAME"):
                 reason = textwrap.shorten(str(cause), 100) or type(cause).__name__  # of a compiler it is its whole command
-                raise ConfigurationError(
-                    f"DeepSpeed's operator {builder.NAME} cannot be built on this machine ({reason}): install a C++ compiler (g++) "
-                    "and ninja (pip install ninja), or use an optimizer of torch, such as torch.optim.AdamW"
-                ) from error
+                raise _refused(builder, f" ({reason})") from error
+
+
+def _refused(builder: Any, reason: str = "") -> ConfigurationError:
+    needed = _missing(builder) or [_COMPILER, _NINJA]
+    instead = _INSTEAD.get(builder.NAME, "use an optimizer of torch, such as torch.optim.AdamW")
+    return ConfigurationError(
+        f"DeepSpeed's operator {builder.NAME} cannot be built on this machine{reason}: install {' and '.join(needed)}, or {instead}"
+    )
+
+
+def _missing(builder: Any) -> list[str]:
+    """What a machine lacks for an operator, as far as it can be seen."""
+    has_compiler = shutil.which(os.environ.get("CXX", "c++")) is not None
+    found = {_COMPILER: has_compiler, _NINJA: importlib.import_module("torch.utils.cpp_extension").is_ninja_available()}
+    if builder.NAME == "async_io" and has_compiler:
+        found[_LIBAIO] = builder.has_function("io_submit", ("aio",))
+    return [name for name, is_there in found.items() if not is_there]

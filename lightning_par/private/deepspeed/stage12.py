@@ -99,6 +99,12 @@ class ZeroEngine12(ZeroEngine):
                 gradient.add_(part.view_as(gradient))
         self.sums = []
 
+    def _clear_offloaded(self) -> None:
+        """Where gradients are with the masters on the host: a parameter that has none in this backward would keep the last one."""
+        for master in self.masters:
+            if master.grad is not None:
+                master.grad.zero_()
+
     def _reduced(self) -> list[list[Tensor]]:
         """What the last reduction left of each group, in pieces that make up the partition."""
         if self.zero.cpu_offload:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_par.private.deepspeed.call import count_calls_apart, keep_call
 from lightning_par.private.deepspeed.engine import ZeroEngine
 from lightning_par.private.deepspeed.gathered import GatheredWeights
 from lightning_par.private.deepspeed.mark import Marks
+from lightning_par.private.deepspeed.state_file import StateFiles
 
 
 class ZeroEngine3(ZeroEngine):
@@ -26,11 +28,10 @@ class ZeroEngine3(ZeroEngine):
     NAMES = (
         "_grad_acc_hooks",
         "_leaf_module_hooks",
-        "averaged_gradients",
         "fp16_groups",
+        "fp16_partitioned_groups_flat_numel",
         "fp32_partitioned_groups_flat",
         "grad_partitions_flat_buffer",
-        "grad_position",
         "micro_step_id",
         "offload_optimizer",
         "parameter_offload",
@@ -46,6 +47,9 @@ class ZeroEngine3(ZeroEngine):
         for hook in self.zero._leaf_module_hooks:  # as those of single parameters
             hook.remove()
         self.zero._leaf_module_hooks.clear()
+        # at one, DeepSpeed would copy each gradient to its master on the host or to a file at once: `step` does it for all
+        self.zero.set_gradient_accumulation_boundary(False)
+        self.files = StateFiles(self.zero)
         self.undo_mapping = _map_local_tensors()
         self.gathered = GatheredWeights(self.coordinator, self._parameters_of)
         for module in self.root.modules():
@@ -64,43 +68,52 @@ class ZeroEngine3(ZeroEngine):
         self.engine._flush_coalesced_reduction_zero3(self.zero)
 
     def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter, int]]:
-        for group, parameters in enumerate(self.zero.fp16_groups):
-            gradients = self._offloaded(group) if self.zero.offload_optimizer else self.zero.averaged_gradients[group]
-            for gradient, parameter in zip(gradients, parameters, strict=True):
-                yield gradient, parameter, self.zero._get_param_partition_rank(parameter) * parameter.partition_numel()
+        parameters = list(chain.from_iterable(self.zero.fp16_groups))
+        gradients = self.zero.grad_partitions_flat_buffer.split([parameter.partition_numel() for parameter in parameters])
+        for gradient, parameter in zip(gradients, parameters, strict=True):
+            yield gradient, parameter, self.zero._get_param_partition_rank(parameter) * parameter.partition_numel()
 
     def open_early(self) -> None:
         self.zero.grad_partitions_flat_buffer.zero_()
-        self._clear_offloaded()
 
     def reduce_early(self, parameter: nn.Parameter) -> None:
-        self._add_up(is_last=False)
+        self.zero.micro_step_id = 1  # add to what the partition has; by itself DeepSpeed does so from the second of a step on
         self.zero.reduce_ready_partitions_and_remove_grads(parameter)
 
     def close_early(self, late: Iterable[nn.Parameter]) -> None:
         self.zero.independent_gradient_partition_epilogue()  # in this stage it leaves other gradients alone
 
     def flush_late(self) -> None:
-        self._add_up(is_last=True)
-        self.flush()
-        if self.zero.offload_optimizer:  # what was reduced before has not gone to the host yet
-            self.zero._finalize_offload_gradient_accumulation()
-
-    def _add_up(self, is_last: bool) -> None:
-        """Let a reduction add to what the partition has; by itself DeepSpeed does so from the second of a step on."""
         self.zero.micro_step_id = 1
-        self.zero.set_gradient_accumulation_boundary(is_last)
+        self.flush()
 
-    def _offloaded(self, group: int) -> Iterator[Tensor]:
-        """Gradients are with the masters on the host."""
-        for parameter in self.zero.fp16_groups[group]:
-            _, place, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            yield self.masters[group].grad.narrow(0, place, length)  # type: ignore[union-attr]
+    def step(self) -> None:
+        if self.zero.offload_optimizer:
+            gradients = self.zero.grad_partitions_flat_buffer.split(self.zero.fp16_partitioned_groups_flat_numel)
+            for group, (master, gradient) in enumerate(zip(self.masters, gradients, strict=True)):
+                if self.files.has(group):
+                    self.files.give_gradient(group, gradient)
+                else:
+                    master.grad = gradient.to(master.device)
+        super().step()
+
+    def files_to_come(self, states: Iterable[str]) -> dict[str, int]:
+        return self.files.to_come(states)
+
+    def read_state(self, group: int) -> tuple[Tensor, dict[str, Any]]:
+        return self.files.read(group) if self.files.has(group) else super().read_state(group)
+
+    @contextmanager
+    def state_replaced(self, group: int) -> Iterator[Tensor]:
+        self.files.forget(group)
+        with self.files.loaded(group):
+            yield self.masters[group]
 
     def publish(self) -> None:
         self.zero._partition_all_parameters()
         for group in range(len(self.zero.fp16_groups)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            with self.files.loaded(group):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:  # small ones that an option of the user keeps whole
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
@@ -139,7 +152,7 @@ class ZeroEngine3(ZeroEngine):
         del self.offload.FWD_MODULE_STACK[self.depth - 1 :]
         self.undo_mapping()
         super().destroy()
-        del self.coordinator, self.gathered
+        del self.coordinator, self.gathered, self.files
 
     def _keep(self, module: nn.Module) -> None:
         """Keep a module's parameters, own and borrowed, until the step."""

@@ -46,10 +46,7 @@ def start_zero_engine(
     Raises:
         ConfigurationError: DeepSpeed is missing or another version.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it guesses, with a warning
-    check_deepspeed()
-    quieten_deepspeed(device)
-    deepspeed = importlib.import_module("deepspeed")
+    deepspeed = import_deepspeed(device)
     marks = Marks(root)
     for unit in units if stage == 3 else ():
         deepspeed.utils.set_z3_leaf_module(unit, True)
@@ -63,6 +60,18 @@ def start_zero_engine(
     except AttributeError as error:
         raise wrong_version(error) from error
     return kind(engine, marks)
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, in silence.
+
+    Raises:
+        ConfigurationError: it is missing or another version.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it guesses, with a warning
+    check_deepspeed()
+    quieten_deepspeed(device)
+    return importlib.import_module("deepspeed")
 
 
 def _partition(root: nn.Module, mpu: Any, config: dict[str, Any], fill: Callable[[nn.Parameter], None]) -> None:

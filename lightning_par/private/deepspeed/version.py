@@ -35,6 +35,17 @@ _DEEPSPEED_NAMES = (
     ),
     # stage 3: partitions one parameter, which gets its memory just before
     ("deepspeed.runtime.zero.partition_parameters", "Init", ("_zero_init_param",)),
+    # stage 3 with states in files: a group in memory and back, outside of a step
+    (
+        "deepspeed.runtime.zero.stage3",
+        "DeepSpeedZeroOptimizer_Stage3",
+        (
+            "_optimizer_states_and_gradient_swap_in",
+            "_optimizer_states_and_gradient_swap_out",
+            "_swappable_optimizer_subgroup",
+        ),
+    ),
+    ("deepspeed.runtime.swap_tensor.optimizer_utils", "OptimizerSwapper", ("_io_aligned_numel",)),
     # stage 3: the stack of modules whose forward is running, which an exception through a forward leaves behind
     ("deepspeed.runtime.zero.parameter_offload", "FWD_MODULE_STACK", ()),
     ("deepspeed.runtime.zero.parameter_offload", "apply_to_tensors_only", ()),
