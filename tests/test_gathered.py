@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import warnings
@@ -31,6 +32,7 @@ from lightning_par.offload import _Offload
 from lightning_par.pipeline.action import Action
 from lightning_par.prepare import prepare_plan
 from lightning_par.private.deepspeed.gathered import GatheredWeights
+from lightning_par.private.deepspeed.mark import Marks, remember_parameters
 from lightning_par.private.saved import saving
 from lightning_par.private.torch import StorageWeakRef
 from lightning_par.runtime.mesh import Mesh
@@ -310,3 +312,24 @@ def test_the_graph_of_a_saved_result_does_not_hold_itself() -> None:
     storage = StorageWeakRef(y.untyped_storage())
     del y
     assert storage.expired()
+
+
+# ---------------------------------------------------------------------- parameters by name
+
+
+def test_a_unit_answers_from_a_list_and_a_copy_of_it_for_itself() -> None:
+    unit, outer = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)), nn.Module()
+    outer.add_module("unit", unit)
+    names = [name for name, _ in unit.named_parameters()]
+    marks = Marks(outer)
+    remember_parameters(unit)
+    marks.find()
+    assert [name for name, _ in unit.named_parameters()] == names and "named_parameters" in vars(unit)
+    assert [name for name, _ in unit.named_parameters(prefix="a", recurse=True)] == [f"a.{name}" for name in names]
+    assert list(unit.named_parameters(recurse=False)) == []
+    assert [id(p) for p in outer.parameters()] == [id(p) for p in unit.parameters()]
+    copied = copy.deepcopy(unit)
+    assert [name for name, _ in copied.named_parameters()] == names
+    assert not {id(p) for p in copied.parameters()} & {id(p) for p in unit.parameters()}
+    marks.remove()
+    assert "named_parameters" not in vars(unit)

@@ -13,7 +13,7 @@ BUCKET_BYTES = 25 * 2**20  # what PyTorch's DistributedDataParallel uses (bucket
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], shapes: Sequence[tuple[int, ...]], axis: Axis, scale: float = 1.0) -> None:
-    """Replace every ``p.grad`` by ``scale`` times its sum over the axis. Collective over the axis.
+    """Replace every ``p.grad`` by the sum over the axis of ``scale`` times it. Collective over the axis.
 
     A gradient missing on some ranks counts as zero there and is filled in; one missing on all stays ``None``, which an
     optimizer skips, as in one process. Half-precision gradients are summed in float32.
@@ -22,7 +22,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], shapes: Sequence[tuple[int
         parameters: the same ones in the same order on every rank of the axis, with or without a gradient.
         shapes: their local shapes; ``p.shape`` is no answer while ZeRO-3 has the parameter partitioned.
         axis: what to sum over; nothing happens on one of size 1.
-        scale: factor applied after the sum.
+        scale: factor applied before the sum.
     """
     if axis.size > 1:
         for start, stop in _bounds(parameters, shapes):
@@ -46,22 +46,23 @@ def gradient_dtype(parameter: nn.Parameter) -> torch.dtype:
 def _sum_bucket(parameters: Sequence[nn.Parameter], shapes: Sequence[tuple[int, ...]], axis: Axis, scale: float) -> None:
     """One all-reduce of ``[gradients..., one flag per parameter: how many ranks have it]``."""
     sizes = [_numel(shape) for shape in shapes]
-    flat = torch.zeros(sum(sizes) + len(sizes), dtype=_sum_dtype(parameters[0]), device=parameters[0].device)
+    flat = torch.empty(sum(sizes) + len(sizes), dtype=_sum_dtype(parameters[0]), device=parameters[0].device)
     *parts, flags = flat.split([*sizes, len(sizes)])
     has_gradient = [parameter.grad is not None for parameter in parameters]
     for parameter, part, shape in zip(parameters, parts, shapes, strict=True):
-        if parameter.grad is not None:
-            part.view(shape).copy_(parameter.grad)
+        if parameter.grad is None:
+            part.zero_()
+        elif parameter.grad.dtype == part.dtype:
+            torch.mul(parameter.grad, scale, out=part.view(shape))
+        else:  # else it would be rounded before the sum
+            part.view(shape).copy_(parameter.grad).mul_(scale)
     flags.copy_(torch.tensor(has_gradient))
     axis.all_reduce(flat)
     # read only where something is missing: it makes the host wait for the device
     is_anywhere = has_gradient if all(has_gradient) else (flags > 0).tolist()
-    flat.mul_(scale)
     for parameter, part, shape, is_present in zip(parameters, parts, shapes, is_anywhere, strict=True):
-        if parameter.grad is not None:
-            parameter.grad.copy_(part.view(shape))
-        elif is_present:
-            set_gradient(parameter, part.view(shape).to(gradient_dtype(parameter), copy=True))
+        if is_present:  # the sum itself, where no other dtype is asked for: one pass over memory less
+            set_gradient(parameter, part.view(shape).to(gradient_dtype(parameter)))
 
 
 def _bounds(parameters: Sequence[nn.Parameter], shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,10 @@
-"""Attributes put on objects of others: those that DeepSpeed leaves behind, and the one that schedulers of torch look for."""
+"""Attributes put on objects of others: those that DeepSpeed leaves behind, and two that it and schedulers of torch look for."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from types import MethodType
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim import Optimizer
@@ -36,3 +40,21 @@ def mark_stepped(optimizer: Optimizer) -> None:
     They warn of a wrong order unless their wrapper of ``optimizer.step`` has set this mark (torch 2.13, lr_scheduler.py).
     """
     optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+_parameters_of: WeakKeyDictionary[nn.Module, list[tuple[str, nn.Parameter]]] = WeakKeyDictionary()
+
+
+def remember_parameters(module: nn.Module) -> None:
+    """Have ``module.named_parameters()`` answer from a list: stage 3 asks ten times for each microbatch. `Marks` undo it."""
+    _parameters_of[module] = list(module.named_parameters())
+    vars(module)["named_parameters"] = MethodType(_named_parameters, module)  # a copy of the module has one of the copy
+
+
+def _named_parameters(
+    module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Parameter]]:
+    known = _parameters_of.get(module)
+    if known is None or (prefix, recurse, remove_duplicate) != ("", True, True):
+        return type(module).named_parameters(module, prefix, recurse, remove_duplicate)
+    return iter(known)

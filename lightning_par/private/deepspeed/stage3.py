@@ -42,6 +42,7 @@ class ZeroEngine3(ZeroEngine):
         super().__init__(engine, marks)
         self.offload = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
         self.coordinator = self.zero.parameter_offload.get_param_coordinator()
+        self.modules = list(self.root.modules())
         self.depth = len(self.offload.FWD_MODULE_STACK)  # the root is on it for good
         self.zero._get_norm_groups = lambda: [torch.zeros(())]  # a valid norm, without a collective per group
         for hook in self.zero._leaf_module_hooks:  # as those of single parameters
@@ -52,7 +53,7 @@ class ZeroEngine3(ZeroEngine):
         self.files = StateFiles(self.zero)
         self.undo_mapping = _map_local_tensors()
         self.gathered = GatheredWeights(self.coordinator, self._parameters_of)
-        for module in self.root.modules():
+        for module in self.modules:
             if "post_bwd_fn" in vars(module):  # nothing inside a unit has one
                 count_calls_apart(module, self.zero.parameter_offload.post_sub_module_backward_function)
 
@@ -127,7 +128,7 @@ class ZeroEngine3(ZeroEngine):
         return view
 
     def detect_borrowed(self, is_on: bool) -> None:
-        for module in self.root.modules():
+        for module in self.modules:
             parameters: Any = module._parameters
             parameters._in_forward = is_on
 
@@ -152,7 +153,7 @@ class ZeroEngine3(ZeroEngine):
         del self.offload.FWD_MODULE_STACK[self.depth - 1 :]
         self.undo_mapping()
         super().destroy()
-        del self.coordinator, self.gathered, self.files
+        del self.coordinator, self.gathered, self.files, self.modules
 
     def _keep(self, module: nn.Module) -> None:
         """Keep a module's parameters, own and borrowed, until the step."""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_par.private.deepspeed.engine import ZeroEngine
-from lightning_par.private.deepspeed.mark import Marks
+from lightning_par.private.deepspeed.mark import Marks, remember_parameters
 from lightning_par.private.deepspeed.stage3 import ZeroEngine3
 from lightning_par.private.deepspeed.stage12 import ZeroEngine12
 from lightning_par.private.deepspeed.version import check_deepspeed, require, wrong_version
@@ -50,6 +50,7 @@ def start_zero_engine(
     marks = Marks(root)
     for unit in units if stage == 3 else ():
         deepspeed.utils.set_z3_leaf_module(unit, True)
+        remember_parameters(unit)
     if stage == 3 and fill is not None:
         _partition(root, mpu, config, fill)
     engine, *_ = deepspeed.initialize(model=root, optimizer=optimizer, mpu=mpu, config=config)
