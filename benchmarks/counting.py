@@ -1,4 +1,4 @@
-"""Counts collectives below every library.
+"""Counts collectives below every library, and bytes that gloo may still hold.
 
 Whoever asks for a collective (torch.distributed, DTensor, DeepSpeed, lightning_par), it reaches the backend as an operator of
 torch: ``c10d::*`` from calls of ``torch.distributed``, ``_c10d_functional::*`` from DTensor. A dispatch mode sees both, in
@@ -10,8 +10,9 @@ name in a functional operator to its group.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -95,3 +96,18 @@ def _group_size(arguments: Mapping[str, Any]) -> int:
 
 def _num_bytes(tree: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors_in(tree))
+
+
+def settled(count: Callable[[], int]) -> int:
+    """What ``count`` gives when it has not changed for a tenth of a second, at the latest after two seconds.
+
+    gloo's threads let go of tensors a moment after they have said that they are done; on a busy machine that takes a while.
+    """
+    held, num_equal = count(), 0
+    for _ in range(100):
+        if held == 0 or num_equal == 5:
+            break
+        time.sleep(0.02)
+        before, held = held, count()
+        num_equal = num_equal + 1 if held == before else 0
+    return held

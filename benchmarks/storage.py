@@ -9,7 +9,6 @@ action and none between two.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from benchmarks.counting import settled
 from lightning_par.demo.gpt import GPT
 from lightning_par.demo.language_model import LanguageModel
 from lightning_par.engine import Engine
@@ -42,7 +42,6 @@ from lightning_par.zero.option import STEP, ZeroOptions
 WIDTH, DEPTH, HEADS, BATCH, LENGTH, VOCABULARY = 128, 8, 4, 8, 64, 250
 TOLERANCE = 0.03  # of activations; all else must be exact
 GATHERS = (torch.ops.c10d._allgather_base_.default, torch.ops.c10d.allgather_.default)
-_NUM_LOOKS, _LOOK_SECONDS = 20, 0.02
 KINDS = ("parameters", "gradients", "states", "activations")
 
 
@@ -278,14 +277,8 @@ class _Ledger:
         """What has arrived is counted at the end."""
 
     def end(self) -> None:
-        """An action has ended. gloo's threads let go of tensors after they have said that they are done."""
-        held = self._held_bytes()
-        for _ in range(_NUM_LOOKS):
-            time.sleep(_LOOK_SECONDS)
-            before, held = held, self._held_bytes()
-            if held == before:
-                break
-        self.most = max(self.most, held)
+        """An action has ended."""
+        self.most = max(self.most, settled(self._held_bytes))
 
     def _held_bytes(self) -> int:
         states = self._engine.states

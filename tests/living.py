@@ -28,6 +28,5 @@ class Living(TorchDispatchMode):
                 self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return output
 
-    @property
     def num_bytes(self) -> int:
         return sum(size for storage, size in self.made.values() if not storage.expired())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2LMHeadModel  # noqa: F401  # before the fork
 
+from benchmarks.counting import settled
 from benchmarks.storage import GATHERS, LivingParameters
 from lightning_par.engine import Engine
 from lightning_par.host.batch import split_batch
@@ -43,7 +43,6 @@ from tests.ranks import run_ranks
 
 SLOW = pytest.mark.slow
 CPU = torch.device("cpu")
-_NUM_LOOKS, _LOOK_SECONDS = 20, 0.02
 
 
 @pytest.fixture(autouse=True)
@@ -94,11 +93,10 @@ class Watching(LivingParameters):
         """Nor does what arrives."""
 
     def end(self) -> None:
-        for _ in range(_NUM_LOOKS):  # gloo's threads let go of tensors after they have said that they are done
-            if not self.gathered():
-                break
-            time.sleep(_LOOK_SECONDS)
-        self.seen.left[self.action], self.seen.most[self.action] = sum(self.gathered().values()), self.most_gathered
+        self.seen.left[self.action], self.seen.most[self.action] = (
+            settled(lambda: sum(self.gathered().values())),
+            self.most_gathered,
+        )
 
 
 def watch_step(rank: int, world_size: int, word: str, make: Any, choices: list[dict[str, Any]]) -> list[Seen]:

@@ -12,7 +12,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 from transformers import GPT2LMHeadModel  # noqa: F401  # before the fork
 
-from benchmarks.counting import CollectiveCounter
+from benchmarks.counting import CollectiveCounter, settled
 from lightning_par.layout import Layout, parse_layout
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.parameter import ParameterSpec, set_spec
@@ -137,7 +137,7 @@ def measure_step(rank: int, world_size: int, zero: int, choices: list[ZeroOption
                         loss.backward()
                         del loss
                         states.after_backward()
-                made = living.num_bytes
+                made = settled(living.num_bytes)
                 states.reduce()
                 states.step()
                 states.zero_grad()
