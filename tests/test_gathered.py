@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel  # noqa: F401  # before the fork
 
 from benchmarks.counting import settled
@@ -200,8 +201,8 @@ def test_parity(word: str) -> None:
 class Stand:
     """One weight as DeepSpeed would have it: whole, or away with other numbers where it was."""
 
-    def __init__(self, *shape: int) -> None:
-        self.values = torch.randn(*shape, dtype=torch.float64)
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float64) -> None:
+        self.values = torch.randn(*shape, dtype=dtype)
         self.parameter: Any = nn.Parameter(self.values.clone())
         self.parameter.ds_active_sub_modules, self.parameter.partition = set(), self.release
         self.parameter.all_gather, self.num_gathers = self.gather, 0
@@ -211,13 +212,13 @@ class Stand:
         coordinator.fetch_sub_module(nn.Identity(), forward=True)
 
     def gather(self) -> None:
-        self.parameter.data = torch.cat([torch.zeros(3, dtype=torch.float64), self.values.flatten()])[3:].view_as(self.values)
+        self.parameter.data = torch.cat([self.values.new_zeros(3), self.values.flatten()])[3:].view_as(self.values)
         self.parameter.ds_status = SimpleNamespace(name="AVAILABLE")
         self.num_gathers += 1
 
     def release(self) -> None:
         self.parameter.data.fill_(torch.nan)
-        self.parameter.data = torch.empty(0, dtype=torch.float64)
+        self.parameter.data = self.values.new_empty(0)
         self.parameter.ds_status = SimpleNamespace(name="NOT_AVAILABLE")
 
 
@@ -247,6 +248,41 @@ def test_any_operation_saves_a_note_of_the_weight(name: str) -> None:
     assert stand.num_gathers == 1
     stand.weights.release()
     assert stand.parameter.ds_status.name == "NOT_AVAILABLE"
+
+
+class Casts(TorchDispatchMode):
+    """The storages of what is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and made.dtype is torch.bfloat16 and made.numel() == 24:
+            self.storages.append(StorageWeakRef(made.untyped_storage()))
+        return made
+
+
+@pytest.mark.parametrize(("name", "num_kept", "num_gathers"), [("linear", 0, 1), ("chain", 1, 1), ("convolution", 1, 0)])
+def test_what_autocast_casts_is_cast_again(name: str, num_kept: int, num_gathers: int) -> None:
+    """The cast of a view of a weight is kept."""
+    operations = {**OPERATIONS, "chain": lambda x, w: F.linear(F.linear(x, w), w.t()) + x}
+    x, stand = torch.randn(2, 4, requires_grad=True), Stand(6, 4, dtype=torch.float32)
+
+    def run() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            loss: torch.Tensor = operations[name](x, stand.parameter).float().square().sum()
+        return loss
+
+    expected = torch.autograd.grad(run(), [x, stand.parameter])
+    with stand.weights.saving(), Casts() as casts:
+        loss = run()
+    assert casts.storages and sum(not storage.expired() for storage in casts.storages) == num_kept
+    stand.release()
+    for ours, theirs in zip(torch.autograd.grad(loss, [x, stand.parameter]), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert stand.num_gathers == num_gathers
 
 
 def test_a_weight_that_is_whole_again_is_not_gathered_nor_released() -> None:

@@ -8,7 +8,9 @@ nothing there and give tensors of the right sizes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from lightning_par.pipeline.action import Action, Kind
 from lightning_par.pipeline.executor import Executor
 from lightning_par.pipeline.transport import Like, Transport
 from lightning_par.plan import Plan
-from lightning_par.private.torch import FakeTensorMode
+from lightning_par.private.saved import Part, cast_parameter, saving
+from lightning_par.private.torch import FakeTensorMode, place_of
 from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.imagined import ImaginedAxis
@@ -114,6 +117,8 @@ class _Rank:
             parameter.grad = torch.zeros_like(parameter, dtype=dtype) if parameter.requires_grad else None
         self._executor = Executor(stages, _Imagined(sent), None, deferred)
         self._twin, self._step, self._loss_of, self._precision = twin, step, loss_of, precision
+        recasts = plan.layout.zero == 3 and plan.layout.dp != 1  # `lightning_par.private.deepspeed.gathered`
+        self._saving: Callable[[], AbstractContextManager[object]] = partial(saving, _as_part) if recasts else nullcontext
         self._kinds: tuple[tuple[Kind, ...], ...] = (("F", "B"), ("F", "I", "W")) if splits_backward else (("F", "B"),)
 
     def run(self, *row: Action) -> None:
@@ -121,7 +126,7 @@ class _Rank:
         step: Any = getattr(self._twin, self._step)
 
         def program(index: int) -> Any:
-            with self._precision.computing(_CPU.type):
+            with self._precision.computing(_CPU.type), self._saving():
                 return step(self._batch, 0)
 
         self._executor.run(row, program, self._loss_of, [1.0])
@@ -142,6 +147,12 @@ class _Rank:
                 self._executor.observers.remove(watch)
             found.update(zip(kinds, watch.seen, strict=True))
         return found
+
+
+def _as_part(tensor: torch.Tensor) -> Part | None:
+    """What is made again from a weight."""
+    parameter, place = cast_parameter(tensor), place_of(tensor)
+    return None if parameter is None or place is None else Part(lambda: parameter.data, *place[1:], tensor.dtype)
 
 
 class _Watch:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 
@@ -61,3 +62,43 @@ class _Outside:
 
     def fetch(self) -> torch.Tensor:
         return self._unpack(self._packed)
+
+
+class Part:
+    """Some elements of a parameter, perhaps in another dtype: made again for the backward.
+
+    Args:
+        values: gives the parameter's values, contiguous.
+        start, shape, strides: which of them.
+        dtype: to which they are cast first.
+    """
+
+    __slots__ = ("_dtype", "_shape", "_start", "_strides", "_values")
+
+    def __init__(
+        self,
+        values: Callable[[], torch.Tensor],
+        start: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        self._values, self._start, self._shape, self._strides, self._dtype = values, start, shape, strides, dtype
+
+    def fetch(self) -> torch.Tensor:
+        values = self._values().to(self._dtype)
+        return values.as_strided(self._shape, self._strides, values.storage_offset() + self._start)
+
+
+def cast_parameter(tensor: torch.Tensor) -> nn.Parameter | None:
+    """The contiguous parameter of which a tensor is a cast, as autocast makes it, or a view of one; None for any other.
+
+    Read off the graph, so not of a parameter without a gradient. A cast lies in memory as its parameter does.
+    """
+    whole = tensor if tensor._base is None else tensor._base
+    if whole.grad_fn is None or whole.grad_fn.name() != "ToCopyBackward0":
+        return None
+    parameter = getattr(whole.grad_fn.next_functions[0][0], "variable", None)
+    if not isinstance(parameter, nn.Parameter) or parameter.shape != whole.shape:
+        return None
+    return parameter if parameter.is_contiguous() and whole.is_contiguous() else None

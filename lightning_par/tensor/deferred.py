@@ -70,18 +70,16 @@ class _Linear(torch.autograd.Function):
         arithmetic: Arithmetic,
     ) -> torch.Tensor:
         ctx.weight, ctx.bias, ctx.transposed, ctx.deferred, ctx.arithmetic = weight, bias, transposed, deferred, arithmetic
-        ctx.is_cast = dtype is not None
+        ctx.save_for_backward(x, weight)  # and not what it is cast to, of which each microbatch in flight would keep one
         w: torch.Tensor = weight if dtype is None else weight.to(dtype)
         b = bias if dtype is None or bias is None else bias.to(dtype)
-        ctx.save_for_backward(x, w)
         y = arithmetic.output(x, w.t() if transposed else w, b)
         return y if bias is None else y.detach()  # it is a view, which code that goes on in place could not change
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        if ctx.is_cast and torch.is_grad_enabled():  # to be differentiated again, through the cast
-            weight = ctx.weight.to(weight.dtype)
+        weight = weight.to(x.dtype)
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         of_x = ctx.arithmetic.input_gradient(grad, weight.t() if ctx.transposed else weight) if needs_x else None
         note = Note(ctx.weight, ctx.bias if needs_bias else None, x, grad, ctx.transposed, ctx.arithmetic)

@@ -229,16 +229,16 @@ class _Product(torch.autograd.Function):
         arithmetic: Arithmetic,
     ) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(x, weight)
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        ctx.save_for_backward(x, weight)  # and not what it is cast to, of which each microbatch in flight would keep one
         ctx.handle, ctx.transposed, ctx.arithmetic = handle, transposed, arithmetic
+        weight = weight.to(x.dtype)
         y = arithmetic.output(x, weight.t() if transposed else weight, bias if bias is None else bias.to(x.dtype))
         return y.detach()  # with a bias it is a view, which code that goes on in place could not change
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        ctx.handle.left = (x, grad)
+        ctx.handle.left, weight = (x, grad), weight.to(x.dtype)
         of_x = ctx.arithmetic.input_gradient(grad, weight.t() if ctx.transposed else weight)
         return of_x, None, None, grad.new_zeros(()), None, None, None

@@ -2,19 +2,21 @@
 
 ``nn.functional.linear`` saves a view, ``weight.t()``. It would hold the memory of the gathered weight until the backward, so that
 after a forward all weights of the rank are there at once, released or not. Instead the backward makes the view again, of the
-parameter as the hooks of its module have gathered it by then; where none has, it is gathered there and then.
+parameter as the hooks of its module have gathered it by then; where none has, it is gathered there and then. What autocast makes
+of a weight is made again too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_par.private.saved import saving
+from lightning_par.private.saved import Part, cast_parameter, saving
 from lightning_par.private.torch import place_of, storage_key
 
 
@@ -65,32 +67,28 @@ class GatheredWeights:
                 parameter.partition()
         self._late.clear()
 
-    def _pack(self, tensor: Tensor) -> _Part | None:
+    def _pack(self, tensor: Tensor) -> Part | None:
         place = place_of(tensor)
-        parameter = None if place is None else self._by_storage.get(place[0])
-        if place is None or parameter is None or not _is_whole(parameter) or storage_key(parameter) != place[0]:
+        if place is None:
             return None
-        _, offset, shape, strides = place
-        start = offset - parameter.storage_offset()
+        key, start, shape, strides = place
+        parameter = self._at(key)
+        if parameter is not None:
+            start -= parameter.storage_offset()
+            is_like = tensor.dtype == parameter.dtype
+        else:  # a cast of one lies elsewhere
+            cast = cast_parameter(tensor)
+            parameter = None if cast is None else self._at(storage_key(cast))
+            is_like = parameter is not None
         end = start + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if tensor.dtype != parameter.dtype or start < 0 or end >= parameter.numel():
+        if not is_like or start < 0 or end >= parameter.numel():
             return None
-        return _Part(self, parameter, start, shape, strides)
+        return Part(partial(self.gather, parameter), start, shape, strides, tensor.dtype)
 
-
-class _Part:
-    """Some elements of a parameter."""
-
-    __slots__ = ("_parameter", "_shape", "_start", "_strides", "_weights")
-
-    def __init__(
-        self, weights: GatheredWeights, parameter: nn.Parameter, start: int, shape: tuple[int, ...], strides: tuple[int, ...]
-    ) -> None:
-        self._weights, self._parameter, self._start, self._shape, self._strides = weights, parameter, start, shape, strides
-
-    def fetch(self) -> Tensor:
-        values = self._weights.gather(self._parameter)
-        return values.as_strided(self._shape, self._strides, values.storage_offset() + self._start)
+    def _at(self, key: int) -> Any:
+        """The gathered parameter on a storage; None where there is none."""
+        parameter = self._by_storage.get(key)
+        return parameter if parameter is not None and _is_whole(parameter) and storage_key(parameter) == key else None
 
 
 def _is_whole(parameter: Any) -> bool:
