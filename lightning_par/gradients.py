@@ -7,12 +7,13 @@ part, each counts it for its share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.parameter import ParameterSpec, get_spec
 from lightning_par.zero.bucket import sum_gradients
@@ -34,8 +35,8 @@ def sum_shared_gradients(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None
     partial = [p for p in trainable if get_spec(p).partial]
     sum_gradients(partial, _local_shapes(partial, mesh), mesh.tp)
     for count in sorted({count for p in trainable if (split := get_spec(p).split) for count in split.copies if count > 1}):
-        copied = [segment for p in trainable for segment in _copied_segments(p, count, mesh)]
-        sum_gradients(copied, [tuple(segment.shape) for segment in copied], mesh.copies(count))
+        segments = [segment for p in trainable for segment in _copied_segments(p, count, mesh)]
+        _sum_segments(segments, mesh.copies(count))
     for stages in sorted({get_spec(p).stages for p in trainable if len(get_spec(p).stages) > 1}):
         tied = [p for p in trainable if get_spec(p).stages == stages]
         sum_gradients(tied, _local_shapes(tied, mesh), mesh.tied(stages))
@@ -108,20 +109,28 @@ def _sum_of_squares(fragment: Fragment, size: int) -> Tensor:
     return squares[:length] @ flat[:length]
 
 
-def _copied_segments(parameter: nn.Parameter, count: int, mesh: Mesh) -> Iterator[nn.Parameter]:
-    """Stand-ins for the segments of which ``count`` ranks hold copies; their gradients are views of the parameter's.
+def _copied_segments(parameter: nn.Parameter, count: int, mesh: Mesh) -> list[Tensor]:
+    """The segments of a parameter's gradient of which ``count`` ranks hold copies, as views.
 
     A gradient that is missing here is missing on the other ranks too: they run the same code on the same batch.
     """
     split = get_spec(parameter).split
     if split is None or parameter.grad is None:
-        return
+        return []
     segments = parameter.grad.split(split.local_segments(mesh.tp.size), split.dim)
-    for segment, copies in zip(segments, split.copies, strict=False):  # none are given where there are none
-        if copies == count:
-            stand_in = nn.Parameter(segment, requires_grad=False)
-            stand_in.grad = segment
-            yield stand_in
+    given = zip(segments, split.copies, strict=False)  # none are given where there are none
+    return [segment for segment, copies in given if copies == count]
+
+
+def _sum_segments(segments: Sequence[Tensor], axis: Axis) -> None:
+    """Replace the values of tensors by their sums over an axis. Collective over it."""
+    stand_ins = [nn.Parameter(segment, requires_grad=False) for segment in segments]
+    for stand_in, segment in zip(stand_ins, segments, strict=True):
+        stand_in.grad = segment
+    sum_gradients(stand_ins, [tuple(segment.shape) for segment in segments], axis)
+    for stand_in, segment in zip(stand_ins, segments, strict=True):
+        assert stand_in.grad is not None
+        segment.copy_(stand_in.grad)
 
 
 def _local_shapes(parameters: Iterable[nn.Parameter], mesh: Mesh) -> list[tuple[int, ...]]:

@@ -16,7 +16,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], shapes: Sequence[tuple[int
     """Replace every ``p.grad`` by the sum over the axis of ``scale`` times it. Collective over the axis.
 
     A gradient missing on some ranks counts as zero there and is filled in; one missing on all stays ``None``, which an
-    optimizer skips, as in one process. Half-precision gradients are summed in float32.
+    optimizer skips, as in one process. Half-precision gradients are summed in float32. A gradient is another tensor afterwards.
 
     Args:
         parameters: the same ones in the same order on every rank of the axis, with or without a gradient.
