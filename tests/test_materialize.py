@@ -38,6 +38,7 @@ from lightning_par.runtime.axis import GroupAxis, LocalAxis
 from lightning_par.runtime.parameter import Split
 from tests.models import VOCABULARY, ByteModel, TransformersModel, gpt, gpt2, llama, make_batch
 from tests.parity import check_parity
+from tests.plain import check_precisions
 from tests.planning import plan_of, quiet_trainer
 from tests.ranks import run_ranks
 from tests.zoo import ZOO
@@ -241,6 +242,11 @@ def deferred(make: Callable[[], pl.LightningModule]) -> Callable[[], pl.Lightnin
 def test_training_is_that_of_one_process(word: str) -> None:
     makers = {"GPT": deferred(gpt), "GPT-2, tied": deferred(gpt2), "Llama": deferred(llama)}
     check_parity(makers, word)
+
+
+@pytest.mark.parametrize("words", [["tp2_mb2"], ["dp2_zero1_mb2", "dp2_zero3_mb2"]], ids=str)
+def test_training_in_other_precisions_is_that_of_one_process(words: list[str]) -> None:
+    check_precisions(deferred(gpt), words, ("bf16-mixed", "bf16-true"), steps=1)
 
 
 def late_linear() -> tuple[nn.Linear, LateValues, torch.Tensor]:

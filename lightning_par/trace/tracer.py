@@ -124,7 +124,7 @@ def _run_once(
         output, failure = None, None
         with torch.set_grad_enabled(has_gradients), FlopCounterMode(display=False) as flops, recorder.running(flops):
             try:
-                with mode.precision.computing(_device_type(module)):
+                with mode.precision.computing(_device_type(twin)):  # a deferred module is nowhere
                     output = getattr(twin, mode.step)(inputs, 0)
             except PassesSeen:
                 pass
