@@ -150,7 +150,9 @@ class Stopwatch(pl.Callback):
     """Times some steps together, several times; waits for the device only between these times."""
 
     def __init__(self, num_steps: int) -> None:
-        self.each, self.seconds, self.losses, self._since = max(num_steps // 4, 1), [], [], 0.0  # type: ignore[var-annotated]
+        self.each, self._since = max(num_steps // 4, 1), 0.0
+        self.seconds: list[float] = []
+        self.losses: list[torch.Tensor] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = batch_idx + 1 - _NUM_WARM

@@ -276,6 +276,18 @@ def test_a_parameter_that_waits_for_its_memory_makes_an_optimizer_and_gets_its_v
     assert torch.equal(view, weight)
 
 
+def configure_wrongly(late: LateValues) -> None:
+    with late.filling():
+        raise ValueError("no optimizer")
+
+
+def test_a_parameter_that_waits_can_be_printed_after_an_error() -> None:
+    linear, late, _ = late_linear()
+    with pytest.raises(ValueError, match="no optimizer"):
+        configure_wrongly(late)
+    assert not late and "0." in repr(linear.weight) and linear.weight.shape == (30, 20)
+
+
 def test_a_shard_is_written_into_memory_of_another_dtype() -> None:
     _, _, expected = late_linear()
     with deferred_init():

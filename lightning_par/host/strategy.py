@@ -232,12 +232,10 @@ class HybridParallelStrategy(RankedStrategy):
         materialize_attributes(module)
         plans: list[Any] = [self._plan, torch.initial_seed()]
         dist.broadcast_object_list(plans, src=0, group=self.mesh.world.group)
-        self._plan = plans[0]
+        self._plan, seed = plans
         weights = None if self.options.weights is None else match_weights(module, self.options.weights)
         late = LateValues() if is_fitting and partitions_late(self.layout, self.options.zero) else None
-        self._engine = Engine(
-            module, self.plan, self.mesh, self.root_device, self.schedule, plans[1], self.precision, weights, late
-        )
+        self._engine = Engine(module, self.plan, self.mesh, self.root_device, self.schedule, seed, self.precision, weights, late)
 
     def setup_optimizers(self, trainer: Any) -> None:
         try:

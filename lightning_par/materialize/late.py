@@ -6,7 +6,8 @@ any others. Who touches one nevertheless finds its values there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,9 +53,20 @@ class LateValues:
             with torch.no_grad():
                 write(parameter.data)
 
-    def filling(self) -> TorchDispatchMode:
-        """A context in which a parameter is filled before any operation on it; to show a part of it asks for its memory too."""
-        return _Filling(self)
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Inside, a parameter is filled before any operation on it; to show a part of it asks for its memory too.
+
+        Where the inside raises, those that still wait become zeros without memory: whoever prints one would crash this process.
+        """
+        try:
+            with _Filling(self):
+                yield
+        except BaseException:
+            for parameter, _ in self._waiting.values():
+                parameter.data = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+            self._waiting.clear()
+            raise
 
 
 class _Filling(TorchDispatchMode):
