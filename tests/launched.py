@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from typing import Any
 
 from lightning_par.errors import LayoutError
 from lightning_par.host import launcher, processes
+from lightning_par.host.link import join_parent
 from lightning_par.layout import Layout
 
 
@@ -56,8 +58,31 @@ def build(num_processes: int, preflight: Any = None) -> Any:
     return launcher.launcher_class("stand_in")(Environment(), num_processes, 1, layout=layout, preflight=preflight)
 
 
-def act(case: str) -> None:
+def is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "T"
+    except OSError:  # gone
+        return False
+
+
+def sleep_deep_down(depth: int) -> None:
+    time.sleep(60) if depth == 0 else sleep_deep_down(depth - 1)
+
+
+def act(case: str, folder: Path) -> None:
     """What one rank does."""
+    if case == "stop":
+        link = join_parent()
+        assert link is not None
+        link.expect(1)
+        for _ in range(50):  # stacks that take a while to be shown
+            threading.Thread(target=sleep_deep_down, args=(90,), daemon=True).start()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if case == "raise with it":  # as in a collective whose peer ends: as soon as rank 1, which is stopped, is made to go on
+        while not is_stopped(peer := int((folder / "1").read_text().split()[0])):
+            time.sleep(0.01)
+        while is_stopped(peer):
+            time.sleep(0.01)
     if case.startswith("raise"):
         time.sleep(0.3 if case.endswith("later") else 0)
         raise RuntimeError("raised on purpose")
@@ -84,7 +109,7 @@ def main() -> None:
         (folder / f"{rank}.part").rename(folder / rank)
         while len(list(folder.glob("[0-9]"))) < 3:  # as the ranks of a group: nobody is off before all are there
             time.sleep(0.01)
-        act(cases[int(rank)])
+        act(cases[int(rank)], folder)
         (folder / f"{rank}.done").touch()
 
     def preflight(trainer: Any) -> None:

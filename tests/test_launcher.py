@@ -1,6 +1,7 @@
 """Processes of a run: started once, ended together, never left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,16 @@ def test_a_rank_that_was_killed_is_named_though_what_others_raise_for_it_is_know
     assert code == 1
     assert "lightning_par: rank 1 (pp 0, dp 0, tp 1) was killed by SIGKILL: ending all ranks" in errors
     assert errors.count("lightning_par:") == 1
+
+
+def test_a_rank_that_does_not_answer_is_aborted_once_though_the_first_raises_with_it(tmp_path: Path) -> None:
+    code, errors = finish(start(tmp_path, "raise with it", "stop", "stubborn"))
+    assert code == 1
+    assert "lightning_par: rank 1 (pp 0, dp 0, tp 1) has not answered for 1 s: ending all ranks" in errors
+    assert re.search(r"line \d+ in act", errors.split("Fatal Python error: Aborted")[1]), "its stacks are whole"
+    assert errors.count("Traceback") == 1
+    assert errors.splitlines()[-1] == "RuntimeError: raised on purpose"
+    wait_until_gone(ranks(tmp_path))
 
 
 def test_when_the_first_rank_raises_its_error_is_the_message(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -27,6 +28,15 @@ def show_stacks_when_aborted() -> None:
 
 
 def abort_process(pid: int) -> None:
-    """End a process that does not answer, with its stacks shown, where `show_stacks_when_aborted` was called in it."""
-    os.kill(pid, signal.SIGABRT)
-    os.kill(pid, signal.SIGCONT)  # one that is stopped takes no signal but this
+    """End a process that does not answer, with its stacks shown, where `show_stacks_when_aborted` was called in it.
+
+    Once: a second SIGABRT ends it in the middle of its stacks.
+    """
+    send_signal(pid, signal.SIGABRT)
+    send_signal(pid, signal.SIGCONT)  # one that is stopped takes no signal but this
+
+
+def send_signal(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process, if it is still there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from lightning_par.host.ending import abort_process, exit_now, say, show_stacks_when_aborted
+from lightning_par.host.ending import abort_process, exit_now, say, send_signal, show_stacks_when_aborted
 from lightning_par.host.pulse import Pulse
 
 PARENT = "LIGHTNING_PAR_PARENT"  # in the environment of the others: what `link_words` says
@@ -112,6 +112,6 @@ def _live_with(link: Link) -> None:
             say(f"the first rank of this machine has not answered for {seconds:.0f} s: ending all ranks")
             abort_process(link.parent)
             time.sleep(_SHOW_SECONDS)
-            os.kill(link.parent, signal.SIGKILL)
+            send_signal(link.parent, signal.SIGKILL)
         time.sleep(TURN_SECONDS)
     os._exit(1)

@@ -52,6 +52,7 @@ class RankProcesses:
         self.processes: list[subprocess.Popen[bytes]] = []
         self._describe = describe
         self._ending = threading.Event()  # the main thread has taken over; the watcher is to leave it alone
+        self._one_ends_all = threading.Lock()  # watcher, watchdog and main thread may want to at once: the others wait for it
         self._lock = threading.Lock()
         self._cause: tuple[int, str] | None = None  # index and words of the rank that failed first
         self._silent: int | None = None  # index of that rank, where it does not answer
@@ -121,22 +122,28 @@ class RankProcesses:
             time.sleep(POLL_SECONDS)
 
     def _end_all(self) -> None:
-        cause = self._settle_cause()
-        if cause is not None:
-            if cause[0] == self._silent:
-                abort_process(self.processes[cause[0]].pid)
-            deadline = time.monotonic() + REPORT_SECONDS
-            while self.processes[cause[0]].poll() is None and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-        for process in self.processes:
-            process.terminate()
-        deadline = time.monotonic() + TERMINATE_SECONDS
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        with self._one_ends_all:
+            cause = self._settle_cause()
+            if cause is not None:
+                self._let_report(cause[0])
+            for process in self.processes:
+                process.terminate()
+            deadline = time.monotonic() + TERMINATE_SECONDS
+            for process in self.processes:
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+    def _let_report(self, index: int) -> None:
+        """Wait for the end of the rank that failed, which says why; one that does not answer is made to."""
+        process = self.processes[index]
+        if index == self._silent and process.poll() is None:
+            abort_process(process.pid)
+        deadline = time.monotonic() + REPORT_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
 
     def _settle_cause(self) -> tuple[int, str] | None:
         """What made the run fail, for good; said once. ``None`` where it was the first rank, or nothing."""
