@@ -5,7 +5,7 @@ Knows nothing of Lightning: it is given a program that runs the user's step on o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -15,9 +15,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_par.checkpoint import (
+    Checkpoint,
+    RankSource,
+    Share,
+    add_buffers,
+    add_parameters,
+    check_optimizers,
+    name_numbers,
+    read_buffers,
+    weights_of,
+)
 from lightning_par.install import install
 from lightning_par.loss_scale import LossScale
-from lightning_par.materialize import LateValues, Weights, is_deferred, share_records
+from lightning_par.materialize import LateValues, Weights, is_deferred, persistent_buffers, share_records
 from lightning_par.pipeline.executor import Executor, Hooks, Observer
 from lightning_par.pipeline.lockstep import Lockstep
 from lightning_par.pipeline.measure import CostMeter
@@ -31,6 +42,7 @@ from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.precision import FULL, Precision
 from lightning_par.runtime.streams import MicrobatchStreams
 from lightning_par.runtime.watchdog import Watchdog
+from lightning_par.zero.held import WEIGHT, fill_tensor
 from lightning_par.zero.option import ZeroOptions
 from lightning_par.zero.partitioned import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
@@ -217,32 +229,56 @@ class Engine:
         """The shapes that a step's follow from; none where code reads values, which may change them."""
         return shapes if self.plan.chain is not None and self.plan.chain.is_static else ()
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the run, for a checkpoint of the same layout. Collective over dp."""
-        parameters = self.module.named_parameters() if self.states is None else self.states.full_parameters()
-        gathered = self.mesh.layout.zero == 3  # a gathered value is there until the next is asked for
-        return {
-            "parameters": {name: value.detach().clone() if gathered else value.detach() for name, value in parameters},
-            "buffers": dict(self.module.named_buffers()),
-            "streams": self.streams.state_dict(),
-            "states": None if self.states is None else self.states.state_dict(),
-            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
-        }
+    def share(self, has_states: bool = True) -> Share:
+        """What this rank writes of parameters, buffers and optimizer states; live. Collective over the world.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave on this rank: parameters with the optimizer states where there are any."""
-        held, saved = dict(self.module.named_buffers()), dict(state["buffers"])
-        if self.states is not None and state["states"] is not None:
-            self.states.load_state_dict(state["states"])
+        Args:
+            has_states: whether optimizer states are written.
+        """
+        held = weights_of(self.module) if self.states is None else self.states.held()
+        share = Share()
+        add_parameters(share, self.plan.parameters, (each for each in held if has_states or each.key == WEIGHT), self.mesh)
+        add_buffers(share, persistent_buffers(self.module), self.mesh)
+        return share
+
+    def run_state(self, has_states: bool = True) -> dict[str, Any]:
+        """What there is to go on from beside tensors, on this rank; all but ``numbers`` is equal on all ranks."""
+        state: dict[str, Any] = {"streams": self.streams.state_dict()}
+        if self.loss_scale is not None:
+            state["loss_scale"] = self.loss_scale.state_dict()
+        if self.states is not None and has_states:
+            state["optimizers"] = [f"{type(each).__module__}.{type(each).__qualname__}" for each in self.states.optimizers]
+            state["groups"] = self.states.groups()
+            state["numbers"] = name_numbers(self.states.numbers(), self.mesh.tp)
+        return state
+
+    def restore(self, checkpoint: Checkpoint, run: Mapping[str, Any], is_strict: bool = True) -> None:
+        """Take over what a checkpoint of any layout has. Collective over dp.
+
+        Args:
+            checkpoint: the checkpoint.
+            run: what `run_state` gave, with the numbers of all ranks.
+            is_strict: whether it must have every parameter and no other.
+
+        Raises:
+            CheckpointError: it is of another module or optimizer, or damaged.
+        """
+        if is_strict:
+            shapes = {parameter.spec.name: parameter.spec.shape for parameter in self.plan.parameters}
+            checkpoint.check_fit(shapes, type(self.module).__name__)
+        source = RankSource(checkpoint, run.get("numbers", {}), self.mesh.tp, is_strict)
+        if self.states is None:
+            for parameter in self.module.parameters():
+                fill_tensor(source, parameter, WEIGHT, parameter.data)
         else:
-            held.update(self.module.named_parameters())
-            saved.update(state["parameters"])
-        with torch.no_grad():
-            for name, tensor in held.items():
-                tensor.copy_(saved[name])
-        self.streams.load_state_dict(state["streams"])
-        if self.loss_scale is not None and state.get("loss_scale") is not None:  # none was saved in another precision
-            self.loss_scale.load_state_dict(state["loss_scale"])
+            check_optimizers(run.get("optimizers"), self.states.optimizers)
+            self.states.refill(source)
+            if "groups" in run:
+                self.states.refill_groups(run["groups"])
+        read_buffers(checkpoint, persistent_buffers(self.module), self.mesh.coordinate.dp)
+        self.streams.load_state_dict(run["streams"])
+        if self.loss_scale is not None and "loss_scale" in run:  # none was saved in another precision
+            self.loss_scale.load_state_dict(run["loss_scale"])
 
 
 def traced_costs(plan: Plan) -> Costs:

@@ -31,6 +31,10 @@ class Owner:
         self.calls = calls
         self.root_device = torch.device("cpu")
         self.updates: Any = self
+        self.checkpoints: Any = self
+
+    def settle(self) -> None:
+        self.calls.append("settle")
 
     def reduce(self, optimizer: Any) -> None:
         self.calls.append("reduce")
@@ -81,14 +85,14 @@ def train(root: str, calls: list[Any], **options: Any) -> Any:
 def test_gradients_are_reduced_before_hooks_and_clipped_before_the_step(root: str, algorithm: str | None) -> None:
     calls: list[Any] = []
     trainer = train(root, calls, gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
-    assert calls == ["training_step", "reduce", "on_before_optimizer_step", (0.5, algorithm or "norm"), "step"] * 2
+    assert calls == ["training_step", "reduce", "on_before_optimizer_step", (0.5, algorithm or "norm"), "settle", "step"] * 2
     assert trainer.global_step == 2
 
 
 def test_without_a_limit_nothing_is_clipped_and_accumulation_steps_once() -> None:
     calls: list[Any] = []
     train(ROOTS[0], calls, accumulate_grad_batches=2)
-    assert calls == ["training_step", "training_step", "reduce", "on_before_optimizer_step", "step"]
+    assert calls == ["training_step", "training_step", "reduce", "on_before_optimizer_step", "settle", "step"]
 
 
 @pytest.mark.parametrize("root", ROOTS)
@@ -202,7 +206,7 @@ def test_masters_step_what_is_too_small_for_bfloat16() -> None:
         masters.step()
         optimizer.zero_grad()
     assert half.tolist() == [1 - 8 * 2.0**-10] * 2 and full.tolist() == [-3.0, -3.0] and frozen.tolist() == [1.0, 1.0]
-    assert masters.of(half).dtype is torch.float32 and masters.of(full) is None and masters.of(frozen) is None
+    assert masters.stepped(half).dtype is torch.float32 and masters.stepped(full) is None and masters.stepped(frozen) is None
     assert optimizer.param_groups[0]["params"][0] is half
     optimizer.param_groups[0]["lr"] = 1.0  # a scheduler's
     optimizer.add_param_group({"params": [late := torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))], "lr": 2.0**-10})
@@ -210,7 +214,7 @@ def test_masters_step_what_is_too_small_for_bfloat16() -> None:
     (half.sum() + late.sum()).backward()
     masters.step()
     assert half.tolist() == [round((1 - 8 * 2.0**-10 - 1) * 256) / 256] * 2
-    assert masters.of(late).tolist() == [1 - 2.0**-10] * 2
+    assert masters.stepped(late).tolist() == [1 - 2.0**-10] * 2
 
 
 def test_gradients_of_microbatches_add_up_in_float32() -> None:

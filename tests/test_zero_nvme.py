@@ -38,7 +38,7 @@ from tests.planning import Block, Chain, tokens
 from tests.ranks import COLLECTIVE_TIMEOUT, run_ranks
 from tests.test_precisions import check_skipped_steps
 from tests.test_zero import check_parity, resume, running
-from tests.zero_model import Case
+from tests.zero_model import Case, KeptStates
 
 CPU = torch.device("cpu")
 FP32, BLOCK = 4, 512  # bytes
@@ -86,7 +86,7 @@ def train(rank: int, world_size: int, cases: list[Case]) -> None:
             with running(case) as run:
                 check_parity(run)
                 check_places(run.states, folder, rank)
-                run.states.load_state_dict(run.states.state_dict())
+                KeptStates(run.states).refill(run.states)
                 check_places(run.states, folder, rank)
         except Exception as error:
             raise AssertionError(f"{case}") from error

@@ -7,6 +7,7 @@ frozen, unused and absent parameters.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,9 @@ from lightning_par.runtime.axis import Axis, LocalAxis
 from lightning_par.runtime.collective import copy_to, reduce_from
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.parameter import ParameterSpec, Split, get_spec, set_spec
+from lightning_par.zero.held import WEIGHT, Held
 from lightning_par.zero.option import ZeroOptions
+from lightning_par.zero.states import OptimizerStates
 from tests.ranks import COLLECTIVE_TIMEOUT
 
 VOCABULARY, WIDTH, HIDDEN, LENGTH, NUM_BLOCKS, ROWS = 11, 6, 10, 5, 4, 2
@@ -264,3 +267,28 @@ def send(hidden: torch.Tensor | None, mesh: Mesh, step: int) -> Any:
         return None
     hidden = hidden.detach().contiguous()
     return dist.isend(hidden, mesh.pp.ranks[neighbour], group=mesh.pp.group), hidden
+
+
+class KeptStates:
+    """A copy of what a rank's states held, from which those of the same rank can be filled again."""
+
+    def __init__(self, states: OptimizerStates) -> None:
+        self.names = {parameter: name for name, parameter in states.module.named_parameters()}
+        self.held = {(self.names[each.parameter], each.key, each.start): each.values.clone() for each in states.held()}
+        self.numbers = {self.names[parameter]: copy.deepcopy(values) for parameter, values in states.numbers()}
+        self.groups = copy.deepcopy(states.groups())
+
+    def refill(self, states: OptimizerStates) -> None:
+        self.names = {parameter: name for name, parameter in states.module.named_parameters()}
+        states.refill(self)
+        states.refill_groups(self.groups)
+
+    def fill(self, held: Held) -> None:
+        held.values.copy_(self.held[self.names[held.parameter], held.key, held.start])
+
+    def states_of(self, parameter: nn.Parameter) -> dict[str, torch.dtype]:
+        name = self.names[parameter]
+        return {key: value.dtype for (owner, key, _), value in self.held.items() if owner == name and key != WEIGHT}
+
+    def numbers_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return self.numbers.get(self.names[parameter], {})

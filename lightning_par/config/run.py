@@ -44,6 +44,7 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
         plan=instantiate(config.plan, _convert_="all"),
         schedule=config.schedule,
         zero=instantiate(config.get("zero"), _convert_="all"),
+        async_save=config.async_save,
         hang_seconds=config.hang_seconds,
         init=init,
         weights=weights,

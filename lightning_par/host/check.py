@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_par.checkpoint import check_layout
+from lightning_par.checkpoint import Checkpoint
 from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.precision import check_device
@@ -33,7 +33,7 @@ def check_run(trainer: Any, given: Iterable[Any]) -> None:
     check_callbacks(trainer)
     if strategy.options.overrides.get("fp8") is not None:
         check_float8(strategy.options.overrides["fp8"], strategy.root_device, strategy.precision.name)
-    check_checkpoints(given, strategy.layout)
+    check_checkpoints(given)
 
 
 def check_split(module: Any, layout: Layout, precision: Precision) -> Engine | None:
@@ -61,16 +61,15 @@ def check_split(module: Any, layout: Layout, precision: Precision) -> Engine | N
     return engine
 
 
-def check_checkpoints(given: Iterable[Any], layout: Layout) -> None:
+def check_checkpoints(given: Iterable[Any]) -> None:
     """Check a ``ckpt_path`` among a Trainer's arguments, where it names a folder.
 
     Raises:
-        CheckpointError: it is no checkpoint of this strategy.
-        LayoutError: another layout wrote it.
+        CheckpointError: it is no checkpoint of this strategy, or damaged.
     """
     for value in given:
         if isinstance(value, (str, Path)) and Path(value).exists():
-            check_layout(Path(value), layout)
+            Checkpoint(Path(value))
 
 
 def check_callbacks(trainer: Any) -> None:

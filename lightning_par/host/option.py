@@ -24,6 +24,7 @@ class Options:
         memory_gib: what each rank may store; None where nobody says.
         init: how weights are made, one of `lightning_par.host.construction.INIT_WORDS`.
         weights: where weights are read from; None where they are made.
+        async_save: whether checkpoints are written in the background.
         hang_seconds: how long an action may stand still; None for any time.
         print_plan: whether the plan is printed.
     """
@@ -34,6 +35,7 @@ class Options:
     memory_gib: float | None
     init: str
     weights: str | Path | None
+    async_save: bool
     hang_seconds: float | None
     print_plan: bool
 

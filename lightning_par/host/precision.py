@@ -18,6 +18,7 @@ import torch
 from lightning_utilities import apply_to_collection
 
 from lightning_par.errors import ConfigurationError
+from lightning_par.host.checkpoints import RunCheckpoints
 from lightning_par.host.update import Updates
 from lightning_par.loss_scale import LossScale
 from lightning_par.runtime.precision import FULL, PRECISIONS, Precision
@@ -43,6 +44,10 @@ class StepOwner(Protocol):
     @property
     def updates(self) -> Updates:
         """Who reduces, clips and steps."""
+
+    @property
+    def checkpoints(self) -> RunCheckpoints:
+        """Who may be copying what is stepped."""
 
 
 @lru_cache
@@ -90,6 +95,7 @@ def precision_class(root: str) -> type[Any]:
             result = closure()
             self._owner.updates.reduce(optimizer)
             self._after_closure(model, optimizer)
+            self._owner.checkpoints.settle()
             self._owner.updates.step(optimizer)
             return result
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_par.checkpoint import check_layout, load_checkpoint, load_rank_state, save_checkpoint
 from lightning_par.engine import Engine
 from lightning_par.host.check import check_optimization, check_run, check_split, check_trainable
+from lightning_par.host.checkpoints import RunCheckpoints
 from lightning_par.host.construction import check_init_word, configuring, guard_setup
 from lightning_par.host.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
@@ -68,6 +68,7 @@ class HybridParallelStrategy(RankedStrategy):
         init: how the weights are made that ``configure_model`` builds, see `lightning_par.host.construction`.
         weights: a folder that transformers' ``save_pretrained`` wrote, or a safetensors file: each rank reads its shards of it,
             in the place of initial weights.
+        async_save: whether checkpoints are written in the background, from a copy in the memory of the host.
         timeout_seconds: how long a collective may wait for a rank before it is an error.
         hang_seconds: how long one forward or backward of a microbatch may stand still on a rank, when those before it were quick,
             before its stack is shown and the run ends; see `lightning_par.runtime.watchdog`. None for any time.
@@ -106,6 +107,7 @@ class HybridParallelStrategy(RankedStrategy):
         zero: Mapping[str, Any] | None = None,
         init: str = "exact",
         weights: str | Path | None = None,
+        async_save: bool = False,
         timeout_seconds: float = 600.0,
         hang_seconds: float | None = 20.0,
         print_plan: bool = True,
@@ -120,6 +122,7 @@ class HybridParallelStrategy(RankedStrategy):
             memory_gib=check_memory_gib(memory_gib),
             init=check_init_word(init),
             weights=weights,
+            async_save=async_save,
             hang_seconds=check_hang_seconds(hang_seconds),
             print_plan=print_plan,
         )
@@ -128,7 +131,8 @@ class HybridParallelStrategy(RankedStrategy):
         self._engine: Engine | None = None
         self._steps: StepRunner | None = None
         self._updates: Updates | None = None
-        self._loading: Path | None = None  # the checkpoint that Lightning is restoring
+        self._checkpoints: RunCheckpoints | None = None
+        self._trusts = False  # whether what is pickled in a checkpoint is read
 
     # ------------------------------------------------------------------ the parts that do the work
 
@@ -158,6 +162,13 @@ class HybridParallelStrategy(RankedStrategy):
         return self._updates
 
     @property
+    def checkpoints(self) -> RunCheckpoints:
+        """Who saves and loads; there once the Trainer has set the strategy up."""
+        if self._checkpoints is None or self._checkpoints.engine is not self.engine:
+            self._checkpoints = RunCheckpoints(self.engine, self.options.async_save)
+        return self._checkpoints
+
+    @property
     def grad_norm(self) -> torch.Tensor | None:
         """The norm that the last clipping found; None before."""
         return None if self._updates is None else self._updates.grad_norm
@@ -185,6 +196,7 @@ class HybridParallelStrategy(RankedStrategy):
         """Everything that can be found wrong without other ranks, before they are started; the plan, on rank 0."""
         check_run(trainer, [*args, *kwargs.values()])
         leave_inference_mode(trainer)
+        self._trusts = bool(args) and args[-1] is False  # weights_only, which Lightning 2.6 drops where ranks read after setup
         module = args[0] if args and args[0] is not None else trainer.lightning_module
         materialize_attributes(module)
         engine = check_split(module, self.layout, self.precision)
@@ -258,6 +270,7 @@ class HybridParallelStrategy(RankedStrategy):
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch through all stages; the mean loss, equal on every rank, without a graph."""
         module, steps = self.lightning_module, self._running
+        self.checkpoints.check()
         if not module.automatic_optimization:
             return steps.run_whole(batch, args, kwargs)
         trainer = module.trainer
@@ -310,25 +323,21 @@ class HybridParallelStrategy(RankedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a folder: what Lightning gives, once, and every rank's shards. Collective over the world."""
-        filepath = self.broadcast(str(filepath))
-        save_checkpoint(Path(filepath), checkpoint, self.engine.state_dict(), self.mesh)
+        self.checkpoints.save(Path(self.broadcast(str(filepath))), checkpoint)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read what Lightning gave to `save_checkpoint`. The shards follow in `load_model_state_dict`."""
-        self._loading = Path(checkpoint_path)
-        check_layout(self._loading, self.layout)
-        return load_checkpoint(self._loading, weights_only)
+        return self.checkpoints.open(Path(checkpoint_path), trust=self._trusts or weights_only is False)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self._loading is not None
-        self.engine.load_state_dict(load_rank_state(self._loading, self.mesh))
+        self.checkpoints.restore(strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """The optimizer states came with the shards."""
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(filepath)
+            self.checkpoints.remove(Path(filepath))
 
     # ------------------------------------------------------------------ teardown
 
@@ -337,6 +346,8 @@ class HybridParallelStrategy(RankedStrategy):
         if module is not None:
             for name in ("optimizer_zero_grad", "setup"):
                 module.__dict__.pop(name, None)
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
         if self._steps is not None:
             self.engine.watchdog.stop()
             self._steps.close()

@@ -15,7 +15,7 @@ from lightning_par.materialize.module import (
     whole_value,
 )
 from lightning_par.materialize.shard import materialize_shard
-from lightning_par.materialize.weights import Weights, match_weights
+from lightning_par.materialize.weights import Weights, match_weights, persistent_buffers
 
 __all__ = [
     "LateValues",
@@ -28,6 +28,7 @@ __all__ = [
     "materialize_attributes",
     "materialize_rest",
     "materialize_shard",
+    "persistent_buffers",
     "records_in",
     "seeing_deferred",
     "share_records",

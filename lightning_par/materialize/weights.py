@@ -59,7 +59,7 @@ def match_weights(module: nn.Module, path: str | Path) -> Weights:
     stored = stored_tensors(Path(path))
     ours: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
-    persistent = {name for name in buffers if name in _state_names(module)}
+    persistent = persistent_buffers(module).keys()
     names = _names_in(path, ours.keys() | persistent, stored)
     tensors = {name: stored[key] for name, key in names.items()}
     held = {id(ours[name]) for name in tensors if name in ours}
@@ -91,15 +91,14 @@ def _listed(names: list[str]) -> str:
     return "".join(f"\n    {name}" for name in names[:20]) + (f"\n    and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def _state_names(module: nn.Module) -> set[str]:
-    """Names of parameters and persistent buffers."""
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong to a module's state, under all their names."""
     left_out = {
         f"{path}.{name}".lstrip(".")
         for path, child in module.named_modules(remove_duplicate=False)
         for name in child._non_persistent_buffers_set
     }
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {name for name, _ in named} - left_out
+    return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name not in left_out}
 
 
 def _names_in(path: str | Path, ours: Iterable[str], stored: Mapping[str, StoredTensor]) -> dict[str, str]:

@@ -33,7 +33,7 @@ class MicrobatchStreams:
     """
 
     def __init__(self, seed: int, replica: int, device: torch.device) -> None:
-        self._seed, self._device = mix_seed(seed, replica), device
+        self._seed, self._replica, self._device = seed, replica, device
         self._generators = torch_generators(device)
         self._num_steps = 0
         self._seed_of_step = 0
@@ -43,7 +43,7 @@ class MicrobatchStreams:
         """Around all microbatches of one step."""
         with generators_put_back(self._device):
             self._num_steps += 1
-            self._seed_of_step = mix_seed(self._seed, self._num_steps)
+            self._seed_of_step = mix_seed(mix_seed(self._seed, self._replica), self._num_steps)
             yield
 
     def begin(self, microbatch: int) -> None:
@@ -55,11 +55,11 @@ class MicrobatchStreams:
         self._set(mix_seed(mix_seed(self._seed_of_step, microbatch), stage + 1))
 
     def state_dict(self) -> dict[str, int]:
-        """Where the streams are, for a checkpoint: a resumed run draws on, whatever seed its script sets."""
+        """Where the streams are, equal on all ranks: a resumed run draws on, whatever seed its script sets."""
         return {"seed": self._seed, "num_steps": self._num_steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was called, on the rank of the same coordinate."""
+        """Go on where `state_dict` was called."""
         self._seed, self._num_steps = state["seed"], state["num_steps"]
 
     def _set(self, seed: int) -> None:

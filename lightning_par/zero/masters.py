@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_par.private.deepspeed import mark_stepped
-from lightning_par.zero.twin import hyperparameters, twin_of
+from lightning_par.zero.twin import twin_of
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -47,7 +47,7 @@ class Masters:
         self._read_groups()
 
     @property
-    def state(self) -> Mapping[Any, Any]:
+    def state(self) -> Any:
         """The states of the optimizer, by master."""
         return self.inner.state
 
@@ -68,20 +68,9 @@ class Masters:
         for parameter, master in self._masters.items():
             parameter.copy_(master)
 
-    def of(self, parameter: nn.Parameter) -> Tensor | None:
+    def stepped(self, parameter: nn.Parameter) -> nn.Parameter | None:
         """The master of a parameter, live; None if it has none."""
-        master = self._masters.get(parameter)
-        return None if master is None else master.detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of the twin: that of an optimizer over the masters."""
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, or that of an optimizer over float32 parameters. The masters are not in it."""
-        self.inner.load_state_dict(state)
-        for group, loaded in zip(self.optimizer.param_groups, self.inner.param_groups, strict=True):
-            group.update(hyperparameters(loaded))
+        return self._masters.get(parameter)
 
     def _read_groups(self) -> None:
         groups = self.optimizer.param_groups

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_par.errors import CheckpointError, ConfigurationError
+from lightning_par.errors import ConfigurationError
 from lightning_par.private.deepspeed import ZeroEngine, mark_stepped, start_zero_engine
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.nested import tensors_in
 from lightning_par.zero.bucket import gradient_dtype, set_gradient
 from lightning_par.zero.config import deepspeed_config
 from lightning_par.zero.early import EarlyReduction
+from lightning_par.zero.held import WEIGHT, Held, Source, agreed, is_elementwise, placed
 from lightning_par.zero.masters import accumulate_in_float32
 from lightning_par.zero.mpu import MeshUnit
 from lightning_par.zero.nvme import StateFolder, check_files, check_locked_memory
@@ -156,31 +157,57 @@ class DeepSpeedStates(OptimizerStates):
             with self.engine.whole(parameter):
                 yield name, parameter.detach()
 
-    def state_dict(self) -> dict[str, Any]:
-        states = [self.engine.read_state(group) for group in range(len(self.engine.masters))]
-        return {
-            "zero_stage": self.stage,
-            "constants": self._constants(),
-            "masters": [master for master, _ in states],
-            "moments": [moments for _, moments in states],
-            "groups": [hyperparameters(group) for group in self.optimizers[0].param_groups],
-        }
+    def held(self) -> Iterator[Held]:
+        for parameter, values, start, is_shared in self._constants():
+            yield Held(parameter, WEIGHT, values, start, is_shared)
+        for group in range(len(self.engine.masters)):
+            master, states = self.engine.read_state(group)
+            flats = {WEIGHT: master, **{key: value for key, value in states.items() if is_elementwise(key, value, master)}}
+            for parameter, start, place, length in self._pieces(group):
+                for key, flat in flats.items():
+                    yield Held(parameter, key, flat.detach().narrow(0, place, length), start, is_shared=False)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        here, there = _outline(self.state_dict()), _outline(state)
-        for what, value in here.items():
-            if value != there[what]:
-                raise CheckpointError(f"the checkpoint is of another layout or module: its {what}: {there[what]}, here {value}")
-        with torch.no_grad():
-            for name, tensor in self._constants().items():
-                tensor.copy_(state["constants"][name])
-            for index, (value, moments) in enumerate(zip(state["masters"], state["moments"], strict=True)):
-                with self.engine.state_replaced(index) as master:
-                    master.copy_(value)
-                    self.engine.inner.state[master] = {key: self._placed(each, master) for key, each in moments.items()}
-        for group, saved in zip(self.optimizers[0].param_groups, state["groups"], strict=True):
-            group.update(saved)
+    def numbers(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        for group in range(len(self.engine.masters)):
+            master, states = self.engine.read_state(group)
+            numbers = {key: value for key, value in states.items() if not is_elementwise(key, value, master)}
+            for parameter, _, _, _ in self._pieces(group) if numbers else ():
+                yield parameter, numbers
+
+    @torch.no_grad()
+    def refill(self, source: Source) -> None:
+        for parameter, values, start, is_shared in self._constants():
+            source.fill(Held(parameter, WEIGHT, values, start, is_shared))
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        for group in range(len(self.engine.masters)):
+            pieces = list(self._pieces(group))
+            if not pieces:
+                continue  # padding alone, or the stand-in
+            members = [parameter for parameter, _, _, _ in pieces]
+            dtypes = {key: dtype for parameter in members for key, dtype in source.states_of(parameter).items()}
+            numbers = agreed({names[parameter]: source.numbers_of(parameter) for parameter in members})
+            with self.engine.state_replaced(group) as master:
+                states = {key: torch.zeros_like(master, dtype=dtype) for key, dtype in dtypes.items()}
+                for parameter, start, place, length in pieces:
+                    for key, values in {WEIGHT: master, **states}.items():
+                        if key == WEIGHT or key in source.states_of(parameter):
+                            source.fill(Held(parameter, key, values.narrow(0, place, length), start, is_shared=False))
+                options = self.optimizers[0].param_groups[0]
+                loaded = {key: placed(key, value, master, options) for key, value in numbers.items()}
+                self.engine.inner.state[master] = {**loaded, **states}
         self.engine.publish()
+
+    def _pieces(self, group: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        """`ZeroEngine.pieces` without the stand-in, which is nobody's, and without empty ones."""
+        for parameter, start, place, length in self.engine.pieces(group):
+            if length and parameter in self._shapes:
+                yield parameter, start, place, length
+
+    def _constants(self) -> Iterator[tuple[nn.Parameter, Tensor, int, bool]]:
+        """Parameters that are not stepped, as this rank stores them: the masters do not have them."""
+        for parameter in self.module.parameters():
+            if parameter not in self._shapes:
+                yield parameter, *self.engine.stored_piece(parameter)
 
     def close(self) -> None:
         if self._early is not None:
@@ -195,18 +222,6 @@ class DeepSpeedStates(OptimizerStates):
         for parameter, value in zip(self.module.parameters(), values, strict=True):
             parameter.data = value
 
-    def _constants(self) -> dict[str, Tensor]:
-        """Parameters that are not stepped, by name, as this rank stores them: the masters do not have them."""
-        others = {name: p for name, p in self.module.named_parameters() if p not in self._shapes}
-        return {name: self.engine.stored(p) for name, p in others.items()}
-
-    def _placed(self, value: Any, master: Tensor) -> Any:
-        """A copy of a loaded optimizer state. Step counts stay on the CPU unless the kernel reads them, as in torch."""
-        if not isinstance(value, Tensor):
-            return value
-        is_on_device = value.dim() > 0 or any(g.get("fused") or g.get("capturable") for g in self.optimizers[0].param_groups)
-        return value.to(master.device, copy=True) if is_on_device else value.clone()
-
 
 def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer], dtype: torch.dtype) -> None:
     check_optimizer(stage, optimizers)
@@ -218,13 +233,3 @@ def _check(stage: int, module: nn.Module, optimizers: Sequence[Optimizer], dtype
             raise ConfigurationError(
                 f"zero{stage} keeps parameters in {keeps} here, and {name} is {parameter.dtype}: use {remedy}, or zero0"
             )
-
-
-def _outline(state: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a state to be loaded."""
-    return {
-        "ZeRO stage": state.get("zero_stage", 0),
-        "parameters without optimizer": {name: tuple(value.shape) for name, value in state.get("constants", {}).items()},
-        "sizes of partitions": [master.numel() for master in state.get("masters", [])],
-        "number of parameter groups": len(state.get("groups", [])),
-    }

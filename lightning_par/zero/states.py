@@ -13,12 +13,16 @@ One optimizer step, on every rank, in this order::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_par.errors import CheckpointError
+from lightning_par.zero.held import Held, Source
+from lightning_par.zero.twin import hyperparameters
 
 
 class Fragment(NamedTuple):
@@ -120,20 +124,45 @@ class OptimizerStates(ABC):
         """
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank needs to continue exactly in the same layout: parameters, optimizer states, hyperparameters.
+    def held(self) -> Iterator[Held]:
+        """All weights and optimizer states of this rank that have a number for each element, live; in the same order every time.
 
-        Buffers are not in it. Plain tensors, numbers, strings, lists and dicts, so that ``torch.load(weights_only=True)``
-        reads it. The tensors are the live ones, as in torch: save or clone them before the next step.
+        A piece is valid until the next one is asked for. No collective.
         """
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore in place what `state_dict` gave on this rank. Collective over dp where parameters are sharded.
+    def numbers(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        """What the optimizers keep for parameters as a whole, such as step counts. No collective."""
+
+    def groups(self) -> list[list[dict[str, Any]]]:
+        """Hyperparameters of the groups of each optimizer, as they are now."""
+        return [[hyperparameters(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    @abstractmethod
+    def refill(self, source: Source) -> None:
+        """Overwrite all that `held` and `numbers` give; states that the source does not have are forgotten.
+
+        Collective over dp where parameters are sharded.
 
         Raises:
-            CheckpointError: the state is of another module, optimizer or layout.
+            CheckpointError: the source lacks a weight, or has what these states cannot be.
         """
+
+    def refill_groups(self, groups: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Take over what `groups` gave.
+
+        Raises:
+            CheckpointError: there are more or fewer optimizers or groups here.
+        """
+        here, there = [len(o.param_groups) for o in self.optimizers], [len(each) for each in groups]
+        if here != there:
+            raise CheckpointError(
+                f"the checkpoint has optimizers with {there} parameter groups, and configure_optimizers gives {here}: resume with "
+                "the optimizers that it was trained with"
+            )
+        for optimizer, saved in zip(self.optimizers, groups, strict=True):
+            for group, options in zip(optimizer.param_groups, saved, strict=True):
+                group.update(options)
 
     @abstractmethod
     def close(self) -> None:

@@ -64,6 +64,10 @@ class ZeroEngine(ABC):
         return nullcontext(self.masters[group])
 
     @abstractmethod
+    def pieces(self, group: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        """What the masters of a group are pieces of: parameter, where in it the piece begins, where in the masters, how long."""
+
+    @abstractmethod
     def flush(self) -> None:
         """Average ``p.grad`` over dp into partitions; ``p.grad`` is gone then. Collective over dp."""
 
@@ -112,6 +116,10 @@ class ZeroEngine(ABC):
     def stored(self, parameter: nn.Parameter) -> Tensor:
         """What this rank stores of a parameter, live."""
         return parameter.detach()
+
+    def stored_piece(self, parameter: nn.Parameter) -> tuple[Tensor, int, bool]:
+        """The same, flat and without padding; where in the parameter it begins; whether every dp rank stores it."""
+        return parameter.detach().view(-1), 0, True
 
     @abstractmethod
     def detect_borrowed(self, is_on: bool) -> None:

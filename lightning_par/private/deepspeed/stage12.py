@@ -46,6 +46,14 @@ class ZeroEngine12(ZeroEngine):
     def buffers(self) -> list[Tensor]:
         return self.sums
 
+    def pieces(self, group: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        place = 0
+        for index, parameter in enumerate(self.zero.params_in_partition[group]):
+            start = 0 if index else self.zero.first_offset[group]
+            length = min(parameter.numel() - start, self.masters[group].numel() - place)
+            yield parameter, start, place, length
+            place += length
+
     def flush(self) -> None:
         self.engine._flush_coalesced_reduction_zero12(self.zero)
 

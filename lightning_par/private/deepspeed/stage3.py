@@ -65,6 +65,13 @@ class ZeroEngine3(ZeroEngine):
     def buffers(self) -> list[Tensor]:
         return [self.zero.grad_partitions_flat_buffer]
 
+    def pieces(self, group: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        place = 0
+        for parameter in self.zero.fp16_groups[group]:
+            start, length = self._range_of(parameter)
+            yield parameter, start, place, length
+            place += parameter.partition_numel()
+
     def flush(self) -> None:
         self.engine._flush_coalesced_reduction_zero3(self.zero)
 
@@ -72,7 +79,7 @@ class ZeroEngine3(ZeroEngine):
         parameters = list(chain.from_iterable(self.zero.fp16_groups))
         gradients = self.zero.grad_partitions_flat_buffer.split([parameter.partition_numel() for parameter in parameters])
         for gradient, parameter in zip(gradients, parameters, strict=True):
-            yield gradient, parameter, self.zero._get_param_partition_rank(parameter) * parameter.partition_numel()
+            yield gradient, parameter, self._range_of(parameter)[0]
 
     def open_early(self) -> None:
         self.zero.grad_partitions_flat_buffer.zero_()
@@ -127,6 +134,10 @@ class ZeroEngine3(ZeroEngine):
         view: Tensor = partitioned.ds_tensor.detach()  # without DeepSpeed's attributes, which cannot be saved
         return view
 
+    def stored_piece(self, parameter: nn.Parameter) -> tuple[Tensor, int, bool]:
+        start, length = self._range_of(parameter)
+        return self.stored(parameter).narrow(0, 0, length), start, False
+
     def detect_borrowed(self, is_on: bool) -> None:
         for module in self.modules:
             parameters: Any = module._parameters
@@ -162,6 +173,11 @@ class ZeroEngine3(ZeroEngine):
             parameter.ds_active_sub_modules.add(module.ds_id)
             if parameter.ds_status.name == "NOT_AVAILABLE":
                 parameter.all_gather()
+
+    def _range_of(self, parameter: Any) -> tuple[int, int]:
+        """Where this rank's partition of a parameter begins in it, and how much of it is no padding."""
+        start = self.zero._get_param_partition_rank(parameter) * parameter.partition_numel()
+        return start, max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
 
     def _parameters_of(self, module: nn.Module) -> Iterable[Any]:
         """Those that are gathered for a module, own and borrowed."""

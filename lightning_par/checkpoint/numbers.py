@@ -1,0 +1,73 @@
+"""What optimizers keep for a parameter as a whole, such as a step count, or in a form that no box describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_par.errors import CheckpointError
+from lightning_par.runtime.axis import Axis
+from lightning_par.runtime.parameter import ParameterSpec, get_spec
+
+_ALIKE = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}  # what one keeps, the others read
+
+
+def name_numbers(numbers: Iterable[tuple[nn.Parameter, Mapping[str, Any]]], tp: Axis) -> dict[str, dict[str, Any]]:
+    """By name of the parameter, and by name of the number; one that belongs to a tp rank's part says so behind an ``@``.
+
+    Args:
+        numbers: what `lightning_par.zero.states.OptimizerStates.numbers` gives.
+        tp: this rank's axis.
+    """
+    named: dict[str, dict[str, Any]] = {}
+    for parameter, values in numbers:
+        spec = get_spec(parameter)
+        for key, value in values.items():
+            where = _whose(spec, tp) if isinstance(value, Tensor) and value.numel() > 1 else ""
+            named.setdefault(spec.name, {})[f"{key}@{where}" if where else key] = value
+    return named
+
+
+def numbers_here(named: Mapping[str, Mapping[str, Any]], spec: ParameterSpec, tp: Axis) -> dict[str, Any]:
+    """The numbers of one parameter, of those that `name_numbers` gave on all ranks.
+
+    Raises:
+        CheckpointError: another tp wrote what belongs to parts.
+    """
+    found, parts = {}, {}
+    for key, value in named.get(spec.name, {}).items():
+        name, _, where = key.partition("@")
+        if not where or where == _whose(spec, tp):
+            found[name] = value
+        else:
+            parts[name] = where
+    lost = parts.keys() - found.keys()
+    if lost:
+        name = min(lost)
+        raise CheckpointError(
+            f"{name} of {spec.name} is not one number for each element, and the checkpoint has it for {parts[name]}: resume with "
+            "the tp that it was trained with"
+        )
+    return found
+
+
+def check_optimizers(saved: Sequence[str] | None, optimizers: Sequence[Optimizer]) -> None:
+    """Check that states fit the optimizers; ``saved`` are names of classes, None where there are no states.
+
+    Raises:
+        CheckpointError: they are of other classes.
+    """
+    there = [name.rpartition(".")[2] for name in saved or ()]
+    here = [type(each).__name__ for each in optimizers]
+    if saved is not None and there != here and not _ALIKE.issuperset((*there, *here)):
+        raise CheckpointError(
+            f"the checkpoint has states of {', '.join(there)}, and configure_optimizers gives {', '.join(here)}: resume with the "
+            "optimizer that it was trained with, or load its weights alone"
+        )
+
+
+def _whose(spec: ParameterSpec, tp: Axis) -> str:
+    return "" if spec.split is None or tp.size == 1 else f"tp {tp.coordinate} of {tp.size}"
