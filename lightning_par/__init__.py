@@ -4,10 +4,15 @@
 
 The names below are the public surface. The strategy and the callback are imported on first use, so that
 `import lightning_par`, the command line's help and Hydra's completion do not wait for torch.
+
+Once this is imported, Lightning reads our checkpoints wherever it reads its own: `load_from_checkpoint`, and a Trainer with another
+strategy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_par.errors import (
@@ -21,6 +26,7 @@ from lightning_par.errors import (
     ReplicaError,
 )
 from lightning_par.layout import Layout, parse_layout
+from lightning_par.private.lightning import extend_load
 
 if TYPE_CHECKING:
     from lightning_par.host.strategy import HybridParallelStrategy
@@ -44,6 +50,17 @@ __all__ = [
     "deferred_init",
     "parse_layout",
 ]
+
+
+def _load(load: Callable[[], Any], path: Any, map_location: Any, weights_only: bool | None, has_states: bool) -> Any:
+    from lightning_par.checkpoint.whole import is_folder, load_folder
+
+    if not is_folder(path):
+        return load()
+    return load_folder(Path(path), map_location, trust=weights_only is False, has_states=has_states)
+
+
+extend_load(_load)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
     lightning-par explain parallel=tp2_pp2             # what would run where, and why; nothing is trained or started
     lightning-par explain -cd recipes -cn demo         # the same for a recipe
     lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved       # when each rank of a pipeline would do what
+    lightning-par checkpoint show last.ckpt            # what is in a checkpoint; also verify, export, import, prune
 
 Exit codes as in `lightning_par.config.app`.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_par import __version__
+from lightning_par.checkpoint_command import add_checkpoint_command
 from lightning_par.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("words", nargs="+", metavar="KEY=VALUE", help="the layout, the schedule and the costs, see below")
     simulate.add_argument("--output", metavar="FOLDER", help="where to draw (default: simulate/LAYOUT-SCHEDULE)")
     simulate.set_defaults(run=_simulate)
+    add_checkpoint_command(commands)
     return parser
 
 

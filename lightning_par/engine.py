@@ -22,6 +22,8 @@ from lightning_par.checkpoint import (
     add_buffers,
     add_parameters,
     check_optimizers,
+    find_configs,
+    member_names,
     name_numbers,
     read_buffers,
     weights_of,
@@ -242,13 +244,15 @@ class Engine:
         return share
 
     def run_state(self, has_states: bool = True) -> dict[str, Any]:
-        """What there is to go on from beside tensors, on this rank; all but ``numbers`` is equal on all ranks."""
-        state: dict[str, Any] = {"streams": self.streams.state_dict()}
+        """What there is to go on from beside tensors, on this rank; all but ``numbers`` and ``members`` is equal on all ranks."""
+        state: dict[str, Any] = {"streams": self.streams.state_dict(), "precision": self.precision.name}
+        state["configs"] = find_configs(self.module)
         if self.loss_scale is not None:
             state["loss_scale"] = self.loss_scale.state_dict()
         if self.states is not None and has_states:
             state["optimizers"] = [f"{type(each).__module__}.{type(each).__qualname__}" for each in self.states.optimizers]
             state["groups"] = self.states.groups()
+            state["members"] = member_names(self.states.optimizers)
             state["numbers"] = name_numbers(self.states.numbers(), self.mesh.tp)
         return state
 
@@ -276,7 +280,8 @@ class Engine:
             if "groups" in run:
                 self.states.refill_groups(run["groups"])
         read_buffers(checkpoint, persistent_buffers(self.module), self.mesh.coordinate.dp)
-        self.streams.load_state_dict(run["streams"])
+        if "streams" in run:  # none of a checkpoint that another program wrote
+            self.streams.load_state_dict(run["streams"])
         if self.loss_scale is not None and "loss_scale" in run:  # none was saved in another precision
             self.loss_scale.load_state_dict(run["loss_scale"])
 

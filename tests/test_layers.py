@@ -24,7 +24,7 @@ LAYERS = (
     ("prepare", "engine"),
     ("host",),
     ("__init__",),
-    ("config", "demo"),
+    ("config", "demo", "checkpoint_command"),
     ("cli",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -35,6 +35,7 @@ from lightning_par.errors import CheckpointError
 INDEX = "checkpoint.json"
 VERSION = 1
 PARAMETER, BUFFER = "parameter", "buffer"
+EITHER = "either"  # what another program wrote does not say
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Entry:
     Attributes:
         shape: the global shape.
         dtype: in which the module computes with it; values may be more exact.
-        kind: `PARAMETER` or `BUFFER`.
+        kind: `PARAMETER`, `BUFFER` or `EITHER`.
         aliases: the other names that tied parameters have.
         values: by what they are.
     """
@@ -99,6 +100,10 @@ class Index:
     layout: str
     entries: dict[str, Entry] = field(default_factory=dict)
     files: dict[str, tuple[int, str | None]] = field(default_factory=dict)
+
+    def find(self, name: str) -> Entry | None:
+        """The tensor of a name, which may be an alias."""
+        return self.entries.get(name) or next((entry for entry in self.entries.values() if name in entry.aliases), None)
 
     def dump(self) -> str:
         """As JSON, with its own checksum."""
@@ -134,6 +139,8 @@ def read_index(folder: Path) -> Index:
         content = json.loads(path.read_bytes())
         known, version = content["format"] == "lightning_par", content["version"]
         checksum = content.pop("checksum")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check the disk and the rights") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: it is no index ({type(error).__name__}: {error}): {_REMEDY}") from None
     if not known or version != VERSION:
@@ -161,21 +168,26 @@ _REMEDY = "use another checkpoint"
 def _check_pieces(index: Index) -> None:
     for name, entry in index.entries.items():
         whole = Box((0,) * len(entry.shape), entry.shape)
+        _check_dtype(name, entry.dtype)
         for what, values in entry.values.items():
-            if not isinstance(getattr(torch, values.dtype), torch.dtype):
-                raise ValueError(f"{values.dtype} is no dtype")
+            _check_dtype(name, values.dtype)
             for piece in values.pieces:
                 inside = not math.prod(piece.box.shape) or (piece.box & whole) == piece.box
                 if len(piece.box.shape) != len(entry.shape) or not inside:
                     raise ValueError(f"a piece of {name} ({what}) lies outside of it")
                 if piece.file not in index.files:
                     raise ValueError(f"{name} ({what}) is in {piece.file}, which is not listed")
-            covered, wanted = sum(piece.box.numel for piece in values.pieces), math.prod(entry.shape)
+            covered, wanted = sum(box.numel for box in {piece.box for piece in values.pieces}), math.prod(entry.shape)
             if covered != wanted:
                 raise ValueError(f"the pieces of {name} ({what}) have {covered} of its {wanted} elements")
     for file in index.files:
         if PurePosixPath(file).name != file or file in ("", ".", ".."):
             raise ValueError(f"{file!r} is no name of a file in it")
+
+
+def _check_dtype(name: str, dtype: str) -> None:
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"{name} is of {dtype!r}, which is no dtype")
 
 
 def _check_files(folder: Path, index: Index) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_par.checkpoint.box import Box, places
-from lightning_par.checkpoint.index import PARAMETER, Index, read_index
+from lightning_par.checkpoint.index import BUFFER, PARAMETER, Index, read_index
 from lightning_par.checkpoint.numbers import numbers_here
 from lightning_par.checkpoint.plain import odd_places, put_together
 from lightning_par.checkpoint.publish import find_published
@@ -49,17 +50,30 @@ class Checkpoint:
         Args:
             trust: also what is pickled, which may run any code; else it is left out.
         """
+        odd = self._odd() if trust and ODD in self.index.files else None
         try:
-            words = json.loads((self.folder / TRAINER).read_bytes())
             tensors = load_file(self.folder / TRAINER_TENSORS) if TRAINER_TENSORS in self.index.files else {}
-            odd = torch.load(self.folder / ODD, weights_only=False) if trust and ODD in self.index.files else None
-            return put_together(words, tensors, odd)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return put_together(self._words(), tensors, odd)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder / TRAINER} is damaged: {error!r}: use another checkpoint") from None
 
     def odd_places(self) -> list[str]:
-        """Where the values are in it that `trainer` leaves out."""
-        return odd_places(json.loads((self.folder / TRAINER).read_bytes())) if ODD in self.index.files else []
+        """Where the values are in it that `trainer` leaves out, such as ``trainer.callbacks.Mine.state``."""
+        return odd_places(self._words()) if ODD in self.index.files else []
+
+    def _words(self) -> Any:
+        try:
+            return json.loads((self.folder / TRAINER).read_bytes())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder / TRAINER} is damaged: {error!r}: use another checkpoint") from None
+
+    def _odd(self) -> Any:
+        try:
+            return torch.load(self.folder / ODD, map_location="cpu", weights_only=False)
+        except Exception as error:  # unpickling runs code of any kind
+            raise CheckpointError(
+                f"{self.folder / ODD} cannot be unpickled: {error!r}: import what its classes need, or load without it"
+            ) from error
 
     def read(self, name: str, what: str, box: Box, out: Tensor) -> None:
         """Read a box of a tensor into ``out``.
@@ -67,7 +81,7 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or a piece of it is damaged.
         """
-        entry = self.index.entries.get(name)
+        entry = self.index.find(name)
         values = None if entry is None else entry.values.get(what)
         if values is None:
             raise CheckpointError(f"{self.folder} has no {what} of {name}")
@@ -93,10 +107,12 @@ class Checkpoint:
         Raises:
             CheckpointError: names or shapes differ; lists them.
         """
-        saved = {name: entry.shape for name, entry in self.index.entries.items() if entry.kind == PARAMETER}
+        entries = [({name, *entry.aliases}, entry) for name, entry in self.index.entries.items() if entry.kind != BUFFER]
+        saved = {name: entry.shape for names, entry in entries for name in names}
+        more = [min(names) for names, entry in entries if entry.kind == PARAMETER and parameters.keys().isdisjoint(names)]
         faults = {
             "missing in the checkpoint": sorted(parameters.keys() - saved.keys()),
-            "only in the checkpoint": sorted(saved.keys() - parameters.keys()),
+            "only in the checkpoint": sorted(more),
             "of another shape": [
                 f"{name}: {list(saved[name])} in the checkpoint, {list(shape)} in {what}"
                 for name, shape in parameters.items()
@@ -123,7 +139,7 @@ class RankSource:
 
     def fill(self, held: Held) -> None:
         spec = get_spec(held.parameter)
-        if not self._is_strict and spec.name not in self._checkpoint.index.entries:
+        if not self._is_strict and self._checkpoint.index.find(spec.name) is None:
             return
         bounds = held.start, held.start + held.values.numel()
         found = list(places(spec.shape, spec.split, self._tp.size, self._tp.coordinate, *bounds))
@@ -133,7 +149,7 @@ class RankSource:
             self._checkpoint.read(spec.name, held.key, place.box, place.of(held.values))
 
     def states_of(self, parameter: nn.Parameter) -> Mapping[str, torch.dtype]:
-        entry = self._checkpoint.index.entries.get(get_spec(parameter).name)
+        entry = self._checkpoint.index.find(get_spec(parameter).name)
         values = {} if entry is None else entry.values
         return {what: getattr(torch, each.dtype) for what, each in values.items() if what != WEIGHT}
 

@@ -54,6 +54,27 @@ def numbers_here(named: Mapping[str, Mapping[str, Any]], spec: ParameterSpec, tp
     return found
 
 
+def member_names(optimizers: Iterable[Optimizer]) -> list[list[list[str]]]:
+    """The parameters of this rank in each group of each optimizer, in their order there."""
+    return [[[get_spec(p).name for p in group["params"]] for group in each.param_groups] for each in optimizers]
+
+
+def merge_members(every: Sequence[list[list[list[str]]]], names: Iterable[str]) -> list[list[list[str]]]:
+    """Of what `member_names` gave on all ranks: the groups as one process has them.
+
+    Args:
+        every: by rank. A rank has the parameters of its stages.
+        names: of all parameters, in the order of the module, in which several stages are put together.
+    """
+    order = {name: place for place, name in enumerate(names)}
+    merged = []
+    for optimizer in zip(*every, strict=True):
+        groups = [list(dict.fromkeys(name for group in groups for name in group)) for groups in zip(*optimizer, strict=True)]
+        is_whole = all(len(group) == len(first) for group, first in zip(groups, optimizer[0], strict=True))
+        merged.append(groups if is_whole else [sorted(group, key=order.__getitem__) for group in groups])
+    return merged
+
+
 def check_optimizers(saved: Sequence[str] | None, optimizers: Sequence[Optimizer]) -> None:
     """Check that states fit the optimizers; ``saved`` are names of classes, None where there are no states.
 

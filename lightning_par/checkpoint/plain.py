@@ -105,6 +105,8 @@ def _encode(value: Any, where: str, plain: Plain) -> Any:
 def _tag_of(value: Any) -> str | None:
     if isinstance(value, (numpy.generic, numpy.ndarray)):
         return ("number" if isinstance(value, numpy.generic) else "array") if value.dtype.kind in "biufcSU" else None
+    if isinstance(value, type):
+        return "class" if value in _CLASSES else None
     return next((tag for tag, kind in _KINDS.items() if type(value) in kind.types), None)
 
 
@@ -125,6 +127,7 @@ def _read_array(words: Any) -> Any:
     return numpy.frombuffer(bytes.fromhex(data), dtype).reshape(shape).copy()
 
 
+_CLASSES = (DictConfig, ListConfig)  # what Lightning keeps as the type of hyperparameters
 _KINDS = {
     "float": _Kind((float,), str, float),  # those that are not finite
     "tuple": _Kind((tuple,), list, tuple),
@@ -138,7 +141,8 @@ _KINDS = {
     "device": _Kind((torch.device,), str, torch.device),
     "duration": _Kind((timedelta,), lambda value: [value.days, value.seconds, value.microseconds], lambda each: timedelta(*each)),
     "path": _Kind((Path, PosixPath), str, Path),
-    "config": _Kind((DictConfig, ListConfig), OmegaConf.to_yaml, OmegaConf.create),
+    "config": _Kind(_CLASSES, OmegaConf.to_yaml, OmegaConf.create),
+    "class": _Kind((), lambda kind: kind.__name__, lambda name: {kind.__name__: kind for kind in _CLASSES}[name]),
     "array": _Kind((), _write_array, _read_array),
     "number": _Kind((), _write_array, lambda words: _read_array(words)[()]),
 }

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_par.checkpoint.box import Box, places
+from lightning_par.checkpoint.box import Box, flat_boxes, places
 from lightning_par.checkpoint.index import BUFFER, PARAMETER, Entry
 from lightning_par.plan import ParameterPlan
 from lightning_par.runtime.mesh import Mesh
@@ -64,6 +64,16 @@ def add_buffer(share: Share, name: str, what: str, buffer: Tensor) -> None:
     shape = tuple(buffer.shape)
     share.entries.setdefault(name, Entry(shape, dtype_name(buffer.dtype), BUFFER))
     share.pieces.append((name, what, Box((0,) * len(shape), shape), buffer.detach()))
+
+
+def add_whole(share: Share, name: str, what: str, values: Tensor, kind: str = PARAMETER) -> None:
+    """Add all of a tensor, for a process that holds it alone; in pieces of at most `PIECE_BYTES`."""
+    shape = tuple(values.shape)
+    share.entries.setdefault(name, Entry(shape, dtype_name(values.dtype), kind))
+    step = PIECE_BYTES // values.element_size()
+    boxes = [box for start in range(0, values.numel(), step) for box in flat_boxes(shape, start, min(start + step, values.numel()))]
+    for box in boxes or [Box((0,) * len(shape), shape)]:  # an empty tensor has a piece too, or nobody would know its dtype
+        share.pieces.append((name, what, box, box.of(values.detach())))
 
 
 def weights_of(module: nn.Module) -> Iterator[Held]:

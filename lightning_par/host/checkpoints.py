@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_par.checkpoint import Checkpoint, Content, Saver, take_apart, together
+from lightning_par.checkpoint import Checkpoint, Content, Saver, merge_members, take_apart, together
 from lightning_par.engine import Engine
 
 
@@ -45,10 +45,14 @@ class RunCheckpoints:
         has_states = "optimizer_states" in trainer
         run = self.engine.run_state(has_states)
         numbers: dict[str, dict[str, Any]] = {}
-        for each in together(self._group, f"{path} could not be written", lambda: run.pop("numbers", {})):
+        own = run.pop("numbers", {}), run.pop("members", [])
+        every = together(self._group, f"{path} could not be written", lambda: own)
+        for each, _ in every:
             for name, values in each.items():
                 numbers.setdefault(name, {}).update(values)
-        content = {"trainer": trainer, "run": {**run, "numbers": numbers}} if self.engine.mesh.rank == 0 else {}
+        names = [parameter.spec.name for parameter in self.engine.plan.parameters]
+        parts = {"numbers": numbers, "members": merge_members([members for _, members in every], names)}
+        content = {"trainer": trainer, "run": {**run, **parts}} if self.engine.mesh.rank == 0 else {}
         layout = str(self.engine.plan.layout)
         self._saver.save(path, Content(layout, self.engine.share(has_states), take_apart(content)))
 
