@@ -22,6 +22,7 @@ from lightning_par.errors import (
     LayoutError,
     LightningParError,
     ModelError,
+    NumericsError,
     PlanError,
     ReplicaError,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "LayoutError",
     "LightningParError",
     "ModelError",
+    "NumericsError",
     "PipelineTimeline",
     "PlanError",
     "ReplicaError",

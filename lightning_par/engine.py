@@ -28,9 +28,11 @@ from lightning_par.checkpoint import (
     read_buffers,
     weights_of,
 )
+from lightning_par.guard.search import Search
 from lightning_par.install import install
 from lightning_par.loss_scale import LossScale
 from lightning_par.materialize import LateValues, Weights, is_deferred, persistent_buffers, share_records
+from lightning_par.pipeline.action import without_split
 from lightning_par.pipeline.executor import Executor, Hooks, Observer
 from lightning_par.pipeline.lockstep import Lockstep
 from lightning_par.pipeline.measure import CostMeter
@@ -189,6 +191,36 @@ class Engine:
             weights = [self.loss_scale.scale * weight for weight in weights]
         with self.watchdog.step("train"), self.streams.step(), self.states.accumulate(), self._metered():
             return self._executor.run(row, program, loss_of, weights, self._static(shapes))
+
+    def search(
+        self,
+        search: Search,
+        program: Program,
+        weights: Sequence[float | torch.Tensor],
+        loss_of: Callable[[Any], torch.Tensor],
+        shapes: Sequence[Hashable] = (),
+    ) -> None:
+        """`train` once more, under the eyes of ``search``; for a step that is not to be taken. Collective over the replica."""
+        row, enter = without_split(self.tables.row(self.mesh.coordinate.pp, len(weights), trains=True)), self._hooks.at_entrance
+
+        def at_entrance(microbatch: int, stage: int) -> None:
+            enter(microbatch, stage)
+            search.enter()
+
+        def watched(index: int) -> Any:
+            output = program(index)
+            search.end_step(loss_of(output))
+            return output
+
+        assert self.states is not None, "training needs an owner of the optimizer states"
+        self._hooks.at_entrance = at_entrance
+        self.observers.append(search)
+        try:
+            with self.watchdog.step("train"), self.streams.step(), self.states.accumulate(), search.watching():
+                self._executor.run(row, watched, loss_of, weights, self._static(shapes))
+        finally:
+            self.observers.remove(search)
+            self._hooks.at_entrance = enter
 
     def evaluate(self, program: Program, num_microbatches: int, shapes: Sequence[Hashable] = ()) -> list[Any]:
         """Forward of every microbatch, without gradients. Collective over the replica; returns as `train` does."""

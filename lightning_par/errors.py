@@ -7,7 +7,8 @@
     │   ├── PlanError                      a line of the ``plan:`` section
     │   └── DataError                      the batches do not fit the layout
     ├── ReplicaError (RuntimeError)        ranks that must agree do not
-    └── CheckpointError (RuntimeError)     a checkpoint cannot be written or read
+    ├── CheckpointError (RuntimeError)     a checkpoint cannot be written or read
+    └── NumericsError (RuntimeError)       a loss or a gradient is infinite or undefined
 
 Every message says what is wrong in the user's own words and values, the rule, and one thing to do.
 """
@@ -43,3 +44,7 @@ class ReplicaError(LightningParError, RuntimeError):
 
 class CheckpointError(LightningParError, RuntimeError):
     """A checkpoint that cannot be written or read."""
+
+
+class NumericsError(LightningParError, RuntimeError):
+    """A loss or a gradient that is infinite or undefined; the step was not taken."""

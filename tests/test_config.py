@@ -120,6 +120,16 @@ def test_what_counts_the_targets_reaches_the_strategy(override: str, named: str)
     assert (repr(count) if isinstance(count, FieldCount) else str(count)) == named
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [([], (True, 0)), (["detect_anomaly=null", "drift_guard=50"], (False, 50)), (["detect_anomaly=first"], (True, 0))],
+)
+def test_guards_reach_the_strategy(lines: list[str], said: tuple[bool, int]) -> None:
+    config = composed("parallel=single", "trainer.default_root_dir=null", *lines)
+    trainer, _, _ = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
+    assert (trainer.strategy.options.detects_anomaly, trainer.strategy.options.drift_guard) == said
+
+
 def test_options_of_the_group_parallel_reach_the_strategy() -> None:
     said = {"recompute": "full", "memory_gib": 3.0, "offload_activations": True, "compile": True, "fp8": "rowwise"}
     sizes = {field.name for field in fields(Layout)}

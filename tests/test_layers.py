@@ -19,7 +19,7 @@ LAYERS = (
     ("plan",),
     ("tensor", "pipeline", "zero"),
     ("recompute", "offload", "compilation", "split_backward", "picture"),
-    ("install", "gradients", "loss_scale", "checkpoint"),
+    ("install", "gradients", "loss_scale", "checkpoint", "guard"),
     ("memory",),
     ("prepare", "engine"),
     ("host",),

@@ -98,7 +98,8 @@ def logged(trainer: pl.Trainer) -> dict[str, float]:
 def train_rank(rank: int, layout: Layout, name: str, is_weighted: bool = True) -> tuple[Run, dict[str, float]]:
     """One case in a layout, as this rank sees it, and what it knows of logged values."""
     make, weight, options = CASES[name]
-    strategy: Any = HybridParallelStrategy(layout, print_plan=False, loss_weight=weight if is_weighted else None)
+    how: dict[str, Any] = {"loss_weight": weight} if is_weighted else {"detect_anomaly": None}  # without, the loss is undefined
+    strategy: Any = HybridParallelStrategy(layout, print_plan=False, **how)
     options = {"strategy": strategy, "devices": layout.world_size, **options}
     trainer, module, view = run(make, layout.dp or 1, layout.coordinate_of(rank).dp, **options)
     view.weights = {key: value.detach().clone() for key, value in strategy.states.full_parameters()}

@@ -46,6 +46,8 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
         zero=instantiate(config.get("zero"), _convert_="all"),
         async_save=config.async_save,
         hang_seconds=config.hang_seconds,
+        detect_anomaly=config.get("detect_anomaly", "first"),
+        drift_guard=config.get("drift_guard", 0),
         init=init,
         weights=weights,
         loss_weight=instantiate({"given": config.get("loss_weight")}, _convert_="all")["given"],  # a plain word, too

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_par.errors import ConfigurationError
 from lightning_par.host.loss_weight import TargetCount
 from lightning_par.plan.compiled import read_backend
 from lightning_par.plan.override import check_float8_word, check_recompute_word
@@ -27,6 +28,8 @@ class Options:
         async_save: whether checkpoints are written in the background.
         hang_seconds: how long an action may stand still; None for any time.
         print_plan: whether the plan is printed.
+        detects_anomaly: whether a loss that is not finite ends the run.
+        drift_guard: after how many steps the ranks compare what they hold; 0 for never.
     """
 
     overrides: Mapping[str, Any]
@@ -38,6 +41,8 @@ class Options:
     async_save: bool
     hang_seconds: float | None
     print_plan: bool
+    detects_anomaly: bool
+    drift_guard: int
 
 
 def read_overrides(
@@ -63,3 +68,14 @@ def read_overrides(
     if offload_activations:
         overrides["offload_activations"] = {"*": True, **(overrides.get("offload_activations") or {})}
     return overrides
+
+
+def check_drift_guard(every: int) -> int:
+    """Check a number of steps.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise ConfigurationError(f"drift_guard={every}: ranks compare what they hold every so many steps: use 100, or 0 for never")
+    return every

@@ -140,6 +140,15 @@ class StageLog:
 
         Collective over dp (last stage) and pp when it ends; a step that raises ends at once, with nothing sent.
         """
+        with self.recording():
+            yield
+        entries = _fold(self._records[microbatch] for microbatch in sorted(self._records))
+        for (name, _), entry in self._exchange(entries).items():
+            self._replay(name, entry)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around all microbatches of a step of which nothing is to be logged. No collective."""
         self._records.clear()
         self.begin(0, 1)
         self._module.log = self._record if self._mesh.is_last_stage else _ignore
@@ -149,9 +158,6 @@ class StageLog:
         finally:
             self._metrics.is_muted = False
             del self._module.log
-        entries = _fold(self._records[microbatch] for microbatch in sorted(self._records))
-        for (name, _), entry in self._exchange(entries).items():
-            self._replay(name, entry)
 
     def close(self) -> None:
         """Undo what was done to the module's torchmetrics objects; when the trainer is done with the module."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lightning_par.engine import Engine
+from lightning_par.host.anomaly import AnomalyGuard, Trained
 from lightning_par.host.batch import merge_outputs, split_batch
 from lightning_par.host.fingerprint import check_same_batch
 from lightning_par.host.last_stage import output_from_last_stage
@@ -46,11 +47,16 @@ class StepRunner:
     Args:
         engine: the module in motion.
         count: what counts the targets of a batch; None to count its samples.
+        detects_anomaly: whether a loss that is not finite ends the run.
+
+    Attributes:
+        anomaly: who sees to that; None for nobody.
     """
 
-    def __init__(self, engine: Engine, count: TargetCount | None = None) -> None:
+    def __init__(self, engine: Engine, count: TargetCount | None = None, detects_anomaly: bool = False) -> None:
         self.engine, self.module, self.mesh, self._count = engine, engine.module, engine.mesh, count
         self._log = StageLog(self.module, self.mesh)
+        self.anomaly = AnomalyGuard(engine, self._log) if detects_anomaly else None
         self._num_seen: dict[str, int] = {}
         self._has_warned = False
         self._may_loop = True  # whether predict_step may call its blocks again and again
@@ -78,8 +84,12 @@ class StepRunner:
                 give_no_gradient(loss_of(output))
             return output
 
+        step = program, [scale * share for share in shares], loss_of, _shapes("training_step", pieces)
+        if self.anomaly is not None:
+            batches = [piece.batch if share else None for piece, share in zip(pieces, shares, strict=True)]
+            self.anomaly.keep(Trained(args[0] if args else 0, batches, step, self.engine.streams.state_dict()))
         with self._log.step():
-            outputs = self.engine.train(program, [scale * share for share in shares], loss_of, _shapes("training_step", pieces))
+            outputs = self.engine.train(*step)
         return self._training_output(outputs, pieces, shares)
 
     def run_whole(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -189,8 +199,11 @@ class StepRunner:
                 others = _merge(rest, pieces) or None
             summary[1] = float(others is not None)
         mesh.world.all_reduce(summary)
+        mean, has_others = summary.tolist()  # one read: a GPU is waited for once
+        if self.anomaly is not None:
+            self.anomaly.check_loss(mean)
         loss = summary[0].float()
-        return {"loss": loss, **output_from_last_stage(others, mesh, self.engine.device)} if float(summary[1]) else loss
+        return {"loss": loss, **output_from_last_stage(others, mesh, self.engine.device)} if has_others else loss
 
     def _check_batch(self, step: str, batch: Any) -> None:
         seen = self._num_seen[step] = self._num_seen.get(step, 0) + 1

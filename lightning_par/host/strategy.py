@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_par.engine import Engine
+from lightning_par.host.anomaly import check_anomaly_word
 from lightning_par.host.check import check_optimization, check_run, check_split, check_trainable
 from lightning_par.host.checkpoints import RunCheckpoints
 from lightning_par.host.construction import check_init_word, configuring, guard_setup
@@ -21,7 +22,7 @@ from lightning_par.host.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
 from lightning_par.host.memory import check_memory_gib
 from lightning_par.host.namespace import bind, root_in_use
-from lightning_par.host.option import Options, read_overrides
+from lightning_par.host.option import Options, check_drift_guard, read_overrides
 from lightning_par.host.plan_report import report_plan
 from lightning_par.host.precision import precision_class, read_precision, read_scale
 from lightning_par.host.preflight import leave_inference_mode, plan_from_trainer
@@ -72,13 +73,17 @@ class HybridParallelStrategy(RankedStrategy):
         timeout_seconds: how long a collective may wait for a rank before it is an error.
         hang_seconds: how long one forward or backward of a microbatch may stand still on a rank, when those before it were quick,
             before its stack is shown and the run ends; see `lightning_par.runtime.watchdog`. None for any time.
+        detect_anomaly: ``first``: a loss or clipped gradient that is infinite or undefined ends the run before the step, and the
+            step is run again to name the first module and rank where that was; see `lightning_par.host.anomaly`. None to go on.
+        drift_guard: every so many steps the ranks compare the bits of what they hold in common, and a difference ends the run; see
+            `lightning_par.guard.drift`. 0 for never.
         print_plan: whether rank 0 prints the plan before the first step.
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
         ConfigurationError: the schedule or the word for ``recompute``, ``fp8`` or ``init`` or the backend for ``compile`` is
-            unknown, ``loss_weight`` is no such thing, ``memory_gib`` is not positive, ``hang_seconds`` is too short, or an option
-            in ``zero`` is unknown or not one of the layout.
+            unknown, ``loss_weight`` is no such thing, ``memory_gib`` is not positive, ``hang_seconds`` is too short,
+            ``detect_anomaly`` or ``drift_guard`` is no such thing, or an option in ``zero`` is unknown or not one of the layout.
 
     Attributes:
         layout: sizes of the axes; dp is known once the Trainer is made.
@@ -110,6 +115,8 @@ class HybridParallelStrategy(RankedStrategy):
         async_save: bool = False,
         timeout_seconds: float = 600.0,
         hang_seconds: float | None = 20.0,
+        detect_anomaly: str | None = "first",
+        drift_guard: int = 0,
         print_plan: bool = True,
     ) -> None:
         chosen, placed = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
@@ -125,6 +132,8 @@ class HybridParallelStrategy(RankedStrategy):
             async_save=async_save,
             hang_seconds=check_hang_seconds(hang_seconds),
             print_plan=print_plan,
+            detects_anomaly=check_anomaly_word(detect_anomaly),
+            drift_guard=check_drift_guard(drift_guard),
         )
         check_zero_options(self.options.zero, placed, chosen, splits_backward(chosen, placed))
         self._plan: Plan | None = None
@@ -220,7 +229,7 @@ class HybridParallelStrategy(RankedStrategy):
             if self.is_global_zero:
                 report_plan(self.plan, self.schedule, folder, self.options.print_plan)
         watch_engine(self.engine, self._launcher, self.options.hang_seconds)
-        self._steps = StepRunner(self.engine, self.options.loss_weight)
+        self._steps = StepRunner(self.engine, self.options.loss_weight, self.options.detects_anomaly)
         share_generators(self.mesh.replica)
         self.engine.loss_scale = read_scale(self._chosen_precision) if trainer.state.fn == "fit" else None
         if trainer.state.fn == "fit":
@@ -260,7 +269,7 @@ class HybridParallelStrategy(RankedStrategy):
         for warning in overwritten(self.layout.zero, self.options.zero) if self.layout.zero else ():
             rank_zero_warn(warning)
         self.engine.own_states(self.optimizers, self.options.zero)
-        self._updates = Updates(self.engine)
+        self._updates = Updates(self.engine, self._running.anomaly, self.options.drift_guard)
 
     def model_to_device(self) -> None:
         """The engine moves this rank's shards when it installs them."""
@@ -278,6 +287,8 @@ class HybridParallelStrategy(RankedStrategy):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             type(module).optimizer_zero_grad(module, trainer.current_epoch, batch_idx, self.optimizers[0])
             self.states.zero_grad()
+            if steps.anomaly is not None:
+                steps.anomaly.forget()  # what was not stepped on, too
         return steps.train(batch, args, kwargs, 1 / trainer.accumulate_grad_batches)
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

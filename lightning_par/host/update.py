@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 from lightning_par.engine import Engine
 from lightning_par.gradients import clip_by_norm, clip_by_value, global_norm, sum_shared_gradients
+from lightning_par.guard.drift import DriftGuard
+from lightning_par.host.anomaly import AnomalyGuard
 
 
 class Updates:
@@ -18,15 +20,19 @@ class Updates:
 
     Args:
         engine: the module in motion; its optimizer states have their owner.
+        anomaly: looks at norms; None where nobody does.
+        drift_guard: after how many steps the ranks compare what they hold; 0 for never.
 
     Attributes:
         grad_norm: of the whole model, before it was last clipped by norm; None where it has not been.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, anomaly: AnomalyGuard | None = None, drift_guard: int = 0) -> None:
         assert engine.states is not None
         self.grad_norm: torch.Tensor | None = None
         self._mesh, self._scale, self._states = engine.mesh, engine.loss_scale, engine.states
+        self._anomaly = anomaly
+        self._drift = DriftGuard(engine.states, engine.mesh, drift_guard) if drift_guard else None
         self._reduced: dict[int, bool] = {}  # optimizers whose gradients are reduced, by position; whether they have overflowed
 
     def reduce(self, optimizer: Any) -> None:
@@ -48,9 +54,13 @@ class Updates:
         else:
             self.grad_norm = global_norm(self._states, self._mesh, only)
             clip_by_norm(self._states, value, self.grad_norm, only)
+            if self._anomaly is not None and self._scale is None:
+                self._anomaly.check_norm(self.grad_norm)
 
     def step(self, optimizer: Any) -> None:
         """Step with the reduced gradients; where they have overflowed, forget them."""
+        if self._drift is not None:
+            self._drift.before_step()
         position = self._position_of(optimizer)
         only = self._only(position)
         has_overflowed = self._reduced.pop(position)
@@ -60,6 +70,8 @@ class Updates:
             self._states.step(only)
         if self._scale is not None:
             self._scale.update(has_overflowed)
+        if self._anomaly is not None:
+            self._anomaly.forget()
 
     def _position_of(self, optimizer: Any) -> int:
         """Which of the optimizers is meant; Lightning hands out wrappers, which share the groups."""

@@ -55,6 +55,11 @@ def source_of(action: Action, num_stages: int) -> Action | None:
     return Action(kind, stage + 1, microbatch) if stage < num_stages - 1 else Action("F", stage, microbatch)
 
 
+def without_split(row: Row) -> Row:
+    """A row whose backwards are whole, each where the split one computed its input gradient. What it sends is the same."""
+    return tuple(Action("B", *action[1:]) if action.kind == "I" else action for action in row if action.kind != "W")
+
+
 def num_stages_of(table: Table) -> int:
     """Stages of a table."""
     return 1 + max((action.stage for row in table for action in row), default=-1)

@@ -157,6 +157,10 @@ class DeepSpeedStates(OptimizerStates):
             with self.engine.whole(parameter):
                 yield name, parameter.detach()
 
+    def weights(self) -> Iterator[Held]:
+        for parameter in self.module.parameters():
+            yield Held(parameter, WEIGHT, *self.engine.stored_piece(parameter))
+
     def held(self) -> Iterator[Held]:
         for parameter, values, start, is_shared in self._constants():
             yield Held(parameter, WEIGHT, values, start, is_shared)

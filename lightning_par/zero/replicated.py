@@ -73,6 +73,10 @@ class ReplicatedStates(OptimizerStates):
         for name, parameter in self.module.named_parameters():
             yield name, parameter.detach()
 
+    def weights(self) -> Iterator[Held]:
+        for parameter in self.module.parameters():
+            yield Held(parameter, WEIGHT, parameter.detach().reshape(-1), 0, is_shared=True)
+
     def held(self) -> Iterator[Held]:
         for parameter in self.module.parameters():
             stepped = self._stepped(parameter)

@@ -124,6 +124,10 @@ class OptimizerStates(ABC):
         """
 
     @abstractmethod
+    def weights(self) -> Iterator[Held]:
+        """This rank's piece of every parameter as forwards read it, live; in the module's order. No collective."""
+
+    @abstractmethod
     def held(self) -> Iterator[Held]:
         """All weights and optimizer states of this rank that have a number for each element, live; in the same order every time.
 
