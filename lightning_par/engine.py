@@ -226,7 +226,7 @@ class Engine:
         """Forward of every microbatch, without gradients. Collective over the replica; returns as `train` does."""
         row = self.tables.row(self.mesh.coordinate.pp, num_microbatches, trains=False)
         gathered = nullcontext() if self.states is None else self.states.evaluate()
-        with self.watchdog.step("evaluate"), self.streams.step(), torch.no_grad(), gathered:
+        with self.watchdog.step("evaluate"), self.streams.step(trains=False), torch.no_grad(), gathered:
             return self._executor.run(row, program, _no_loss, (), self._static(shapes))
 
     def evaluate_in_lockstep(self, program: Callable[[], Any]) -> tuple[Any, int]:
@@ -239,7 +239,7 @@ class Engine:
         """
         assert self._lockstep is not None, "one rank runs such a step alone"
         gathered = nullcontext() if self.states is None else self.states.evaluate()
-        with self.streams.step(), torch.no_grad(), gathered:
+        with self.streams.step(trains=False), torch.no_grad(), gathered:
             self.streams.begin(0)
             return self._lockstep.run(program), self._lockstep.num_passes
 

@@ -32,8 +32,17 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=30)
 GPU: dict[str, Any] = {"accelerator": "cuda", "devices": 1}
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90, have_workers: bool = False
+) -> list[Any]:
     """Run ``function(rank, world_size, *args)`` in ``world_size`` forked processes of one gloo group.
+
+    Args:
+        function: what each rank runs.
+        world_size: ranks.
+        *args: for the function.
+        timeout: seconds until all must have returned.
+        have_workers: whether ranks start processes of their own, such as a loader's.
 
     Returns:
         What each rank returned (picklable), by rank.
@@ -46,7 +55,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = os.path.join(folder, "rendezvous")
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, rendezvous, results, args), daemon=True)
+            context.Process(
+                target=_rank_main, args=(function, rank, world_size, rendezvous, results, args), daemon=not have_workers
+            )
             for rank in range(world_size)
         ]
         for process in processes:

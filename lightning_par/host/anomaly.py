@@ -2,8 +2,8 @@
 
 While all is well it costs nothing: the loss is read from the message that every training step ends with, and is equal on all ranks,
 so that all come here together. No hook is on any module. Where gradients are clipped by norm, on a CPU that norm is read before the
-step; the host would wait for that of a GPU. There, and without clipping, a bad gradient shows in the next loss, as a bad parameter. A
-gradient that overflows under a loss scale is the scale's own affair.
+step; the host would wait for that of a GPU. There, and without clipping, a bad gradient shows in the next loss, as a bad
+parameter. A gradient that overflows under a loss scale is the scale's own affair.
 """
 
 from __future__ import annotations

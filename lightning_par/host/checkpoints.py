@@ -31,32 +31,42 @@ class RunCheckpoints:
         self._saver = Saver(self._group, is_async)
         self._opened: tuple[Checkpoint, dict[str, Any]] | None = None
 
-    def save(self, path: Path, trainer: dict[str, Any]) -> None:
+    def save(self, path: Path, trainer: dict[str, Any], data: dict[str, Any] | None = None) -> None:
         """Write a checkpoint, or begin to. Collective over the world.
 
         Args:
             path: the folder.
             trainer: what Lightning keeps, of which rank 0's is written.
+            data: what this replica keeps of its data; None outside of ``fit``.
 
         Raises:
             CheckpointError: it, or the one before in the background, could not be written.
         """
         self.wait()  # it may be using the group
         has_states = "optimizer_states" in trainer
-        run = self.engine.run_state(has_states)
+        run, mesh = self.engine.run_state(has_states), self.engine.mesh
+        if data is not None:
+            run["streams"]["num_steps"] -= data["unfinished"]  # they are computed again
+        spoken = {} if data is None or mesh.replica.coordinate else {mesh.dp.coordinate: data}
         numbers: dict[str, dict[str, Any]] = {}
-        own = run.pop("numbers", {}), run.pop("members", [])
+        replicas: dict[int, dict[str, Any]] = {}
+        own = run.pop("numbers", {}), run.pop("members", []), spoken
         every = together(self._group, f"{path} could not be written", lambda: own)
-        for each, _ in every:
+        for each, _, kept in every:
+            replicas.update(kept)
             for name, values in each.items():
                 numbers.setdefault(name, {}).update(values)
         names = [parameter.spec.name for parameter in self.engine.plan.parameters]
-        parts = {"numbers": numbers, "members": merge_members([members for _, members in every], names)}
-        content = {"trainer": trainer, "run": {**run, **parts}} if self.engine.mesh.rank == 0 else {}
+        parts = {
+            "numbers": numbers,
+            "members": merge_members([members for _, members, _ in every], names),
+            "data": [replicas[replica] for replica in sorted(replicas)],
+        }
+        content = {"trainer": trainer, "run": {**run, **parts}} if mesh.rank == 0 else {}
         layout = str(self.engine.plan.layout)
         self._saver.save(path, Content(layout, self.engine.share(has_states), take_apart(content)))
 
-    def open(self, path: Path, trust: bool) -> dict[str, Any]:
+    def open(self, path: Path, trust: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Open a checkpoint. Collective over the world.
 
         Args:
@@ -64,7 +74,7 @@ class RunCheckpoints:
             trust: whether what is pickled is read too, which may run any code.
 
         Returns:
-            What Lightning keeps.
+            What Lightning keeps, and what each replica keeps of its data.
 
         Raises:
             CheckpointError: on every rank, where one cannot read it.
@@ -72,8 +82,8 @@ class RunCheckpoints:
         self.wait()
         together(self._group, f"ckpt_path={path} could not be read", lambda: self._open(path, trust))
         assert self._opened is not None
-        trainer: dict[str, Any] = self._opened[1]["trainer"]
-        return trainer
+        content = self._opened[1]
+        return content["trainer"], content["run"].get("data", [])
 
     def _open(self, path: Path, trust: bool) -> None:
         checkpoint = Checkpoint(path)

@@ -10,7 +10,9 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_par.errors import DataError
+from lightning_par.host.data.parts import datasets_of
 from lightning_par.runtime.generator import generators_put_back
+from lightning_par.runtime.generator_state import find_generators, restore, states_of
 
 
 def first_batch(loaders: Any) -> Any:
@@ -25,9 +27,12 @@ def first_batch(loaders: Any) -> Any:
         return {key: first_batch(loader) for key, loader in loaders.items()}
     if isinstance(loaders, (list, tuple)):
         return type(loaders)(first_batch(loader) for loader in loaders)
+    own = find_generators(datasets_of(loaders.dataset)) if isinstance(loaders, DataLoader) else {}
+    states = states_of(own)
     with generators_put_back():
         batches = _batches(loaders) if isinstance(loaders, DataLoader) else _iterate(loaders, "train_dataloaders")
         for batch in batches:
+            restore(own, states)
             return batch
     raise DataError(f"the {type(loaders).__name__} gives no batch: a run needs at least one")
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
+from lightning_par.host.data import DataResumption
 from lightning_par.host.namespace import worker_seeding
 from lightning_par.layout import Layout
 from lightning_par.runtime.mesh import Mesh, wait_for_all
@@ -38,6 +39,7 @@ class RankedStrategy(Host):
         self.layout, self._typed, self._timeout = layout, typed, timeout
         self._num_nodes = 1
         self._mesh: Mesh | None = None
+        self._data: DataResumption | None = None  # there while fitting
 
     # ------------------------------------------------------------------ devices and replicas
 
@@ -113,10 +115,17 @@ class RankedStrategy(Host):
         return {"num_replicas": self.dp_size, "rank": self.dp_rank}
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Seed a loader's workers by replica, not by rank: the ranks of a replica augment alike."""
+        """Seed a loader's workers by replica, not by rank: the ranks of a replica augment alike. In ``fit`` it can be resumed."""
         if os.environ.get("PL_SEED_WORKERS") == "1" and getattr(dataloader, "worker_init_fn", self) is None:
             dataloader.worker_init_fn = partial(worker_seeding(self.root), rank=self.dp_rank)
-        return dataloader
+        if self._data is None:
+            return dataloader
+        is_training = self.lightning_module.trainer.training
+        return self._data.wrap(dataloader) if is_training else self._data.wrap_evaluation(dataloader)
+
+    def on_train_start(self) -> None:
+        if self._data is not None:
+            self._data.begin()
 
     # ------------------------------------------------------------------ collectives
 

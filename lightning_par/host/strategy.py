@@ -18,6 +18,7 @@ from lightning_par.host.anomaly import check_anomaly_word
 from lightning_par.host.check import check_optimization, check_run, check_split, check_trainable
 from lightning_par.host.checkpoints import RunCheckpoints
 from lightning_par.host.construction import check_init_word, configuring, guard_setup
+from lightning_par.host.data import DataResumption
 from lightning_par.host.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
 from lightning_par.host.memory import check_memory_gib
@@ -231,6 +232,7 @@ class HybridParallelStrategy(RankedStrategy):
         watch_engine(self.engine, self._launcher, self.options.hang_seconds)
         self._steps = StepRunner(self.engine, self.options.loss_weight, self.options.detects_anomaly)
         share_generators(self.mesh.replica)
+        self._data = DataResumption(trainer, self.dp_size) if trainer.state.fn == "fit" else None
         self.engine.loss_scale = read_scale(self._chosen_precision) if trainer.state.fn == "fit" else None
         if trainer.state.fn == "fit":
             module.__dict__["optimizer_zero_grad"] = _do_nothing  # gradients are there before Lightning would clear them
@@ -334,11 +336,15 @@ class HybridParallelStrategy(RankedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a folder: what Lightning gives, once, and every rank's shards. Collective over the world."""
-        self.checkpoints.save(Path(self.broadcast(str(filepath))), checkpoint)
+        data = None if self._data is None else self._data.state(checkpoint)
+        self.checkpoints.save(Path(self.broadcast(str(filepath))), checkpoint, data)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read what Lightning gave to `save_checkpoint`. The shards follow in `load_model_state_dict`."""
-        return self.checkpoints.open(Path(checkpoint_path), trust=self._trusts or weights_only is False)
+        kept, data = self.checkpoints.open(Path(checkpoint_path), trust=self._trusts or weights_only is False)
+        if self._data is not None and data:
+            self._data.load(kept, data, self.dp_rank)
+        return kept
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self.checkpoints.restore(strict)

@@ -31,6 +31,18 @@ def share_threads(root: str, num_processes: int) -> None:
     import_module(f"{fabric}.utilities.distributed")._set_num_threads_if_needed(num_processes=num_processes)
 
 
+def loaders_of_next_validation(trainer: Any) -> list[Any]:
+    """The loaders of the validation that follows the batch that was just trained on; none where none follows.
+
+    Saved in a hook after the batch, a checkpoint is resumed after the validation (loops/training_epoch_loop.py).
+    """
+    loop = trainer.fit_loop
+    if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        return []
+    loaders = loop.epoch_loop.val_loop._combined_loader
+    return [] if loaders is None else list(loaders.flattened)
+
+
 # Modules that read checkpoints by a name of their own for the private `_load`, and whether they want the states of optimizers:
 # `load_from_checkpoint` has no use for them, the CheckpointIO of other strategies does.
 _LOADERS = {

@@ -49,6 +49,14 @@ def _remember(generators: list[torch.Generator]) -> Callable[[], None]:
     return put_back
 
 
+def seed_generators(seed: int, device: torch.device = _CPU) -> None:
+    """Seed the `torch_generators`, numpy's and Python's."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)  # it takes no more
+    for generator in torch_generators(device):
+        generator.manual_seed(seed)
+
+
 def torch_generators(device: torch.device) -> list[torch.Generator]:
     """The default generators of torch, on the CPU and, where it is another, on ``device``."""
     if device.type != "cuda":

@@ -12,14 +12,12 @@ replica draw outside of it (shuffling, transforms) stays equal.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy
 import torch
 
-from lightning_par.runtime.generator import generators_put_back, torch_generators
+from lightning_par.runtime.generator import generators_put_back, seed_generators
 from lightning_par.runtime.random import mix_seed
 
 
@@ -34,17 +32,25 @@ class MicrobatchStreams:
 
     def __init__(self, seed: int, replica: int, device: torch.device) -> None:
         self._seed, self._replica, self._device = seed, replica, device
-        self._generators = torch_generators(device)
         self._num_steps = 0
+        self._num_evaluations = 0  # since the last step of training
         self._seed_of_step = 0
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around all microbatches of one step."""
+    def step(self, trains: bool = True) -> Iterator[None]:
+        """Around all microbatches of one step, which is not counted if it fails: a resumed run does it again.
+
+        Steps that evaluate are counted apart: a resumed run may leave some out.
+        """
         with generators_put_back(self._device):
-            self._num_steps += 1
-            self._seed_of_step = mix_seed(mix_seed(self._seed, self._replica), self._num_steps)
-            yield
+            self._num_steps, self._num_evaluations = self._num_steps + trains, 0 if trains else self._num_evaluations + 1
+            seed = mix_seed(mix_seed(self._seed, self._replica), self._num_steps)
+            self._seed_of_step = seed if trains else mix_seed(seed, -self._num_evaluations)
+            try:
+                yield
+            except BaseException:
+                self._num_steps -= trains
+                raise
 
     def begin(self, microbatch: int) -> None:
         """Before the user's step runs on a microbatch."""
@@ -63,7 +69,4 @@ class MicrobatchStreams:
         self._seed, self._num_steps = state["seed"], state["num_steps"]
 
     def _set(self, seed: int) -> None:
-        random.seed(seed)
-        numpy.random.seed(seed % 2**32)  # it takes no more
-        for generator in self._generators:
-            generator.manual_seed(seed)
+        seed_generators(seed, self._device)
