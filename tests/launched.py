@@ -1,8 +1,9 @@
 """The script that tests/test_launcher.py starts: three ranks, each doing what the case says, without Lightning or torch.
 
-    python tests/launched.py FOLDER CASE [CASE of rank 1] [CASE of rank 2]
+    python tests/launched.py FOLDER CASE [CASE of rank 1] [CASE of rank 2] [MAX_RESTARTS]
 
-Each rank writes FOLDER/<rank>: its process id and the environment it got.
+Each rank writes FOLDER/<rank>: its process id and the environment it got; in a run that may be restarted FOLDER/<start>/<rank>. A
+case of several words joined by "; " is one for each start; the last one also for those after it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from types import ModuleType
 from typing import Any
 
 from lightning_par.errors import LayoutError
-from lightning_par.host import launcher, processes
-from lightning_par.host.link import join_parent
+from lightning_par.host.launch import launcher, processes
+from lightning_par.host.launch.ending import Stopped
+from lightning_par.host.launch.link import join_parent
+from lightning_par.host.launch.record import this_attempt
+from lightning_par.host.launch.restart import this_run
 from lightning_par.layout import Layout
 
 
@@ -48,14 +52,16 @@ class Environment:
         return 0
 
 
-def build(num_processes: int, preflight: Any = None) -> Any:
+def build(num_processes: int, preflight: Any = None, max_restarts: int = 0) -> Any:
     """A launcher over the stand-ins."""
     stand_in = ModuleType("lightning")
     stand_in.script_launcher_class = lambda root: ScriptLauncher  # type: ignore[attr-defined]
     stand_in.share_threads = lambda root, num_processes: None  # type: ignore[attr-defined]
     launcher.lightning = stand_in  # type: ignore[assignment]
     layout = Layout(tp=num_processes, dp=1)
-    return launcher.launcher_class("stand_in")(Environment(), num_processes, 1, layout=layout, preflight=preflight)
+    return launcher.launcher_class("stand_in")(
+        Environment(), num_processes, 1, layout=layout, preflight=preflight, max_restarts=max_restarts
+    )
 
 
 def is_stopped(pid: int) -> bool:
@@ -67,6 +73,12 @@ def is_stopped(pid: int) -> bool:
 
 def sleep_deep_down(depth: int) -> None:
     time.sleep(60) if depth == 0 else sleep_deep_down(depth - 1)
+
+
+def stop(number: int, frame: Any) -> None:
+    """As the end of a step does once the ranks have agreed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another copy of it
+    raise Stopped
 
 
 def act(case: str, folder: Path) -> None:
@@ -83,6 +95,16 @@ def act(case: str, folder: Path) -> None:
             time.sleep(0.01)
         while is_stopped(peer):
             time.sleep(0.01)
+    if case.startswith("step "):
+        run = this_run()
+        assert run is not None
+        run.note_step()
+        case = case.removeprefix("step ")
+        time.sleep(0.3)  # the first rank notes it
+    if case == "stop politely":
+        signal.signal(signal.SIGTERM, stop)
+    if case == "misconfigured":
+        os._exit(2)
     if case.startswith("raise"):
         time.sleep(0.3 if case.endswith("later") else 0)
         raise RuntimeError("raised on purpose")
@@ -98,7 +120,13 @@ def act(case: str, folder: Path) -> None:
 
 
 def main() -> None:
-    folder, cases = Path(sys.argv[1]), sys.argv[2:]
+    folder, cases = Path(sys.argv[1]), sys.argv[2:5]
+    attempt = this_attempt()
+    if attempt is not None:
+        folder = folder / str(attempt.restart)
+        folder.mkdir(exist_ok=True)
+        each = [case.split("; ") for case in cases]
+        cases = [case[min(attempt.restart, len(case) - 1)] for case in each]
     processes.GRACE_SECONDS = 0.5
     processes.TERMINATE_SECONDS = 0.5
 
@@ -116,7 +144,7 @@ def main() -> None:
         if cases[0] == "refuse":
             raise LayoutError("refused before any process")
 
-    ranks = build(3, preflight)
+    ranks = build(3, preflight, int(sys.argv[5]) if sys.argv[5:] else 0)
     ranks.launch(work)
     ranks.launch(lambda: None)  # a second call, as fit then validate, starts no more ranks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_par import __version__, cli
-from lightning_par.host.command import MAIN
+from lightning_par.host.launch.command import MAIN
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -128,12 +128,16 @@ def test_ranks_that_agree_stand_together() -> None:
 
 
 def _sent(rank: int, world_size: int, layout: str, every: int) -> list[int]:
-    """Bytes of each all-reduce of the third step, apart from those without a guard."""
+    """Bytes of each all-reduce of the third step, apart from those without a guard, until its callbacks are called."""
     sent: list[int] = []
+    sent_in_step: list[int] = []
 
     class Start(pl.Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: pl.LightningModule, optimizer: Any) -> None:
             sent.clear()
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            sent_in_step[:] = sent
 
     original = dist.all_reduce
 
@@ -143,7 +147,7 @@ def _sent(rank: int, world_size: int, layout: str, every: int) -> list[int]:
 
     with mock.patch.object(dist, "all_reduce", all_reduce):
         fit(Guarded(is_tied=True), batches(ROWS), layout, world_size, {"drift_guard": every}, callbacks=[Start()])
-    return sent
+    return sent_in_step
 
 
 # per block 6 parameters, of which up.weight, up.bias and down.weight are cut over tp; 4 beside them: enter.weight, tied, norm

@@ -174,7 +174,7 @@ def test_each_job_of_a_sweep_has_its_own_ranks(tmp_path: Path) -> None:
 
 
 def test_sigterm_ends_the_first_rank_without_a_broadcast() -> None:
-    from lightning_par.host.launcher import launcher_class
+    from lightning_par.host.launch.launcher import launcher_class
 
     launcher = object.__new__(launcher_class("pytorch_lightning"))
     launcher.procs = [object()]

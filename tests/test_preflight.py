@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_par.host.launcher import _RankLauncher
+from lightning_par.host.launch.launcher import _RankLauncher
 from lightning_par.host.preflight import leave_inference_mode
 from lightning_par.host.strategy import HybridParallelStrategy
 from lightning_par.plan import Plan

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from lightning_par import __version__, cli
 from lightning_par.config.parallel import read_layout
 from lightning_par.config.search_path import register
-from lightning_par.host.command import MAIN
+from lightning_par.host.launch.command import MAIN
 from lightning_par.layout import TOKENS, parse_layout
 from lightning_par.pipeline.schedules import SCHEDULES
 from lightning_par.plan import Overrides

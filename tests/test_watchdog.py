@@ -14,8 +14,8 @@ import pytest
 
 from lightning_par import HybridParallelStrategy
 from lightning_par.errors import ConfigurationError
-from lightning_par.host.link import join_parent, link_words
-from lightning_par.host.pulse import Pulse, share_memory
+from lightning_par.host.launch.link import join_parent, link_words
+from lightning_par.host.launch.pulse import Pulse, share_memory
 from lightning_par.runtime import stack, watchdog
 from lightning_par.runtime.watchdog import Watch, Watchdog
 

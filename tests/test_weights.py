@@ -266,7 +266,7 @@ def test_no_process_is_started_for_weights_that_do_not_fit(folders: dict[str, Pa
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a process is started")
 
-    monkeypatch.setattr("lightning_par.host.processes.RankProcesses.__init__", refuse)
+    monkeypatch.setattr("lightning_par.host.launch.processes.RankProcesses.__init__", refuse)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     strategy: Any = HybridParallelStrategy("tp2", weights=folders["GPT-2"], print_plan=False)
     trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2, max_steps=1, **quiet)  # type: ignore[arg-type]

@@ -28,9 +28,9 @@ from omegaconf import DictConfig
 
 from lightning_par.config.search_path import register
 from lightning_par.errors import ConfigurationError
-from lightning_par.host.command import remember_main
+from lightning_par.host.launch.command import remember_main
+from lightning_par.host.launch.ending import MISCONFIGURED
 
-MISCONFIGURED = 2
 Task = Callable[[DictConfig], Any]
 
 

@@ -48,6 +48,7 @@ def build_run(config: DictConfig, **trainer_options: Any) -> tuple[Any, Any, Any
         hang_seconds=config.hang_seconds,
         detect_anomaly=config.get("detect_anomaly", "first"),
         drift_guard=config.get("drift_guard", 0),
+        max_restarts=config.get("max_restarts", 0),
         init=init,
         weights=weights,
         loss_weight=instantiate({"given": config.get("loss_weight")}, _convert_="all")["given"],  # a plain word, too

@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_par.checkpoint import Checkpoint, Content, Saver, merge_members, take_apart, together
 from lightning_par.engine import Engine
+from lightning_par.host.launch.restart import this_run
 
 
 class RunCheckpoints:
@@ -44,6 +45,9 @@ class RunCheckpoints:
         """
         self.wait()  # it may be using the group
         has_states = "optimizer_states" in trainer
+        recorded = this_run()
+        if recorded is not None and has_states:
+            recorded.note_save(path)
         run, mesh = self.engine.run_state(has_states), self.engine.mesh
         if data is not None:
             run["streams"]["num_steps"] -= data["unfinished"]  # they are computed again

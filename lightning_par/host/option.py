@@ -30,6 +30,7 @@ class Options:
         print_plan: whether the plan is printed.
         detects_anomaly: whether a loss that is not finite ends the run.
         drift_guard: after how many steps the ranks compare what they hold; 0 for never.
+        max_restarts: how often ranks are started again.
     """
 
     overrides: Mapping[str, Any]
@@ -43,6 +44,18 @@ class Options:
     print_plan: bool
     detects_anomaly: bool
     drift_guard: int
+    max_restarts: int
+
+
+def check_max_restarts(max_restarts: int) -> int:
+    """Check a number of restarts.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if not isinstance(max_restarts, int) or max_restarts < 0:
+        raise ConfigurationError(f"max_restarts={max_restarts!r}: how often ranks are started again: use 0, 1, 2 and so on")
+    return max_restarts
 
 
 def read_overrides(

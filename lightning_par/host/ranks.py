@@ -96,7 +96,8 @@ class RankedStrategy(Host):
             assert environment is not None
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
             backend = "nccl" if self.root_device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, rank=self.global_rank, world_size=self.world_size, timeout=self._timeout)
+            store = _store_of_this_start(self._timeout)
+            dist.init_process_group(backend, store=store, rank=self.global_rank, world_size=self.world_size, timeout=self._timeout)
             if backend == "nccl":  # which complains of groups that outlive a program
                 atexit.register(_leave_group)
         if self._mesh is None:
@@ -154,6 +155,20 @@ class RankedStrategy(Host):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         count = int(self.reduce(torch.tensor(int(decision)), reduce_op="sum"))
         return count == self.world_size if all else count > 0
+
+
+def _store_of_this_start(timeout: timedelta) -> Any:
+    """Where ranks that torchrun has started again find each other; None for the usual place.
+
+    That one is in torchrun's own process, and still has the addresses of the ranks that are gone (read in torch 2.13).
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    return PrefixStore(f"restart {restart}", store)
 
 
 def _leave_group() -> None:

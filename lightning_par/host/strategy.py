@@ -19,16 +19,17 @@ from lightning_par.host.check import check_optimization, check_run, check_split,
 from lightning_par.host.checkpoints import RunCheckpoints
 from lightning_par.host.construction import check_init_word, configuring, guard_setup
 from lightning_par.host.data import DataResumption
-from lightning_par.host.launcher import launcher_class
+from lightning_par.host.launch.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
 from lightning_par.host.memory import check_memory_gib
 from lightning_par.host.namespace import bind, root_in_use
-from lightning_par.host.option import Options, check_drift_guard, read_overrides
+from lightning_par.host.option import Options, check_drift_guard, check_max_restarts, read_overrides
 from lightning_par.host.plan_report import report_plan
 from lightning_par.host.precision import precision_class, read_precision, read_scale
 from lightning_par.host.preflight import leave_inference_mode, plan_from_trainer
 from lightning_par.host.ranks import RankedStrategy
 from lightning_par.host.steps import StepRunner
+from lightning_par.host.stop import stop_politely
 from lightning_par.host.update import Updates
 from lightning_par.host.watch import check_hang_seconds, watch_engine
 from lightning_par.layout import Layout, parse_layout
@@ -79,6 +80,8 @@ class HybridParallelStrategy(RankedStrategy):
         drift_guard: every so many steps the ranks compare the bits of what they hold in common, and a difference ends the run; see
             `lightning_par.guard.drift`. 0 for never.
         print_plan: whether rank 0 prints the plan before the first step.
+        max_restarts: how often all ranks are started again when one has failed, to go on from the newest good checkpoint of the
+            run, see `lightning_par.host.launch.supervisor`. Under torchrun its own ``--max-restarts`` says it.
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
@@ -119,6 +122,7 @@ class HybridParallelStrategy(RankedStrategy):
         detect_anomaly: str | None = "first",
         drift_guard: int = 0,
         print_plan: bool = True,
+        max_restarts: int = 0,
     ) -> None:
         chosen, placed = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
         super().__init__(placed, str(layout), timedelta(seconds=timeout_seconds))
@@ -135,6 +139,7 @@ class HybridParallelStrategy(RankedStrategy):
             print_plan=print_plan,
             detects_anomaly=check_anomaly_word(detect_anomaly),
             drift_guard=check_drift_guard(drift_guard),
+            max_restarts=check_max_restarts(max_restarts),
         )
         check_zero_options(self.options.zero, placed, chosen, splits_backward(chosen, placed))
         self._plan: Plan | None = None
@@ -199,7 +204,12 @@ class HybridParallelStrategy(RankedStrategy):
 
     def _configure_launcher(self) -> None:
         self._launcher = launcher_class(self.root)(
-            self.cluster_environment, self.num_processes, self._num_nodes, layout=self.layout, preflight=self._preflight
+            self.cluster_environment,
+            self.num_processes,
+            self._num_nodes,
+            layout=self.layout,
+            preflight=self._preflight,
+            max_restarts=self.options.max_restarts,
         )
 
     def _preflight(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -237,6 +247,7 @@ class HybridParallelStrategy(RankedStrategy):
         if trainer.state.fn == "fit":
             module.__dict__["optimizer_zero_grad"] = _do_nothing  # gradients are there before Lightning would clear them
             self.setup_optimizers(trainer)
+            stop_politely(trainer, self.root)
         self.setup_precision_plugin()
 
     def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[None]:

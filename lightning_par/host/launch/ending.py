@@ -7,6 +7,14 @@ import faulthandler
 import os
 import signal
 import sys
+from typing import NoReturn
+
+MISCONFIGURED = 2  # the exit code of a configuration that cannot work
+SAME_SIGNAL_SECONDS = 1.0  # who signals a whole group of processes, of which one passes it on, has signalled once
+
+
+class Stopped(SystemExit):
+    """Every rank ends, because the run was asked to stop; exit code 0."""
 
 
 def say(message: str) -> None:
@@ -14,11 +22,11 @@ def say(message: str) -> None:
     print(f"lightning_par: {message}", file=sys.stderr, flush=True)
 
 
-def exit_now() -> None:
-    """End this process with exit code 1, whatever its threads are doing. Does not return."""
+def exit_now(code: int = 1) -> NoReturn:
+    """End this process, whatever its threads are doing."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def show_stacks_when_aborted() -> None:

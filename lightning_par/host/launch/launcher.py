@@ -2,7 +2,7 @@
 
 - What cannot work is found before any process is started (``preflight``).
 - Under Hydra the ranks are started from the composed job, so that ``--multirun`` gives every job its own set of ranks.
-- A rank that dies is named, and takes the others with it.
+- A rank that dies is named, and takes the others with it. With ``max_restarts`` they are started again.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
-from lightning_par.host.command import hydra_job, rank_command
-from lightning_par.host.link import Unlinked, join_parent, report_failure
-from lightning_par.host.processes import RankProcesses
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_par.errors import ConfigurationError
+from lightning_par.host.launch.command import hydra_job, is_sweep, rank_command
+from lightning_par.host.launch.ending import Stopped, exit_now
+from lightning_par.host.launch.link import Unlinked, join_parent, report_failure
+from lightning_par.host.launch.processes import RankProcesses
+from lightning_par.host.launch.restart import this_run
+from lightning_par.host.launch.supervisor import RunSupervisor
 from lightning_par.layout import Layout
 from lightning_par.private import lightning
 from lightning_par.runtime.watchdog import Supervisor
@@ -57,6 +63,7 @@ class _RankLauncher(_Base):
         *,
         layout: Layout,
         preflight: Callable[..., None] | None = None,
+        max_restarts: int = 0,
     ) -> None:
         """Args:
         cluster_environment: Lightning's `ClusterEnvironment`.
@@ -65,14 +72,19 @@ class _RankLauncher(_Base):
         layout: names a rank's coordinate in messages.
         preflight: called as ``preflight(trainer, *args, **kwargs)`` with what `launch` hands to its function, in every process,
             before any other process is started and before the ranks meet. What it raises ends the run.
+        max_restarts: how often the ranks of this machine are started again when one has failed.
         """
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._layout = layout
         self._preflight = preflight
+        self._max_restarts = max_restarts
         _end_earlier_job()
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Start the other ranks of this machine, unless torchrun, SLURM or an earlier call did, and run the function.
+
+        With ``max_restarts`` all ranks are started, this process only supervises them and ends with the run: they run the whole
+        script.
 
         Args:
             function: what the Trainer runs on every rank.
@@ -86,10 +98,20 @@ class _RankLauncher(_Base):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         join_parent()
         with _ranks_end_on_error():
+            run = this_run()
+            if run is not None and trainer is not None and trainer.state.fn == "fit":
+                args, kwargs = run.begin_fit(function, args, kwargs, trainer.is_global_zero)
             if self._preflight is not None:
                 self._preflight(trainer, *args, **kwargs)
             if not self.cluster_environment.creates_processes_externally:
+                if self._max_restarts:
+                    self._supervise()
                 self._call_children_scripts()
+            elif self._max_restarts and join_parent() is None and _RankLauncher._current is None:
+                rank_zero_warn(
+                    f"max_restarts={self._max_restarts} is ignored: ranks are started again by who has started them: give "
+                    f"--max-restarts={self._max_restarts} to torchrun"
+                )
             lightning.share_threads(self.root, self.num_processes)
             return function(*args, **kwargs)
 
@@ -106,27 +128,55 @@ class _RankLauncher(_Base):
         """End the ranks that were started here; called by Lightning's handlers of signals.
 
         On SIGTERM this process ends at once: the handler would go on to a broadcast that meets whatever collective it
-        interrupted.
+        interrupted. While the Trainer fits the handler is another, see `lightning_par.host.stop`.
         """
-        if signum == signal.SIGTERM and self.procs:
+        if signum == signal.SIGTERM and (self.procs or join_parent() is not None):
             raise SystemExit(128 + signum)
         super().kill(signum)
 
+    def _supervise(self) -> NoReturn:
+        """Start all ranks, again and again, and end this process with the run.
+
+        Raises:
+            ConfigurationError: this process has more to do.
+        """
+        if is_sweep():
+            raise ConfigurationError(
+                f"max_restarts={self._max_restarts} does not go with --multirun, whose process runs the other jobs too: start "
+                "each job by itself, or use max_restarts=0"
+            )
+        if _RankLauncher._current is not None:
+            raise ConfigurationError(
+                f"max_restarts={self._max_restarts}: an earlier Trainer of this script has started ranks already: give its "
+                "strategy the same max_restarts"
+            )
+        locals_ = range(self.num_processes)
+        environments = [{**self._environment(), "LOCAL_RANK": str(local)} for local in locals_]
+        commands = [rank_command(local) for local in locals_]
+        first = self.cluster_environment.node_rank() * self.num_processes
+        supervisor = RunSupervisor(commands, environments, lambda index: self.describe(first + index), self._max_restarts)
+        exit_now(supervisor.run())  # no exception: callbacks and loggers would hear of the end of a training that was not here
+
     def _call_children_scripts(self) -> None:
         """Start the ranks. The base class's method of this name does it in the stock way, and is not to run."""
-        environment = self.cluster_environment
         saved = {name: os.environ.get(name) for name in _ENVIRONMENT}
-        os.environ["MASTER_ADDR"] = environment.main_address
-        os.environ["MASTER_PORT"] = str(environment.main_port)
-        os.environ["NODE_RANK"] = str(environment.node_rank())
-        os.environ["LOCAL_RANK"] = str(environment.local_rank())
-        os.environ["WORLD_SIZE"] = str(self.num_processes * self.num_nodes)
-        first = environment.node_rank() * self.num_processes
+        os.environ.update(self._environment(), LOCAL_RANK=str(self.cluster_environment.local_rank()))
+        first = self.cluster_environment.node_rank() * self.num_processes
         ranks = RankProcesses(lambda index: self.describe(first + 1 + index))
         _RankLauncher._current = _Job(hydra_job(), ranks, saved)
         locals_ = range(1, self.num_processes)
         ranks.start([rank_command(local) for local in locals_], [{"LOCAL_RANK": str(local)} for local in locals_])
         self.procs = ranks.processes  # the base class forwards signals to these
+
+    def _environment(self) -> dict[str, str]:
+        """What the ranks of this machine have in common."""
+        environment = self.cluster_environment
+        return {
+            "MASTER_ADDR": environment.main_address,
+            "MASTER_PORT": str(environment.main_port),
+            "NODE_RANK": str(environment.node_rank()),
+            "WORLD_SIZE": str(self.num_processes * self.num_nodes),
+        }
 
 
 class _Job:
@@ -163,6 +213,8 @@ def _end_earlier_job() -> None:
 def _ranks_end_on_error() -> Iterator[None]:
     try:
         yield
+    except Stopped:  # all ranks: the others need no help
+        raise
     except BaseException as error:
         report_failure(error)
         if _RankLauncher._current is not None:

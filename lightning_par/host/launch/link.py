@@ -1,4 +1,4 @@
-"""The other ranks' side of `host/processes.py`: reports through a pipe, heartbeats through memory, an end with the first rank."""
+"""The side of the other ranks: reports through a pipe, heartbeats through memory, an end with the first rank."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from lightning_par.host.ending import abort_process, exit_now, say, send_signal, show_stacks_when_aborted
-from lightning_par.host.pulse import Pulse
+from lightning_par.host.launch.ending import abort_process, exit_now, say, send_signal, show_stacks_when_aborted
+from lightning_par.host.launch.pulse import Pulse
 
 PARENT = "LIGHTNING_PAR_PARENT"  # in the environment of the others: what `link_words` says
 TURN_SECONDS = 0.5

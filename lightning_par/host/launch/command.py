@@ -41,6 +41,12 @@ def hydra_job() -> str | None:
     return None if config is None else config.runtime.output_dir
 
 
+def is_sweep() -> bool:
+    """Whether this process runs a job of a sweep of Hydra's."""
+    config = _hydra_config()
+    return config is not None and config.mode is not None and config.mode.name == "MULTIRUN"
+
+
 def rank_command(local_rank: int) -> tuple[list[str], str | None]:
     """The command of the rank ``local_rank`` of this machine, and the folder to start it in (``None`` for this one)."""
     config = _hydra_config()
@@ -80,6 +86,6 @@ def _hydra_command(config: Any, local_rank: int) -> list[str]:
     command += [override for override in config.overrides.hydra if not override.lstrip("+~").startswith(_PARENT_ONLY)]
     folder = config.runtime.output_dir.replace("\\", "\\\\").replace("'", "\\'")
     command += ["hydra.mode=RUN", f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
-    command += [f"hydra.job.name={config.job.name}_local{local_rank}"]
+    command += [f"hydra.job.name={config.job.name}{f'_local{local_rank}' if local_rank else ''}"]
     command += [f"hydra.job.{key}={config.job[key]}" for key in ("num", "id") if not OmegaConf.is_missing(config.job, key)]
     return command
