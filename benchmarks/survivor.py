@@ -108,7 +108,7 @@ def main() -> None:
     folder, layout, max_restarts = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     attempt = this_attempt()
     start = 0 if attempt is None else attempt.restart
-    rank = int(os.environ.get("LOCAL_RANK", -1))  # -1: the supervisor
+    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", -1)))  # -1: the supervisor
     ranks = folder / "ranks"
     ranks.mkdir(parents=True, exist_ok=True)
     doing = Doing(ranks / f"{start}-{rank}.doing")

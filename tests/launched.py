@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lightning_par.errors import LayoutError
+from lightning_par.errors import LayoutError, NumericsError
 from lightning_par.host.launch import launcher, processes
 from lightning_par.host.launch.ending import Stopped
 from lightning_par.host.launch.link import join_parent
@@ -107,7 +107,7 @@ def act(case: str, folder: Path) -> None:
         os._exit(2)
     if case.startswith("raise"):
         time.sleep(0.3 if case.endswith("later") else 0)
-        raise RuntimeError("raised on purpose")
+        raise (NumericsError if case.endswith("undefined") else RuntimeError)("raised on purpose")
     if case == "exit":
         os._exit(3)  # as a crash in C++ does: nothing is said
     if case.startswith("die"):

@@ -81,6 +81,13 @@ def test_what_raises_after_a_step_is_tried_again_before_one_too(tmp_path: Path) 
     assert starts(tmp_path) == ["0", "1", "2"]
 
 
+def test_a_loss_that_is_undefined_is_not_tried_again(tmp_path: Path) -> None:
+    code, errors = finish(start(tmp_path, "step wait", "raise undefined; return", "wait", "2"))
+    assert code == 1
+    assert f"{name_of(1)} raised NumericsError: raised on purpose: ending all ranks" in errors
+    assert starts(tmp_path) == ["0"]
+
+
 def test_a_configuration_that_cannot_work_is_not_tried_again(tmp_path: Path) -> None:
     code, _ = finish(start(tmp_path, "step misconfigured", "wait", "wait", "2"))
     assert code == 2

@@ -230,3 +230,42 @@ def test_torchrun_starts_a_killed_run_again_and_it_goes_on(tmp_path: Path) -> No
     assert process.returncode == 0, errors
     assert f"lightning_par: restart 1 of 1: going on from {tmp_path / 'killed'}/" in errors
     assert_equal(learned(tmp_path / "whole"), learned(tmp_path / "killed"))
+
+
+def submit(folder: Path, port: int) -> list[subprocess.Popen[str]]:
+    """Two tasks, as ``srun`` starts them. ``scontrol`` writes down what it is told."""
+    control = folder.parent / "bin" / "scontrol"
+    control.parent.mkdir(exist_ok=True)
+    control.write_text(f'#!/bin/sh\necho "$@" >> {folder.parent / "told"}\n')
+    control.chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    job["PATH"] = os.pathsep.join([str(control.parent), os.environ["PATH"]])
+    return [
+        subprocess.Popen(
+            [sys.executable, SURVIVOR, str(folder), "pp2_mb2", "0"],
+            env={**ENVIRONMENT, **job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_a_job_of_slurm_that_is_pre_empted_is_requeued_and_goes_on(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", "pp2_mb2", "0")
+    whole.communicate(timeout=300)
+    folder = tmp_path / "job"
+    port = 20000 + os.getpid() % 10000
+    tasks = submit(folder, port)
+    wait_for(folder, "step=2?.ckpt")
+    for task in tasks:  # SLURM signals every task
+        task.send_signal(signal.SIGUSR1)
+    errors = [task.communicate(timeout=60)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors
+    assert (tmp_path / "told").read_text() == "requeue 7\n"
+    assert (folder / "hpc_ckpt_1.ckpt").is_dir()
+    errors = [task.communicate(timeout=300)[1] for task in submit(folder, port + 1)]
+    assert (folder / "ranks" / "0-1").exists()
+    assert_equal(learned(tmp_path / "whole"), learned(folder))

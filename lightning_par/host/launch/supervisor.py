@@ -4,7 +4,8 @@ what ends the ranks                                        what follows
 all finish                                                 exit code 0
 one is killed or does not answer                           they are started again
 one raises, after an optimizer has stepped in this run     they are started again
-one raises before that, or ends with exit code 2           its exit code: it would fail again
+one raises before that, or `NumericsError`                 its exit code: it would fail again
+one ends with exit code 2                                  the same
 SIGTERM, to this process                                   the ranks hear of it: 0 if they stop politely (`host/stop.py`)
 a second one, a moment later                               all end at once
 Ctrl-C                                                     all end
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_par.errors import NumericsError
 from lightning_par.host.launch.ending import MISCONFIGURED, SAME_SIGNAL_SECONDS, say
 from lightning_par.host.launch.processes import FINISH_SECONDS, GRACE_SECONDS, POLL_SECONDS, StartedRanks
 from lightning_par.host.launch.record import Attempt, Record
@@ -118,5 +120,6 @@ class RunSupervisor:
 
 
 def _may_go_on(failure: tuple[int, str] | None, code: int, record: Record) -> bool:
-    was_killed = failure is None or not failure[1].startswith(("raised", "ended"))
-    return code != MISCONFIGURED and (was_killed or record.has_stepped)
+    words = "" if failure is None else failure[1]
+    may_go_well = not words.startswith(("raised", "ended")) or record.has_stepped
+    return code != MISCONFIGURED and may_go_well and not words.startswith(f"raised {NumericsError.__name__}")
