@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,10 @@ def measure_rank(rank: int, world_size: int, effort: Effort, folder: Path) -> li
         for name in SYSTEMS if turn % 2 else reversed(SYSTEMS):
             save, load = systems[name]
             path = folder / name.replace(" ", "_")
-            took = [_timed(lambda: save(path))]  # noqa: B023
+            took = [_timed(partial(save, path))]
             background.wait()
             if load is not None:
-                took.append(_timed(lambda: load(path)))  # noqa: B023
+                took.append(_timed(partial(load, path)))
             if turn:  # the first one makes files and memory
                 rows[name].save_seconds.append(took[0])
                 rows[name].load_seconds += took[1:]

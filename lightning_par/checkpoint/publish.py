@@ -13,7 +13,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -97,7 +97,7 @@ def together(group: dist.ProcessGroup | None, what: str, action: Callable[[], T]
         rank, words, host = failed[0]
         where = f"rank {rank} on {host}: " if len(reports) > 1 else ""
         raise CheckpointError(f"{where}{words}")
-    return [result for result, _, _ in reports]  # type: ignore[misc]
+    return [cast(T, result) for result, _, _ in reports]
 
 
 def _remedy(error: OSError) -> str:
