@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,9 +85,9 @@ def run_whole(folder: Path) -> State:
     Raises:
         RuntimeError: it failed.
     """
-    process = _start(folder)
-    if process.wait(_RUN_SECONDS):
-        raise RuntimeError(f"a run that nobody killed has failed: see {folder / 'errors'}")
+    with _started(folder) as process:
+        if process.wait(_RUN_SECONDS):
+            raise RuntimeError(f"a run that nobody killed has failed: see {folder / 'errors'}")
     return tensors_of(folder / "end.ckpt")
 
 
@@ -97,27 +99,26 @@ def run_killed(folder: Path, kill: Kill, whole: State) -> Outcome:
         kill: which rank, and when.
         whole: what it should learn.
     """
-    process = _start(folder)
-    pids = _pids(folder, 0, process)
-    said = folder / "ranks" / f"0-{kill.rank}.doing"
-    while int(said.read_text().rpartition(" ")[2]) < kill.step and process.poll() is None:
-        time.sleep(_POLL_SECONDS)
-    time.sleep(kill.seconds)
-    doing = said.read_text().rpartition(" ")[0]
-    try:
-        os.kill(pids[kill.rank], signal.SIGKILL)
-    except ProcessLookupError:
-        doing = ENDED
-    killed_at = time.monotonic()
-    end_seconds = _wait_for_end(pids, killed_at)
-    there = _checkpoints(folder)
-    unreadable = sum(not _is_readable(path) for path in there)
-    restart_seconds = _wait_for_training(folder, process, killed_at)
-    try:
-        code = process.wait(_RUN_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        code = process.wait()
+    with _started(folder) as process:
+        pids = _pids(folder, 0, process)
+        said = folder / "ranks" / f"0-{kill.rank}.doing"
+        while int(said.read_text().rpartition(" ")[2]) < kill.step and process.poll() is None:
+            time.sleep(_POLL_SECONDS)
+        time.sleep(kill.seconds)
+        doing = said.read_text().rpartition(" ")[0]
+        try:
+            os.kill(pids[kill.rank], signal.SIGKILL)
+        except ProcessLookupError:
+            doing = ENDED
+        killed_at = time.monotonic()
+        end_seconds = _wait_for_end(pids, killed_at)
+        there = _checkpoints(folder)
+        unreadable = sum(not _is_readable(path) for path in there)
+        restart_seconds = _wait_for_training(folder, process, killed_at)
+        try:
+            code = process.wait(_RUN_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
     errors = (folder / "errors").read_text()
     was_restarted = "lightning_par: restart 1 of" in errors
     went_on = not was_restarted or not there or ": going on from " in errors
@@ -137,13 +138,24 @@ def tensors_of(path: Path) -> State:
     return {(name, what): checkpoint.read_whole(name, what) for name, entry in entries.items() for what in entry.values}
 
 
-def _start(folder: Path) -> subprocess.Popen[bytes]:
+@contextmanager
+def _started(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A run, which is ended with all of its ranks where the block is left early."""
     folder.mkdir(parents=True)
     root = str(SCRIPT.parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(folder), LAYOUT, str(MAX_RESTARTS)]
     with (folder / "errors").open("wb") as errors:
-        return subprocess.Popen(command, env=environment, stdout=errors, stderr=errors)
+        process = subprocess.Popen(command, env=environment, stdout=errors, stderr=errors)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(HANG_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _pids(folder: Path, start: int, process: subprocess.Popen[bytes]) -> list[int]:

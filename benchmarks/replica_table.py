@@ -24,6 +24,7 @@ A GPT on {NUM_RANKS} replicas with AdamW, fp32, no clipping. All systems train i
 
 - step: forward, backward, reductions and the optimizer's step, of the slowest rank; the quickest and the median
 - to DeepSpeed: as a multiple of DeepSpeed's own loop (`engine(...)`, `engine.backward`, `engine.step`) at the same stage
+- freed memory stays with the process, for all systems: what the C library gives back, and when, is luck
 - CPU: what the busiest rank's process computes in a step; what it waits for the other one or for a core is no part of it
 
 Made by `python -m benchmarks.zero --markdown`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ def watch_one(rank: int, world_size: int, word: str, make: Any, choice: dict[str
     engine = Engine(module, plan, Mesh(layout, timedelta(seconds=60)), CPU)
     states = engine.own_states([torch.optim.AdamW(module.parameters())])
     step: Any = module.training_step
+    let_gloo_drop_what_has_arrived(states.engine.ahead)
     for _ in range(2):
         watching = Watching(engine, batch)
         engine.observers.append(watching)
@@ -128,6 +130,17 @@ def watch_one(rank: int, world_size: int, word: str, make: Any, choice: dict[str
     states.close()
     watching.seen.expected = state_bytes(plan, layout.coordinate_of(rank).pp, form).gathered
     return watching.seen
+
+
+def let_gloo_drop_what_has_arrived(ahead: Any) -> None:
+    """Its thread holds a collective's tensors for a moment after it; the next unit is not gathered before it has let go."""
+    go_ahead = ahead._go_ahead
+
+    def wait_and_go_ahead(unit: nn.Module, forward: bool) -> None:
+        time.sleep(0.01)
+        go_ahead(unit, forward)
+
+    ahead._go_ahead = wait_and_go_ahead
 
 
 CHOICES: list[dict[str, Any]] = [{}, {"recompute": {"*": "full"}}, {"offload_activations": {"*": True}}]
@@ -208,7 +221,7 @@ class Stand:
         self.parameter.all_gather, self.num_gathers = self.gather, 0
         self.parameter.ds_status = SimpleNamespace(name="AVAILABLE")
         coordinator = SimpleNamespace(fetch_sub_module=lambda module, forward: None)
-        self.weights = GatheredWeights(coordinator, lambda module: [self.parameter])
+        self.weights = GatheredWeights(coordinator, lambda module: [self.parameter], lambda parameter: self.gather())
         coordinator.fetch_sub_module(nn.Identity(), forward=True)
 
     def gather(self) -> None:
@@ -246,6 +259,20 @@ def test_any_operation_saves_a_note_of_the_weight(name: str) -> None:
     assert storage.expired(), "something holds the weight"
     assert torch.equal(torch.autograd.grad(loss, x)[0], expected[0])
     assert stand.num_gathers == 1
+    stand.weights.release()
+    assert stand.parameter.ds_status.name == "NOT_AVAILABLE"
+
+
+def test_a_weight_that_is_being_gathered_is_waited_for() -> None:
+    x, stand = torch.randn(2, 4, dtype=torch.float64, requires_grad=True), Stand(6, 4)
+    expected = torch.autograd.grad(F.linear(x, stand.parameter).sum(), x)
+    with stand.weights.saving():
+        loss = F.linear(x, stand.parameter).sum()
+    stand.weights.forget()
+    stand.release()
+    stand.parameter.ds_status = SimpleNamespace(name="INFLIGHT")
+    stand.parameter.all_gather = lambda: pytest.fail("it is on its way")
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected[0])
     stand.weights.release()
     assert stand.parameter.ds_status.name == "NOT_AVAILABLE"
 

@@ -48,6 +48,22 @@ def test_a_later_save_replaces_an_earlier_one_and_leaves_nothing_beside_it(tmp_p
     ]
 
 
+@pytest.mark.parametrize(("least", "expected"), [(1, 7), (48, 5), (1 << 20, 1)])
+def test_a_rank_writes_several_files(least: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 pieces of 12 bytes in at most 8 files, of at least ``least`` bytes each; synced before the index names them."""
+    monkeypatch.setattr(saving, "FILE_BYTES", least)
+    synced = list[str]()
+    monkeypatch.setattr(saving, "sync", lambda path: synced.append(path.name))
+    values = torch.arange(60.0).view(20, 3)
+    share = Share({"w": Entry((20, 3), "float32", PARAMETER)})
+    share.pieces += [("w", "weight", Box((row, 0), (1, 3)), values[row : row + 1]) for row in range(20)]
+    write_checkpoint(tmp_path / "last.ckpt", Content("tp1", share, take_apart({"trainer": {}, "run": {}})), None)
+    files = sorted(path.name for path in (tmp_path / "last.ckpt").glob("rank-*"))
+    assert files == sorted(["rank-00000.safetensors", *(f"rank-00000.{n}.safetensors" for n in range(1, expected))])
+    assert sorted(synced) == files
+    assert torch.equal(Checkpoint(tmp_path / "last.ckpt").read_whole("w"), values)
+
+
 @pytest.mark.parametrize("moment", range(12))
 def test_a_save_that_is_killed_at_any_moment_loses_nothing(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before each of its calls that change a disk: what can be read is what was there, or the new one."""

@@ -27,6 +27,7 @@ from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.parameter import ParameterSpec, Split, set_spec
 from lightning_par.tensor.linear import convert_linear
 from lightning_par.zero import config
+from lightning_par.zero.bucket import set_gradient
 from lightning_par.zero.partitioned import DeepSpeedStates
 from lightning_par.zero.replicated import ReplicatedStates
 from lightning_par.zero.states import OptimizerStates
@@ -288,6 +289,35 @@ def train_on_global_shapes(rank: int, world_size: int) -> None:
 
 def test_partitioned_parameters_under_tensors_of_global_shape() -> None:
     run_ranks(train_on_global_shapes, 4)
+
+
+def train_on_transposed_gradients(rank: int, world_size: int) -> list[tuple[int, ...]]:
+    """Gradients whose memory is laid out in columns, such as a callback may leave. Returns their strides."""
+    case = Case(pp=1, dp=2, tp=1, zero=3)
+    mesh = zero_model.build_mesh(case)
+    torch.manual_seed(0)
+    alone = nn.Linear(6, 10)
+    model = copy.deepcopy(alone)
+    states = DeepSpeedStates(model, [torch.optim.SGD(model.parameters(), lr=0.5)], 3, mesh)
+    inputs = torch.randn(2, 3, 6)
+    with states.accumulate():
+        loss = model(inputs[mesh.dp.coordinate]).square().mean()
+        states.after_forward()
+        loss.backward()
+        states.after_backward()
+    set_gradient(model.weight, model.weight.grad.t().contiguous().t())
+    strides = [model.weight.grad.stride()]
+    states.reduce()
+    states.step()
+    alone(inputs).square().mean().backward()
+    torch.optim.SGD(alone.parameters(), lr=0.5).step()
+    for (name, value), expected in zip(states.full_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(value, expected.detach(), msg=name)
+    return strides
+
+
+def test_gradients_of_any_memory_layout_are_reduced() -> None:
+    assert run_ranks(train_on_transposed_gradients, 2) == [[(1, 10)]] * 2
 
 
 def fail_inside(rank: int, world_size: int, cases: list[Case]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,15 +19,24 @@ _ALIKE = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}  # what one keeps, t
 def name_numbers(numbers: Iterable[tuple[nn.Parameter, Mapping[str, Any]]], tp: Axis) -> dict[str, dict[str, Any]]:
     """By name of the parameter, and by name of the number; one that belongs to a tp rank's part says so behind an ``@``.
 
+    Tensors are on the CPU. Scalars that are equal are one tensor, which is pickled once.
+
     Args:
         numbers: what `lightning_par.zero.states.OptimizerStates.numbers` gives.
         tp: this rank's axis.
     """
     named: dict[str, dict[str, Any]] = {}
+    scalars: dict[tuple[torch.dtype, float], Tensor] = {}
     for parameter, values in numbers:
         spec = get_spec(parameter)
         for key, value in values.items():
-            where = _whose(spec, tp) if isinstance(value, Tensor) and value.numel() > 1 else ""
+            where = ""
+            if isinstance(value, Tensor):
+                value = value.cpu()
+                if value.dim() == 0:
+                    value = scalars.setdefault((value.dtype, value.item()), value)
+                elif value.numel() > 1:
+                    where = _whose(spec, tp)
             named.setdefault(spec.name, {})[f"{key}@{where}" if where else key] = value
     return named
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from lightning_par.checkpoint.share import Share, dtype_name
 from lightning_par.errors import CheckpointError
 
 TRAINER, TRAINER_TENSORS, ODD = "trainer.json", "trainer.safetensors", "pickled.pt"
-
+FILES, FILE_BYTES = 8, 1 << 26  # of one rank: the most files, and the least that is worth one more
 
 _Place = tuple[str, str, Box]  # name of a tensor, which of its values, where in it
+_Piece = tuple[str, str, Box, torch.Tensor]  # and the values
 
 
 @dataclass
@@ -64,24 +66,40 @@ def write_checkpoint(path: Path, content: Content, group: dist.ProcessGroup | No
         raise
 
 
-_Written = tuple[dict[str, Any], list[tuple[str, str, str, Piece]], tuple[str, int] | None]
+_Written = tuple[dict[str, Any], list[tuple[str, str, str, Piece]], list[tuple[str, int]]]
 
 
 def _write_share(draft: Path, share: Share, rank: int) -> _Written:
-    """One rank's file. Returns what the index says of it."""
-    file = f"rank-{rank:05d}.safetensors"
-    keys = [f"{what}/{name}{_range_words(box)}" for name, what, box, _ in share.pieces]
-    tensors = {key: piece[3].to("cpu").contiguous() for key, piece in zip(keys, share.pieces, strict=True)}
-    if not tensors:
-        return share.entries, [], None
-    with ThreadPoolExecutor(1) as pool:  # checksums are computed while the disk is at work
-        writing = pool.submit(write_tensors, draft / file, tensors)
-        pieces = [
-            (name, what, dtype_name(values.dtype), Piece(file, key, box, checksum_of(bytes_of(tensors[key]))))
-            for key, (name, what, box, values) in zip(keys, share.pieces, strict=True)
-        ]
-        writing.result()
-    return share.entries, pieces, (file, (draft / file).stat().st_size)
+    """One rank's files. Returns what the index says of it."""
+    pieces, files = [], []
+    with ThreadPoolExecutor(1) as pool:  # the disk is at work on one file while the next one is written
+        syncing = []
+        for number, group in enumerate(_by_file(share.pieces)):
+            file = f"rank-{rank:05d}{f'.{number}' if number else ''}.safetensors"
+            tensors = {f"{what}/{name}{_range_words(box)}": values.to("cpu").contiguous() for name, what, box, values in group}
+            write_tensors(draft / file, tensors)
+            syncing.append(pool.submit(sync, draft / file))
+            files.append((file, (draft / file).stat().st_size))
+            for (name, what, box, values), (key, written) in zip(group, tensors.items(), strict=True):
+                pieces.append((name, what, dtype_name(values.dtype), Piece(file, key, box, checksum_of(bytes_of(written)))))
+        for each in syncing:
+            each.result()
+    return share.entries, pieces, files
+
+
+def _by_file(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+    """At most `FILES` groups of about the same size, none of them small but the last."""
+    limit = max(FILE_BYTES, -(-sum(values.nbytes for *_, values in pieces) // FILES))
+    group: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += piece[3].nbytes
+        if size >= limit:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _range_words(box: Box) -> str:
@@ -91,16 +109,16 @@ def _range_words(box: Box) -> str:
 def _complete(path: Path, content: Content, written: list[_Written]) -> None:
     """Everything else, by rank 0; the index last."""
     draft, index = draft_of(path), Index(content.layout)
-    for entries, pieces, file in written:
+    for entries, pieces, files in written:
         for name, entry in entries.items():
             index.entries.setdefault(name, entry)
         for name, what, dtype, piece in pieces:
             index.entries[name].values.setdefault(what, Values(dtype)).pieces.append(piece)
-        if file is not None:
-            index.files[file[0]] = (file[1], None)
+        index.files.update({file: (size, None) for file, size in files})
     write_text(draft / TRAINER, json.dumps(content.trainer.json))
     if content.trainer.tensors:
         write_tensors(draft / TRAINER_TENSORS, content.trainer.tensors)
+        sync(draft / TRAINER_TENSORS)
     if content.trainer.odd:
         torch.save(content.trainer.odd, draft / ODD)
         sync(draft / ODD)
@@ -208,7 +226,7 @@ class Saver:
                         "change weights in the step, or use async_save=false"
                     )
 
-    def _stage(self, piece: tuple[str, str, Box, torch.Tensor]) -> torch.Tensor:
+    def _stage(self, piece: _Piece) -> torch.Tensor:
         """A copy on the host, in memory that the saves share: a page that is new costs more than what is written to it."""
         place, values = piece[:3], piece[3]
         staged = self._staged.get(place)

@@ -18,7 +18,7 @@ from lightning_par.errors import CheckpointError
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, down to the disk. The tensors are contiguous and on the CPU.
+    """Write a safetensors file, which is still to be synced. The tensors are contiguous and on the CPU.
 
     Raises:
         OSError: it cannot be written.
@@ -27,7 +27,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(dict(tensors), path)
     except SafetensorError as error:
         raise OSError(str(error)) from None
-    sync(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -74,7 +74,7 @@ def _with_masters(config: dict[str, Any]) -> dict[str, Any]:
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "zero_optimization": {**zero, "stage": max(2, zero["stage"]), "contiguous_gradients": zero["stage"] == 3},
+        "zero_optimization": {**zero, "stage": max(2, zero["stage"]), "contiguous_gradients": False},
     }
 
 
@@ -91,6 +91,7 @@ def _zero(stage: int, num_elements: int) -> dict[str, Any]:
     }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # small parameters travel with the large ones of their module
+        zero["contiguous_gradients"] = False  # a bucket's copy that its reduction copies once more
     else:
         zero["compute_grad_norm"] = False  # one collective per parameter group: stages with different numbers hang
     return zero

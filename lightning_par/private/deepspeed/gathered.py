@@ -26,9 +26,16 @@ class GatheredWeights:
     Args:
         coordinator: who gathers the parameters of a module before its forward and its backward.
         parameters_of: what it gathers then.
+        arrive: waits for a parameter that is being gathered.
     """
 
-    def __init__(self, coordinator: Any, parameters_of: Callable[[nn.Module], Iterable[nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        coordinator: Any,
+        parameters_of: Callable[[nn.Module], Iterable[nn.Parameter]],
+        arrive: Callable[[nn.Parameter], None],
+    ) -> None:
+        self._arrive = arrive
         self._by_storage: dict[int, Any] = {}  # where parameters were when they were last gathered; most have gone from there
         self._late: list[Any] = []  # gathered by a backward
         fetch = coordinator.fetch_sub_module
@@ -54,7 +61,10 @@ class GatheredWeights:
         """
         if not _is_whole(parameter):
             with torch.no_grad():
-                parameter.all_gather()
+                if parameter.ds_status.name == "INFLIGHT":
+                    self._arrive(parameter)
+                else:
+                    parameter.all_gather()
             assert _is_whole(parameter), f"{parameter.ds_summary()} is not there for its backward"
             self._late.append(parameter)
         values: Tensor = parameter.data

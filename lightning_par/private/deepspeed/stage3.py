@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_par.private.deepspeed.ahead import GatheringAhead
 from lightning_par.private.deepspeed.call import count_calls_apart, keep_call
 from lightning_par.private.deepspeed.engine import ZeroEngine
 from lightning_par.private.deepspeed.gathered import GatheredWeights
@@ -52,7 +53,9 @@ class ZeroEngine3(ZeroEngine):
         self.zero.set_gradient_accumulation_boundary(False)
         self.files = StateFiles(self.zero)
         self.undo_mapping = _map_local_tensors()
-        self.gathered = GatheredWeights(self.coordinator, self._parameters_of)
+        units = [module for module in self.modules if getattr(module, "_z3_leaf", False)]
+        self.ahead = GatheringAhead(self.coordinator, units, self._parameters_of)
+        self.gathered = GatheredWeights(self.coordinator, self._parameters_of, self.ahead.arrive)
         for module in self.modules:
             if "post_bwd_fn" in vars(module):  # nothing inside a unit has one
                 count_calls_apart(module, self.zero.parameter_offload.post_sub_module_backward_function)
@@ -73,6 +76,8 @@ class ZeroEngine3(ZeroEngine):
             place += parameter.partition_numel()
 
     def flush(self) -> None:
+        for parameter in chain.from_iterable(self.zero.fp16_groups):
+            _make_contiguous(parameter)
         self.engine._flush_coalesced_reduction_zero3(self.zero)
 
     def fragments(self) -> Iterator[tuple[Tensor, nn.Parameter, int]]:
@@ -86,6 +91,7 @@ class ZeroEngine3(ZeroEngine):
 
     def reduce_early(self, parameter: nn.Parameter) -> None:
         self.zero.micro_step_id = 1  # add to what the partition has; by itself DeepSpeed does so from the second of a step on
+        _make_contiguous(parameter)
         self.zero.reduce_ready_partitions_and_remove_grads(parameter)
 
     def close_early(self, late: Iterable[nn.Parameter]) -> None:
@@ -147,6 +153,7 @@ class ZeroEngine3(ZeroEngine):
         return self.gathered.saving()
 
     def settle(self, keep: bool) -> None:
+        self.ahead.forget()
         self.gathered.forget()
         for module in [self.root, *self._unwind()]:
             if keep:
@@ -155,6 +162,7 @@ class ZeroEngine3(ZeroEngine):
                 self.coordinator.release_sub_module(module, forward=True)
 
     def release_backward(self) -> None:
+        self.ahead.forget()
         for module in self._unwind():  # left by a recomputation that stopped early
             self.coordinator.release_sub_module(module, forward=True)
         self.coordinator.release_backward_leftovers()
@@ -164,7 +172,7 @@ class ZeroEngine3(ZeroEngine):
         del self.offload.FWD_MODULE_STACK[self.depth - 1 :]
         self.undo_mapping()
         super().destroy()
-        del self.coordinator, self.gathered, self.files, self.modules
+        del self.coordinator, self.gathered, self.ahead, self.files, self.modules
 
     def _keep(self, module: nn.Module) -> None:
         """Keep a module's parameters, own and borrowed, until the step."""
@@ -189,6 +197,12 @@ class ZeroEngine3(ZeroEngine):
         left = stack[self.depth :]
         del stack[self.depth :]
         return left
+
+
+def _make_contiguous(parameter: nn.Parameter) -> None:
+    """What DeepSpeed flattens must be contiguous; the layer decides what strides its gradient has."""
+    if parameter.grad is not None and not parameter.grad.is_contiguous():
+        parameter.grad.data = parameter.grad.contiguous()
 
 
 def _map_local_tensors() -> Callable[[], None]:

@@ -54,7 +54,13 @@ _DEEPSPEED_NAMES = (
     (
         "deepspeed.runtime.zero.partitioned_param_coordinator",
         "PartitionedParameterCoordinator",
-        ("fetch_sub_module", "release_sub_module", "release_backward_leftovers"),
+        (
+            "fetch_sub_module",
+            "release_sub_module",
+            "release_backward_leftovers",
+            "_clean_inflight_param_registry",  # with the next one, for gathering ahead
+            "_PartitionedParameterCoordinator__all_gather_params",
+        ),
     ),
     # stage 3: a module's own parameters and those it borrows from others
     ("deepspeed.runtime.zero.partitioned_param_coordinator", "iter_params", ()),
