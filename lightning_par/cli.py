@@ -2,6 +2,7 @@
 
     lightning-par explain parallel=tp2_pp2             # what would run where, and why; nothing is trained or started
     lightning-par explain -cd recipes -cn demo         # the same for a recipe
+    lightning-par plan cluster=h100_8x num_nodes=4     # the best layouts for the machines, and why not the others
     lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved       # when each rank of a pipeline would do what
     lightning-par checkpoint show last.ckpt            # what is in a checkpoint; also verify, export, import, prune
 
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from lightning_par import __version__
 from lightning_par.checkpoint_command import add_checkpoint_command
 from lightning_par.errors import ConfigurationError
+from lightning_par.plan_command import add_plan_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("-cn", "--config-name", metavar="NAME", help="the primary config (default: train)")
     explain.add_argument("overrides", nargs="*", metavar="GROUP=OPTION", help="Hydra overrides, such as parallel=tp2_pp2")
     explain.set_defaults(run=_explain)
+    add_plan_command(commands)
     simulate = commands.add_parser(
         "simulate",
         help="draw a pipeline schedule: a table here, and a page, a PNG and a Chrome trace in a folder",

@@ -62,6 +62,11 @@ def split_batch(batch: Any, num_microbatches: int) -> list[tuple[Any, int]]:
     return list(zip(_split(batch, sizes, "batch"), sizes, strict=True))
 
 
+def first_samples(batch: Any, count: int) -> Any:
+    """The first samples of a batch, which has more; cut as `split_batch` does."""
+    return _split(batch, [count, batch_size(batch) - count], "batch")[0]
+
+
 def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int], weights: Sequence[float] | None = None) -> Any:
     """The output that a step would have returned for the whole batch, from those it returned for its microbatches.
 

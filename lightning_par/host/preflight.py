@@ -48,6 +48,32 @@ def plan_from_trainer(trainer: Any, what: str, *args: Any, foresees: bool = Fals
     """
     strategy = trainer.strategy
     layout = strategy.layout
+    with rehearsed(trainer, what, *args, **kwargs) as (twin, batch, optimizers):
+        plan = _plan_checked(twin, batch, strategy, _STEPS[what])
+        if what == "fit":
+            plan = _with_memory(plan, twin, batch, optimizers, strategy, foresees)
+    if what == "fit" and layout.pp > 1:
+        check_schedule(strategy.schedule, layout.pp, layout.vp, plan.layout.microbatches)
+    return plan
+
+
+@contextmanager
+def rehearsed(trainer: Any, what: str, *args: Any, **kwargs: Any) -> Iterator[tuple[Any, Any, list[Any] | None]]:
+    """Copies that have been through what a Trainer does before the first step, and the first batch.
+
+    Args:
+        trainer: the Trainer.
+        what: its verb.
+        *args, **kwargs: what its function was called with; the module first, then its data.
+
+    Yields:
+        The copy of the module, the batch as its step gets it, and in ``fit`` the optimizers; None where they are not known.
+
+    Raises:
+        ConfigurationError: whatever cannot work.
+    """
+    strategy = trainer.strategy
+    layout = strategy.layout
     module = args[0] if args and args[0] is not None else trainer.lightning_module
     given = [value for value in (*args, *kwargs.values()) if value is not module]
     datamodule = next((value for value in given if hasattr(value, "prepare_data")), trainer.datamodule)
@@ -61,13 +87,11 @@ def plan_from_trainer(trainer: Any, what: str, *args: Any, foresees: bool = Fals
         optimizers = _configure_optimizers(twin, layout) if what == "fit" else None
         if optimizers is not None and layout.zero and layout.dp != 1:
             check_files(strategy.options.zero, optimizers[0], strategy.root_device)
-        batch = _converted_batch(getattr(source, _LOADERS[what])() if loaders is None else loaders, twin, source, what)
-        plan = _plan_checked(twin, batch, strategy, _STEPS[what])
-        if what == "fit":
-            plan = _with_memory(plan, twin, batch, optimizers, strategy, foresees)
-    if what == "fit" and layout.pp > 1:
-        check_schedule(strategy.schedule, layout.pp, layout.vp, plan.layout.microbatches)
-    return plan
+        yield (
+            twin,
+            _converted_batch(getattr(source, _LOADERS[what])() if loaders is None else loaders, twin, source, what),
+            optimizers,
+        )
 
 
 def _set_up(twin: Any, source: Any, strategy: Any, what: str) -> None:

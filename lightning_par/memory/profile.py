@@ -80,7 +80,7 @@ def profile_stages(
     layout, sent = plan.layout, dict[Action, list[Like]]()
     with generators_put_back(), torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         made = (module, batch, plan), fake, sent, loss_of, splits_backward, precision, step
-        ranks = [_Rank(pp, *made) for pp in range(layout.pp)]
+        ranks = [ImaginedRank(pp, *made) for pp in range(layout.pp)]
         if not (plan.chain is None or plan.chain.keeps_shape) or any(plan.boundaries):
             for stage in range(layout.num_stages):  # what is sent says what the next one receives
                 ranks[layout.pp_of(stage)].run(Action("F", stage, 0))
@@ -91,8 +91,14 @@ def profile_stages(
     return [found[stage] for stage in range(layout.num_stages)]
 
 
-class _Rank:
-    """One pp coordinate on fake tensors."""
+class ImaginedRank:
+    """One pp coordinate on fake tensors.
+
+    Attributes:
+        tp: the axis of its split layers.
+        batch: the microbatch of the next `run`.
+        observers: of the actions.
+    """
 
     def __init__(
         self,
@@ -107,15 +113,16 @@ class _Rank:
     ) -> None:
         module, batch, plan = run
         twin = silent_copy(module, lambda tensor: precision.convert(fake_of(fake, tensor)))
-        self._batch = map_tensors(lambda tensor: fake.from_tensor(tensor.detach()), batch)
-        deferred, tp = DeferredGradients(), ImaginedAxis("tp", plan.layout.tp, 0)
-        stages = install(twin, plan, pp, tp, _CPU, deferred if splits_backward else None)
+        self.batch = map_tensors(lambda tensor: fake.from_tensor(tensor.detach()), batch)
+        deferred, self.tp = DeferredGradients(), ImaginedAxis("tp", plan.layout.tp, 0)
+        stages = install(twin, plan, pp, self.tp, _CPU, deferred if splits_backward else None)
         twin.train()
         accumulate_in_float32(twin.parameters())
         for parameter in twin.parameters():  # as they are from the second microbatch on
             dtype = gradient_dtype(parameter)
             parameter.grad = torch.zeros_like(parameter, dtype=dtype) if parameter.requires_grad else None
         self._executor = Executor(stages, _Imagined(sent), None, deferred)
+        self.observers = self._executor.observers
         self._twin, self._step, self._loss_of, self._precision = twin, step, loss_of, precision
         recasts = plan.layout.zero == 3 and plan.layout.dp != 1  # `lightning_par.private.deepspeed.gathered`
         self._saving: Callable[[], AbstractContextManager[object]] = partial(saving, _as_part) if recasts else nullcontext
@@ -127,7 +134,7 @@ class _Rank:
 
         def program(index: int) -> Any:
             with self._precision.computing(_CPU.type), self._saving():
-                return step(self._batch, 0)
+                return step(self.batch, 0)
 
         self._executor.run(row, program, self._loss_of, [1.0])
 
@@ -136,15 +143,15 @@ class _Rank:
         found: StageMemory = {}
         for kinds in self._kinds:
             gradients = [parameter.grad for parameter in self._twin.parameters() if parameter.grad is not None]
-            state = [*self._twin.parameters(), *self._twin.buffers(), *gradients, *tensors_in(self._batch)]
+            state = [*self._twin.parameters(), *self._twin.buffers(), *gradients, *tensors_in(self.batch)]
             living = LivingTensors(state)
             watch = _Watch(living)
-            self._executor.observers.append(watch)
+            self.observers.append(watch)
             try:
                 with living:
                     self.run(*(Action(kind, stage, 0) for kind in kinds))
             finally:
-                self._executor.observers.remove(watch)
+                self.observers.remove(watch)
             found.update(zip(kinds, watch.seen, strict=True))
         return found
 

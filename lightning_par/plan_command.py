@@ -1,0 +1,95 @@
+"""The command `lightning-par plan`: the best layouts of a model on a cluster, before a device is there.
+
+    lightning-par plan cluster=h100_8x num_nodes=4 batch=512
+    lightning-par plan cluster=h100_8x batch=64 model.network.width=4096 trainer.precision=bf16-true
+    lightning-par plan -cd recipes -cn demo cluster=a100_8x num_nodes=2 --json
+
+Exit codes: 0 done, 2 what was typed cannot work or nothing fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from lightning_par.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_EPILOG = """\
+keys:
+  cluster=NAME       the machines: a file of conf/cluster, of cluster/ in --config-dir, or a path
+  cluster.KEY=VALUE  one number of it, such as cluster.device.memory_gib=40
+  num_nodes=N        nodes (default: 1)
+  batch=N            samples of a step over all replicas (default: those of the first batch)
+
+All other words are Hydra overrides, such as model=gpt or trainer.precision=bf16-true. The first line that is printed is what to
+type for the best layout.
+
+examples:
+  lightning-par plan cluster=h100_8x num_nodes=4 batch=512
+  lightning-par plan cluster=laptop model.network.width=512 --json
+"""
+
+
+def add_plan_command(commands: Any) -> None:
+    """Add `plan` to the subcommands of a parser. Imports nothing that is slow."""
+    parser = commands.add_parser(
+        "plan",
+        help="find the best layouts of a model on a cluster: time, memory, and why not the others",
+        description="Build the model and its first batch as train.py would, take its blocks apart on tensors without memory, and "
+        "search all layouts of a cluster. Nothing is trained, and no device is needed.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-cd", "--config-dir", metavar="DIR", help="a folder of more configs, such as recipes")
+    parser.add_argument("-cn", "--config-name", metavar="NAME", help="the primary config (default: train)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("words", nargs="+", metavar="KEY=VALUE", help="the machines and Hydra overrides, see below")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from lightning_par.config.app import app
+    from lightning_par.config.cluster import load_cluster, read_question
+
+    try:
+        question = read_question(options.words)
+        cluster = load_cluster(question, options.config_dir)
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+    def task(config: DictConfig) -> None:
+        _print(config, cluster, question.batch, options.json)
+
+    flags = ["--config-dir", options.config_dir] if options.config_dir else []
+    flags += ["--config-name", options.config_name] if options.config_name else []
+    quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
+    sys.argv = [sys.argv[0], *flags, *question.overrides, "parallel=single", *quiet]
+    app(config_path="pkg://lightning_par.conf", config_name="train")(task)()
+
+
+def _print(config: DictConfig, cluster: Any, batch: int | None, as_json: bool) -> None:
+    import lightning_fabric
+    import pytorch_lightning
+    from rich.console import Console
+
+    for package in (lightning_fabric, pytorch_lightning):
+        logging.getLogger(package.__name__).setLevel(logging.WARNING)  # what a Trainer says of this machine is not about the plan
+
+    from lightning_par.config.run import build_run
+    from lightning_par.host.outlook import outlook_of
+    from lightning_par.planner.report import outlook_json, print_outlook
+
+    trainer, module, data = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
+    with Console(stderr=True).status("building the model") as status:
+        outlook, tokens = outlook_of(trainer, module, data, cluster, batch, status.update)
+    if as_json:
+        print(json.dumps(outlook_json(outlook, tokens)))
+    else:
+        print_outlook(outlook, Console(width=None if sys.stdout.isatty() else 132), tokens)

@@ -1,0 +1,221 @@
+"""The best ways to run a module on a cluster, and why not the others.
+
+All meshes are cut down in three passes: what divides, what fits (as little as needed computed again), and of what is left the
+quickest by a closed form are replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lightning_par.errors import ConfigurationError, ModelError
+from lightning_par.layout import Layout
+from lightning_par.plan.plan import Recompute
+from lightning_par.plan.render import format_bytes
+from lightning_par.planner.anatomy import Anatomy
+from lightning_par.planner.candidate import Candidate, candidates, meshes
+from lightning_par.planner.cluster import Cluster
+from lightning_par.planner.estimate import Estimate, Estimator
+
+NUM_BEST = 10
+_NUM_KINDS, _NUM_REPLAYED = 2 * NUM_BEST, 3  # meshes with a ZeRO stage that are replayed, and ways of each
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A way that is not among the best.
+
+    Attributes:
+        words: what would be typed.
+        reason: why not: a rule, a lack of memory, or by how much it is slower.
+    """
+
+    words: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a search found.
+
+    Attributes:
+        cluster: where.
+        batch: samples of a step.
+        best: the quickest ways, the quickest first.
+        misses: the nearest others.
+        num_considered: ways that divide.
+        alone: of each technique alone the estimate, by its name, where the module divides by it.
+    """
+
+    cluster: Cluster
+    batch: int
+    best: tuple[Estimate, ...]
+    misses: tuple[Miss, ...]
+    num_considered: int
+    alone: tuple[tuple[str, Estimate], ...] = ()
+
+
+def search(anatomy: Anatomy, cluster: Cluster, batch: int) -> Outlook:
+    """Find the best ways.
+
+    Args:
+        anatomy: of the module.
+        cluster: where it is to run, on all of its devices.
+        batch: samples of a step over all replicas.
+
+    Raises:
+        ConfigurationError: none divides and fits; says what is nearest.
+    """
+    estimator, misses = Estimator(anatomy, cluster), list[Miss]()
+    divided = _divided(anatomy, cluster, batch, misses)
+    fitting = list[tuple[float, Candidate]]()
+    least: tuple[int, Candidate] | None = None
+    for mesh, sp in divided:
+        short: tuple[int, Candidate] | None = None
+        found = len(fitting)
+        for plain in candidates(mesh, batch, sp):
+            fits, lowest = _fit(estimator, plain)
+            if fits is not None:
+                fitting.append((estimator.quick(fits)[0], fits))
+            elif short is None or lowest < short[0]:
+                short = lowest, plain
+        if short is not None and len(fitting) == found:
+            lack = format_bytes(short[0] - cluster.device.usable_bytes)
+            misses.append(Miss(short[1].words, f"does not fit: the fullest rank lacks {lack} even with every block recomputed"))
+            least = min((short, least) if least is not None else (short,), key=lambda each: each[0])
+    best = _replayed(estimator, fitting, cluster)
+    if not best:
+        raise _nothing(cluster, batch, misses, least)
+    misses += _slower(best)
+    considered = len(fitting)
+    return Outlook(cluster, batch, tuple(best[:NUM_BEST]), tuple(misses), considered, _alone(estimator, cluster, batch))
+
+
+def _divided(anatomy: Anatomy, cluster: Cluster, batch: int, misses: list[Miss]) -> list[tuple[Layout, bool]]:
+    """The meshes that the module and the batch divide by, with whether the sequence is cut over tp."""
+    found, refused = list[tuple[Layout, bool]](), set[int]()
+    for mesh in meshes(cluster, anatomy.num_blocks):
+        if mesh.tp in refused:
+            continue
+        if mesh.pp > 1 and anatomy.pipeline_error is not None:
+            continue
+        if batch % (mesh.dp or 1):
+            if mesh.vp == 1:
+                misses.append(
+                    Miss(f"parallel={replace(mesh, dp=None)}", f"does not divide: {batch} samples over {mesh.dp} replicas")
+                )
+            continue
+        try:
+            sp = mesh.tp > 1 and _has_sp(anatomy, mesh.tp)
+            if mesh.tp > 1 and not any(parameter.spec.split for parameter in anatomy.plan(mesh.tp, sp).parameters):
+                raise ModelError("no layer can be split over tp")
+            found.append((mesh, sp))
+        except ConfigurationError as error:
+            refused.add(mesh.tp)
+            misses.append(Miss(f"parallel=tp{mesh.tp}", f"does not divide: {error}"))
+    if anatomy.pipeline_error is not None:
+        misses.append(Miss("parallel=pp2", f"no pipeline: {anatomy.pipeline_error}"))
+    return found
+
+
+def _has_sp(anatomy: Anatomy, tp: int) -> bool:
+    """Whether the sequence can be cut.
+
+    Raises:
+        ConfigurationError: not even the layers can.
+    """
+    try:
+        anatomy.plan(tp, True)
+    except ConfigurationError:
+        anatomy.plan(tp, False)
+        return False
+    return True
+
+
+def _fit(estimator: Estimator, plain: Candidate) -> tuple[Candidate | None, int]:
+    """The candidate with as little computed again as fits, and the least bytes of the fullest rank."""
+    usable = estimator.cluster.device.usable_bytes
+    lowest = 0
+    for word in _RECOMPUTE if estimator.anatomy.num_blocks else _RECOMPUTE[:1]:
+        tried = replace(plain, recompute=word)
+        _, lowest = estimator.quick(tried)
+        if lowest <= usable:
+            return tried, lowest
+    return None, lowest
+
+
+def _replayed(estimator: Estimator, fitting: list[tuple[float, Candidate]], cluster: Cluster) -> list[Estimate]:
+    """Of each mesh and ZeRO stage the best microbatches and schedule, replayed; the best first."""
+    kinds: dict[object, list[Candidate]] = {}
+    for _, candidate in sorted(fitting, key=lambda each: each[0]):
+        layout = candidate.layout
+        kinds.setdefault((layout.tp, layout.pp, layout.zero), []).append(candidate)
+    found = []
+    for alike in list(kinds.values())[:_NUM_KINDS]:
+        tried = (_fitted(estimator, candidate, cluster.device.usable_bytes) for candidate in alike[:_NUM_REPLAYED])
+        fits = [estimate for estimate in tried if estimate is not None]
+        found += sorted(fits, key=_merit)[:1]
+    return sorted(found, key=_merit)
+
+
+def _merit(estimate: Estimate) -> tuple[float, int]:
+    """The quicker, and of equal ones the one that stores less."""
+    return estimate.step_seconds, estimate.most_bytes
+
+
+def _fitted(estimator: Estimator, candidate: Candidate, usable: int) -> Estimate | None:
+    """With more recomputation where the replay stores more than the closed form said."""
+    for word in _RECOMPUTE[_RECOMPUTE.index(candidate.recompute) :]:
+        estimate = estimator.estimate(replace(candidate, recompute=word))
+        if estimate.most_bytes <= usable:
+            return estimate
+    return None
+
+
+def _slower(best: Sequence[Estimate]) -> list[Miss]:
+    """Of the replayed ones those after the best, each with what it loses by."""
+    found = []
+    for estimate in best[NUM_BEST : 2 * NUM_BEST]:
+        first = best[0]
+        part = max(estimate.parts, key=lambda name: estimate.parts[name] - first.parts[name])
+        share = estimate.step_seconds / first.step_seconds - 1
+        lost = estimate.parts[part] - first.parts[part]
+        found.append(Miss(estimate.candidate.words, f"slower by {share:.1%}, {lost * 1e3:.3g} ms of it in {part}"))
+    return found
+
+
+def _alone(estimator: Estimator, cluster: Cluster, batch: int) -> tuple[tuple[str, Estimate], ...]:
+    """Each technique alone on as many devices as it can use."""
+    found = []
+    anatomy, count = estimator.anatomy, cluster.num_devices
+    shapes = {"data": Layout(dp=count), "zero1": Layout(dp=count, zero=1), "zero3": Layout(dp=count, zero=3)}
+    shapes["tensor"] = Layout(tp=min(cluster.devices_per_node, count), dp=1)
+    shapes["pipeline"] = Layout(pp=min(count, anatomy.num_blocks or 1), dp=1)
+    for name, layout in shapes.items():
+        if batch % (layout.dp or 1) or layout.world_size == 1 or (layout.pp > 1 and anatomy.pipeline_error is not None):
+            continue
+        rows = max(1, batch // (layout.dp or 1) // max(1, 4 * layout.pp))
+        while batch // (layout.dp or 1) % rows:
+            rows -= 1
+        layout = replace(layout, microbatches=batch // (layout.dp or 1) // rows)
+        try:
+            found.append((name, estimator.estimate(Candidate(layout, rows, "1f1b"))))
+        except ConfigurationError:
+            continue
+    return tuple(found)
+
+
+def _nothing(cluster: Cluster, batch: int, misses: list[Miss], least: tuple[int, Candidate] | None) -> ConfigurationError:
+    if least is None:
+        reasons = "; ".join(f"{miss.words}: {miss.reason}" for miss in misses[:3])
+        return ModelError(
+            f"batch={batch} on {cluster.num_devices} devices of {cluster.name}: nothing divides: {reasons}: change batch"
+        )
+    lack, candidate = least
+    return ModelError(
+        f"batch={batch} on {cluster.num_devices} devices of {cluster.name}: nothing fits. {candidate.words} with every block "
+        f"recomputed comes nearest: its fullest rank stores {format_bytes(lack)}, and a device has "
+        f"{format_bytes(cluster.device.usable_bytes)}: use more nodes"
+    )

@@ -1,0 +1,68 @@
+"""Seconds of collectives, by the ring (Thakur et al. 2005), over the links that a group of ranks has.
+
+With d ranks and a whole tensor of n bytes each of them sends::
+
+    all_reduce                     2 n (d-1)/d    in 2 (d-1) messages
+    all_gather, reduce_scatter       n (d-1)/d    in   (d-1) messages
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_par.layout import Layout
+from lightning_par.planner.cluster import Cluster, Link
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A group of ranks.
+
+    Attributes:
+        size: ranks.
+        link: from each of them to the next.
+        is_inside: whether all of them are on one node.
+    """
+
+    size: int
+    link: Link
+    is_inside: bool
+
+    def sent_bytes(self, kind: str, num_bytes: float) -> float:
+        """What each rank sends in a collective, of a whole tensor of ``num_bytes``."""
+        return (2 if kind == "all_reduce" else 1) * num_bytes * (self.size - 1) / self.size
+
+    def seconds(self, kind: str, num_bytes: float) -> float:
+        """How long a collective takes."""
+        if self.size == 1:
+            return 0.0
+        messages = (2 if kind == "all_reduce" else 1) * (self.size - 1)
+        return messages * self.link.latency_seconds + self.sent_bytes(kind, num_bytes) / self.link.bytes_per_second
+
+
+def tp_ring(layout: Layout, cluster: Cluster) -> Ring:
+    """The ranks that share a layer: neighbours."""
+    return _ring(layout.tp, 1, cluster)
+
+
+def dp_ring(layout: Layout, cluster: Cluster) -> Ring:
+    """The ranks that hold the same part of the model: tp apart."""
+    return _ring(layout.dp or 1, layout.tp, cluster)
+
+
+def stage_link(layout: Layout, cluster: Cluster) -> Link:
+    """From a stage to the next one: tp x dp apart. Where one pair of stages is on two nodes, all wait for it."""
+    apart = layout.tp * (layout.dp or 1)
+    return cluster.inside if layout.world_size <= cluster.devices_per_node or apart == 0 else cluster.between
+
+
+def _ring(size: int, apart: int, cluster: Cluster) -> Ring:
+    """Of ``size`` ranks, ``apart`` from one another.
+
+    Those of a ring that are on one node share the ways out of it: one ring goes out by each, so that it is as wide as all of them.
+    """
+    if size * apart <= cluster.devices_per_node:
+        return Ring(size, cluster.inside, is_inside=True)
+    on_node = max(1, cluster.devices_per_node // apart)
+    wide = min(cluster.between.bytes_per_second * on_node, cluster.inside.bytes_per_second)
+    return Ring(size, Link(wide, cluster.between.latency_seconds), is_inside=False)
