@@ -2,7 +2,7 @@
 
     lightning-par plan cluster=h100_8x num_nodes=4 batch=512
     lightning-par plan cluster=h100_8x batch=64 model.network.width=4096 trainer.precision=bf16-true
-    lightning-par plan -cd recipes -cn demo cluster=a100_8x num_nodes=2 --json
+    lightning-par plan -cd recipes -cn demo --json cluster=a100_8x num_nodes=2
 
 Exit codes: 0 done, 2 what was typed cannot work or nothing fits.
 """
@@ -13,12 +13,15 @@ import argparse
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_par.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from lightning_par.planner import Outlook
 
 _EPILOG = """\
 keys:
@@ -32,7 +35,7 @@ type for the best layout.
 
 examples:
   lightning-par plan cluster=h100_8x num_nodes=4 batch=512
-  lightning-par plan cluster=laptop model.network.width=512 --json
+  lightning-par plan --output plan cluster=laptop model.network.width=512
 """
 
 
@@ -49,6 +52,7 @@ def add_plan_command(commands: Any) -> None:
     parser.add_argument("-cd", "--config-dir", metavar="DIR", help="a folder of more configs, such as recipes")
     parser.add_argument("-cn", "--config-name", metavar="NAME", help="the primary config (default: train)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", metavar="FOLDER", help="draw the best layout there: plan.png, and a pipeline's timeline")
     parser.add_argument("words", nargs="+", metavar="KEY=VALUE", help="the machines and Hydra overrides, see below")
     parser.set_defaults(run=_plan)
 
@@ -65,7 +69,7 @@ def _plan(options: argparse.Namespace) -> None:
         raise SystemExit(2) from None
 
     def task(config: DictConfig) -> None:
-        _print(config, cluster, question.batch, options.json)
+        _print(config, cluster, question.batch, options)
 
     flags = ["--config-dir", options.config_dir] if options.config_dir else []
     flags += ["--config-name", options.config_name] if options.config_name else []
@@ -74,7 +78,7 @@ def _plan(options: argparse.Namespace) -> None:
     app(config_path="pkg://lightning_par.conf", config_name="train")(task)()
 
 
-def _print(config: DictConfig, cluster: Any, batch: int | None, as_json: bool) -> None:
+def _print(config: DictConfig, cluster: Any, batch: int | None, options: argparse.Namespace) -> None:
     import lightning_fabric
     import pytorch_lightning
     from rich.console import Console
@@ -89,7 +93,20 @@ def _print(config: DictConfig, cluster: Any, batch: int | None, as_json: bool) -
     trainer, module, data = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
     with Console(stderr=True).status("building the model") as status:
         outlook, tokens = outlook_of(trainer, module, data, cluster, batch, status.update)
-    if as_json:
+    if options.json:
         print(json.dumps(outlook_json(outlook, tokens)))
     else:
         print_outlook(outlook, Console(width=None if sys.stdout.isatty() else 132), tokens)
+    if options.output is not None:
+        _draw(outlook, Path(options.output), options.json)
+
+
+def _draw(outlook: Outlook, folder: Path, is_quiet: bool) -> None:
+    from lightning_par.planner.drawing import write_pictures
+
+    try:
+        written = write_pictures(outlook, folder)
+    except OSError as error:
+        raise ConfigurationError(f"--output {folder} cannot be written ({error.strerror}): name another folder") from None
+    if not is_quiet:
+        print(f"drawn: {', '.join(map(str, written))}")

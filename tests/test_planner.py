@@ -28,6 +28,7 @@ from lightning_par.pipeline.tables import Tables, choose_schedule, splits_backwa
 from lightning_par.planner import Anatomy, Cluster, Device, Link, read_cluster, search
 from lightning_par.planner.advice import advise
 from lightning_par.planner.candidate import Candidate, candidates, meshes
+from lightning_par.planner.drawing import write_pictures
 from lightning_par.planner.estimate import Estimator
 from lightning_par.planner.search import Outlook
 from lightning_par.planner.traffic import Ring, dp_ring, stage_link, tp_ring
@@ -329,3 +330,18 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     best = found["best"][0]
     assert sum(best["parts"].values()) == pytest.approx(best["step_seconds"])
     assert best["per_device_per_second"] == pytest.approx(16 * 16 / best["step_seconds"] / 4, rel=0.1) and best["unit"] == "tokens"
+
+
+def test_the_best_layout_is_drawn(demo: Anatomy, tmp_path: Path) -> None:
+    tight = found_by(demo, cluster(per_node=2, nodes=2, between=1e6))  # a pipeline, see above
+    written = write_pictures(tight, tmp_path / "drawn")
+    assert [path.name for path in written] == ["plan.png", "timeline.html", "timeline.png", "trace.json"]
+    assert all(path.stat().st_size > 5000 for path in written)
+    assert tight.best[0].candidate.words in (tmp_path / "drawn" / "timeline.html").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--output", str(tmp_path / "file" / "drawn"), "cluster=laptop", *SMALL])
+    assert end.value.code == 2 and "cannot be written (Not a directory): name another folder" in capsys.readouterr().err

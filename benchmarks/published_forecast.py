@@ -1,0 +1,95 @@
+"""What the planner says of published runs, from their models and layouts alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.command import report
+from benchmarks.published_runs import Run
+from lightning_par import deferred_init
+from lightning_par.memory.optimizer import GroupForm, OptimizerForm
+from lightning_par.pipeline.schedules import default_schedule
+from lightning_par.planner import Anatomy, Cluster, read_cluster
+from lightning_par.planner.anatomy import ROWS
+from lightning_par.planner.candidate import Candidate
+from lightning_par.planner.estimate import Estimator
+from lightning_par.runtime.precision import Precision
+
+_CLUSTERS = Path(__file__).parents[1] / "conf" / "cluster"
+_HALF = Precision("bf16-true", parameters=torch.bfloat16)
+_ADAM_BYTES, _STEP_BYTES = 8, 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run.
+
+    Attributes:
+        run: as published.
+        seconds: of a step, as forecast.
+        parts: of them, by what takes them.
+    """
+
+    run: Run
+    seconds: float
+    parts: dict[str, float]
+
+    @property
+    def error(self) -> float:
+        """Of the forecast, as a fraction of what was published."""
+        return self.seconds / self.run.seconds - 1
+
+
+class Trainee(pl.LightningModule):
+    """A language model of transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, tokens: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = self.model(input_ids=tokens, labels=tokens).loss
+        return loss
+
+
+def forecast_runs(runs: list[Run]) -> list[Row]:
+    """Forecast runs; progress goes to stderr."""
+    known: dict[str, Anatomy] = {}
+    rows = []
+    for index, run in enumerate(runs):
+        report(f"{index + 1} of {len(runs)}: {run.name}")
+        if str(run.sizes) not in known:
+            known[str(run.sizes)] = _take_apart(run)
+        candidate = Candidate(run.layout, run.rows, default_schedule(run.layout.vp), run.recompute)
+        estimate = Estimator(known[str(run.sizes)], _cluster(run)).estimate(candidate)
+        rows.append(Row(run, estimate.step_seconds, dict(estimate.parts)))
+    return rows
+
+
+def _take_apart(run: Run) -> Anatomy:
+    with deferred_init():
+        module = Trainee(_model(run))
+    form = OptimizerForm((GroupForm(frozenset(name for name, _ in module.named_parameters()), _ADAM_BYTES, _STEP_BYTES),))
+    few, more = (torch.zeros(rows, run.length, dtype=torch.long) for rows in ROWS)
+    return Anatomy(module, (few, more), lambda loss: loss, form, _HALF)
+
+
+def _model(run: Run) -> nn.Module:
+    if run.family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**run.sizes))
+    still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # dropped attention has no quick kernel
+    return GPT2LMHeadModel(GPT2Config(**run.sizes, **still))
+
+
+def _cluster(run: Run) -> Cluster:
+    config: dict[str, Any] = yaml.safe_load((_CLUSTERS / f"{run.cluster}.yaml").read_text())
+    config["device"].update(run.changes)
+    return read_cluster(config, run.cluster, max(1, run.layout.world_size // config["devices_per_node"]))
