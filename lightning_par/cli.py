@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("-cd", "--config-dir", metavar="DIR", help="a folder of more configs, such as recipes")
     explain.add_argument("-cn", "--config-name", metavar="NAME", help="the primary config (default: train)")
     explain.add_argument("overrides", nargs="*", metavar="GROUP=OPTION", help="Hydra overrides, such as parallel=tp2_pp2")
+    explain.add_argument("--output", metavar="FOLDER", help="where to draw the device mesh, as a page and a PNG (default: nowhere)")
     explain.set_defaults(run=_explain)
     simulate = commands.add_parser(
         "simulate",
@@ -98,34 +99,51 @@ def _simulate(options: argparse.Namespace) -> None:
         simulation = read_simulation(options.words)
         print_simulation(simulation, Console())
         folder = Path(options.output or f"simulate/{simulation.name}")
-        try:
-            written = write_picture(simulation.picture, folder)
-        except OSError as error:
-            raise ConfigurationError(f"--output {folder} cannot be written ({error.strerror}): name another folder") from None
+        written = _written(folder, lambda: write_picture(simulation.picture, folder))
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     print(f"drawn: {', '.join(map(str, written))}")
 
 
+def _written(folder: Path, write: Callable[[], tuple[Path, ...]]) -> tuple[Path, ...]:
+    """The files that ``write`` has written into a folder of the user's.
+
+    Raises:
+        ConfigurationError: that folder cannot be written.
+    """
+    try:
+        return write()
+    except OSError as error:
+        raise ConfigurationError(f"--output {folder} cannot be written ({error.strerror}): name another folder") from None
+
+
 def _explain(options: argparse.Namespace) -> None:
     from lightning_par.config.app import app
+
+    def task(config: DictConfig) -> None:
+        explain(config, options.output)
 
     flags = ["--config-dir", options.config_dir] if options.config_dir else []
     flags += ["--config-name", options.config_name] if options.config_name else []
     # Through Hydra's own command line, so that it composes exactly what train.py would.
     sys.argv = [sys.argv[0], *flags, *options.overrides, *_NO_OUTPUT]
-    app(config_path="pkg://lightning_par.conf", config_name="train")(explain)()
+    app(config_path="pkg://lightning_par.conf", config_name="train")(task)()
 
 
-def explain(config: DictConfig) -> None:
-    """Print the plan of a composed config.
+def explain(config: DictConfig, output: str | None = None) -> None:
+    """Print the plan of a composed config and the device mesh, and draw the latter.
+
+    Args:
+        config: the composed config.
+        output: folder for the page and the PNG; None draws nothing.
 
     Raises:
-        ConfigurationError: the layout, the model, the data or the ``plan:`` section cannot work.
+        ConfigurationError: the layout, the model, the data or the ``plan:`` section cannot work, or ``output`` cannot be written.
     """
     import lightning_fabric
     import pytorch_lightning
+    from rich.console import Console
 
     for package in (lightning_fabric, pytorch_lightning):  # after their import, which sets the level
         logging.getLogger(package.__name__).setLevel(logging.WARNING)  # what a Trainer says of this machine is not about the plan
@@ -133,10 +151,19 @@ def explain(config: DictConfig) -> None:
     from lightning_par.config.run import build_run
     from lightning_par.host.plan_report import describe_plan
     from lightning_par.host.preflight import plan_from_trainer
+    from lightning_par.picture.mesh import mesh_of, print_mesh, write_mesh
 
     trainer, module, data = build_run(config, accelerator="cpu", logger=False, callbacks=[])
     plan = plan_from_trainer(trainer, "fit", module, data, foresees=True)
     print(describe_plan(plan, trainer.strategy.schedule, color=sys.stdout.isatty()))
+    # As many processes as the layout needs are not a machine that anybody has.
+    is_imagined = config.trainer.get("devices", "auto") == "auto" and trainer.num_nodes == 1
+    mesh = mesh_of(plan, None if is_imagined else plan.layout.world_size // trainer.num_nodes)
+    if plan.layout.world_size > 1:
+        print_mesh(mesh, Console(width=None if sys.stdout.isatty() else 132))
+    if output is not None:
+        written = _written(Path(output), lambda: write_mesh(mesh, Path(output)))
+        print(f"drawn: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_par.plan.plan import ChainPlan, Plan
-from lightning_par.plan.tree import ModuleNode, module_tree
+from lightning_par.plan.tree import ModuleNode, in_row, is_next, module_tree
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -138,13 +138,15 @@ def listed(numbers: Iterable[int]) -> str:
 
 
 def block_spans(blocks: Sequence[str]) -> str:
-    """``encoder.block.3, decoder.block.[0-2]`` for blocks in a row."""
-    parts = []
-    for container, group in groupby(blocks, key=lambda path: path.rpartition(".")[0]):
-        names = [path.rpartition(".")[2] for path in group]
-        numbers = f"[{names[0]}-{names[-1]}]" if len(names) > 1 else names[0]
-        parts.append(f"{container}.{numbers}".lstrip("."))
-    return ", ".join(parts)
+    """``encoder.block.3, decoder.block.[0-2]``: those with numbers in a row together."""
+    spans: list[tuple[str, list[str]]] = []
+    for path in blocks:
+        container, _, name = path.rpartition(".")
+        if spans and spans[-1][0] == container and is_next(spans[-1][1][-1], name):
+            spans[-1][1].append(name)
+        else:
+            spans.append((container, [name]))
+    return ", ".join(f"{container}.{in_row(names)}".lstrip(".") for container, names in spans)
 
 
 def format_bytes(count: float) -> str:

@@ -67,7 +67,7 @@ class _Modules:
         """The node of equal modules. One that has nothing but one child is drawn with it, as ``model.layers.[0-3]``."""
         first = paths[0]
         children = tuple(
-            self.node(tuple(_joined(path, key) for path in paths for key in keys), _range(keys)) for keys in self._rows(first)
+            self.node(tuple(_joined(path, key) for path in paths for key in keys), in_row(keys)) for keys in self._rows(first)
         )
         if first and len(children) == 1 and not self._own[first] and not self._flops[first]:
             return replace(children[0], name=f"{name}.{children[0].name}")
@@ -125,8 +125,7 @@ class _Modules:
         return rows
 
     def _follows(self, path: str, before: str, key: str) -> bool:
-        is_next = before.isdigit() and key.isdigit() and int(key) == int(before) + 1
-        return is_next and self._form(_joined(path, before)) == self._form(_joined(path, key))
+        return is_next(before, key) and self._form(_joined(path, before)) == self._form(_joined(path, key))
 
     def _form(self, path: str) -> tuple[object, ...]:
         """All that is drawn of a module but its path and its stages."""
@@ -183,7 +182,13 @@ def _joined(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _range(keys: Sequence[str]) -> str:
+def is_next(before: str, key: str) -> bool:
+    """Whether two names of modules in a list are numbers in a row."""
+    return before.isdigit() and key.isdigit() and int(key) == int(before) + 1
+
+
+def in_row(keys: Sequence[str]) -> str:
+    """``[0-3]`` for such names."""
     return f"[{keys[0]}-{keys[-1]}]" if len(keys) > 1 else keys[0]
 
 
