@@ -1,7 +1,7 @@
 """The command `lightning-par`.
 
     lightning-par explain parallel=tp2_pp2             # what would run where, and why; nothing is trained or started
-    lightning-par explain -cd recipes -cn demo         # the same for a recipe
+    lightning-par explain -cd recipes -cn demo --output mesh    # the same for a recipe, and its ranks drawn
     lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved       # when each rank of a pipeline would do what
     lightning-par checkpoint show last.ckpt            # what is in a checkpoint; also verify, export, import, prune
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _WIDTH, _DPI, _SIDE = 13.0, 160, 0.3  # inches, dots per inch, inches of margin
 _CELL = 0.72  # inches of a cell's side, at most
 _TOP, _LINE = 0.85, 0.24  # inches above the cells, and of a line of words below them
+_INDENT, _LETTER = 0.28, 0.072  # inches from a colour to its words, and of a letter, on the average
 _TEXT, _FAINT = "#222222", "#666666"
 _SQUARE = 0.94  # of a cell's side: a hair of paper between two
 _READABLE, _ROOMY = 4.0, 7.0  # points from which there is a rank in a square, and its coordinates too
@@ -28,25 +29,32 @@ def write_mesh_png(mesh: MeshPicture, path: Path) -> None:
 
     placed = place_ranks(mesh)
     cell = min(_CELL, (_WIDTH - 2 * _SIDE) / placed.width)
+    inside = "; in the squares rank, and pp, dp, tp" if _points(cell) > _ROOMY else ""
     keys, links = _keys(mesh), [f"{axis}: {words}" for axis, words in mesh.links.items()]
+    longest = max(1.6 * len(mesh.title), *map(len, (mesh.summary + inside, *links, *(words for _, words in keys))))
+    width = min(_WIDTH, 2 * _SIDE + max(cell * placed.width, _INDENT + _LETTER * longest))
     below = _TOP + cell * placed.height + _LINE
     height = below + _LINE * (len(keys) + len(links) + 0.5)
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.set_xlim(0, _WIDTH)
+    axes.set_xlim(0, width)
     axes.set_ylim(height, 0)  # inches from the top left
     axes.text(_SIDE, 0.3, mesh.title, fontsize=13, fontweight="bold", color=_TEXT, va="center")
-    inside = "; in the squares rank, and pp, dp, tp" if _points(cell) > _ROOMY else ""
     axes.text(_SIDE, 0.56, mesh.summary + inside, fontsize=9, color=_FAINT, va="center")
     _draw_ranks(axes, mesh, placed, cell)
-    for number, (colour, text) in enumerate(keys):
-        _squares(axes, [(_SIDE, below + _LINE * number - 0.1)], 0.17, [colour])
-        axes.text(_SIDE + 0.28, below + _LINE * number, text, fontsize=9, color=_TEXT, va="center_baseline")
-    for number, text in enumerate(links, start=len(keys)):
-        axes.text(_SIDE, below + _LINE * number, text, fontsize=9, color=_FAINT, va="center_baseline")
+    _draw_words(axes, below, keys, links)
     figure.savefig(path, metadata={"Software": None})
+
+
+def _draw_words(axes: Axes, top: float, keys: list[tuple[str, str]], links: list[str]) -> None:
+    """What the colours mean, then what the axes send, a line each."""
+    for number, (colour, words) in enumerate(keys):
+        _squares(axes, [(_SIDE, top + _LINE * number - 0.1)], 0.17, [colour])
+        axes.text(_SIDE + _INDENT, top + _LINE * number, words, fontsize=9, color=_TEXT, va="center_baseline")
+    for number, words in enumerate(links, start=len(keys)):
+        axes.text(_SIDE, top + _LINE * number, words, fontsize=9, color=_FAINT, va="center_baseline")
 
 
 def _draw_ranks(axes: Axes, mesh: MeshPicture, placed: Placement, cell: float) -> None:
