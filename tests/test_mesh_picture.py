@@ -147,7 +147,8 @@ def test_thousands_of_ranks_are_summarised() -> None:
         "pp 31  ranks 15872-16383, nodes 1984-2047, stages 31, 64 x tp 8",
     ]
     assert len(lines) == 18 + 3
-    sixteen = printed(mesh_for(Layout(tp=8, pp=16, dp=1))).splitlines()
+    sixteen = printed(mesh_for(Layout(tp=8, pp=16, dp=1), 8)).splitlines()
+    assert sixteen[2] == "pp 1  ranks 8-15, nodes 1, stages 1, 1 x tp 8"
     assert [line.split("  ")[0] for line in sixteen[1:17]] == [f"pp {pp}" for pp in range(16)]
 
 

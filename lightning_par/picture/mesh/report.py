@@ -27,10 +27,8 @@ def print_mesh(mesh: MeshPicture, console: Console) -> None:
 def _ranks(mesh: MeshPicture, width: int) -> Iterator[Text]:
     """``node 0  pp 0 dp 0 [0 1]  pp 0 dp 1 [2 3]``."""
     layout = mesh.layout
-    label, group = (
-        max(len(line.label) for line in mesh.lines(1)),
-        len(_begin(mesh, 0)) + 1 + layout.tp * (_digits(layout.world_size) + 1),
-    )
+    label = max(len(line.label) for line in mesh.lines(1))
+    group = len(_begin(mesh, 0)) + layout.tp * (_digits(layout.world_size) + 1)
     for line in mesh.lines((width - label) // group * layout.tp):
         text = Text(f"{line.label:<{label}}")
         for rank in line.ranks:
@@ -72,10 +70,15 @@ def _coordinates(mesh: MeshPicture) -> Iterator[Text]:
 
 
 def _coordinate(mesh: MeshPicture, pp: int) -> Text:
-    """``pp 0  ranks 0-127, nodes 0-15, stages 0, 4, 32 tp groups of 4``."""
+    """``pp 0  ranks 0-127, nodes 0-15, stages 0, 4, 32 x tp 4``."""
     layout, per_node = mesh.layout, mesh.devices_per_node
     each = layout.world_size // layout.pp
     first, last = pp * each, (pp + 1) * each - 1
-    nodes = f", nodes {first // per_node}-{last // per_node}" if per_node else ""
-    words = f"  ranks {first}-{last}{nodes}, stages {listed(mesh.holdings[pp].stages)}, {layout.dp} x tp {layout.tp}"
+    nodes = f", nodes {_span(first // per_node, last // per_node)}" if per_node else ""
+    stages = listed(mesh.holdings[pp].stages)
+    words = f"  ranks {_span(first, last)}{nodes}, stages {stages}, {layout.dp} x tp {layout.tp}"
     return Text().append(f"pp {pp}", f"{ink(hue(pp))} on {hue(pp)}").append(words)
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first}-{last}" if first < last else f"{first}"
