@@ -1,7 +1,7 @@
 """The command `lightning-par`.
 
     lightning-par explain parallel=tp2_pp2             # what would run where, and why; nothing is trained or started
-    lightning-par explain -cd recipes -cn demo         # the same for a recipe
+    lightning-par explain -cd recipes -cn demo --output mesh    # the same for a recipe, and its ranks drawn
     lightning-par plan cluster=h100_8x num_nodes=4     # the best layouts for the machines, and why not the others
     lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved       # when each rank of a pipeline would do what
     lightning-par checkpoint show last.ckpt            # what is in a checkpoint; also verify, export, import, prune
@@ -12,7 +12,6 @@ Exit codes as in `lightning_par.config.app`.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from lightning_par import __version__
 from lightning_par.checkpoint_command import add_checkpoint_command
+from lightning_par.config.command import add_config_options, quieten_trainer, run_composed, written
 from lightning_par.errors import ConfigurationError
 from lightning_par.plan_command import add_plan_command
 
@@ -42,9 +42,6 @@ examples:
   lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved
   lightning-par simulate parallel=pp4_mb16 schedule=zb-h1 forward=[1,1,1,1.5] input=1 weight=0.8 transfer=0.1
 """
-
-# Nothing is written: no output folder, no log file, no copy of the config.
-_NO_OUTPUT = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Build the model and its first batch as train.py would, and print the plan. Nothing is trained and no "
         "process is started, so the layout may need more devices than this machine has.",
     )
-    explain.add_argument("-cd", "--config-dir", metavar="DIR", help="a folder of more configs, such as recipes")
-    explain.add_argument("-cn", "--config-name", metavar="NAME", help="the primary config (default: train)")
+    add_config_options(explain)
     explain.add_argument("overrides", nargs="*", metavar="GROUP=OPTION", help="Hydra overrides, such as parallel=tp2_pp2")
+    explain.add_argument("--output", metavar="FOLDER", help="where to draw the device mesh, as a page and a PNG (default: nowhere)")
     explain.set_defaults(run=_explain)
     add_plan_command(commands)
     simulate = commands.add_parser(
@@ -101,45 +98,46 @@ def _simulate(options: argparse.Namespace) -> None:
         simulation = read_simulation(options.words)
         print_simulation(simulation, Console())
         folder = Path(options.output or f"simulate/{simulation.name}")
-        try:
-            written = write_picture(simulation.picture, folder)
-        except OSError as error:
-            raise ConfigurationError(f"--output {folder} cannot be written ({error.strerror}): name another folder") from None
+        drawn = written(folder, lambda: write_picture(simulation.picture, folder))
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    print(f"drawn: {', '.join(map(str, written))}")
+    print(f"drawn: {', '.join(map(str, drawn))}")
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from lightning_par.config.app import app
-
-    flags = ["--config-dir", options.config_dir] if options.config_dir else []
-    flags += ["--config-name", options.config_name] if options.config_name else []
-    # Through Hydra's own command line, so that it composes exactly what train.py would.
-    sys.argv = [sys.argv[0], *flags, *options.overrides, *_NO_OUTPUT]
-    app(config_path="pkg://lightning_par.conf", config_name="train")(explain)()
+    run_composed(options, options.overrides, lambda config: explain(config, options.output))
 
 
-def explain(config: DictConfig) -> None:
-    """Print the plan of a composed config.
+def explain(config: DictConfig, output: str | None = None) -> None:
+    """Print the plan of a composed config and the device mesh, and draw the latter.
+
+    Args:
+        config: the composed config.
+        output: folder for the page and the PNG; None draws nothing.
 
     Raises:
-        ConfigurationError: the layout, the model, the data or the ``plan:`` section cannot work.
+        ConfigurationError: the layout, the model, the data or the ``plan:`` section cannot work, or ``output`` cannot be written.
     """
-    import lightning_fabric
-    import pytorch_lightning
-
-    for package in (lightning_fabric, pytorch_lightning):  # after their import, which sets the level
-        logging.getLogger(package.__name__).setLevel(logging.WARNING)  # what a Trainer says of this machine is not about the plan
+    from rich.console import Console
 
     from lightning_par.config.run import build_run
     from lightning_par.host.plan_report import describe_plan
     from lightning_par.host.preflight import plan_from_trainer
+    from lightning_par.picture.mesh import mesh_of, print_mesh, write_mesh
 
+    quieten_trainer()
     trainer, module, data = build_run(config, accelerator="cpu", logger=False, callbacks=[])
     plan = plan_from_trainer(trainer, "fit", module, data, foresees=True)
     print(describe_plan(plan, trainer.strategy.schedule, color=sys.stdout.isatty()))
+    # As many processes as the layout needs are not a machine that anybody has.
+    is_imagined = config.trainer.get("devices", "auto") == "auto" and trainer.num_nodes == 1
+    mesh = mesh_of(plan, None if is_imagined else plan.layout.world_size // trainer.num_nodes)
+    if plan.layout.world_size > 1:
+        print_mesh(mesh, Console(width=None if sys.stdout.isatty() else 132))
+    if output is not None:
+        drawn = written(Path(output), lambda: write_mesh(mesh, Path(output)))
+        print(f"drawn: {', '.join(map(str, drawn))}")
 
 
 if __name__ == "__main__":

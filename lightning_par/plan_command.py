@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_par.config.command import add_config_options, quieten_trainer, run_composed, written
 from lightning_par.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-    from lightning_par.planner import Outlook
 
 _EPILOG = """\
 keys:
@@ -49,8 +47,7 @@ def add_plan_command(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-cd", "--config-dir", metavar="DIR", help="a folder of more configs, such as recipes")
-    parser.add_argument("-cn", "--config-name", metavar="NAME", help="the primary config (default: train)")
+    add_config_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", metavar="FOLDER", help="draw the best layout there: plan.png, and a pipeline's timeline")
     parser.add_argument("words", nargs="+", metavar="KEY=VALUE", help="the machines and Hydra overrides, see below")
@@ -58,7 +55,6 @@ def add_plan_command(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from lightning_par.config.app import app
     from lightning_par.config.cluster import load_cluster, read_question
 
     try:
@@ -68,28 +64,18 @@ def _plan(options: argparse.Namespace) -> None:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
 
-    def task(config: DictConfig) -> None:
-        _print(config, cluster, question.batch, options)
-
-    flags = ["--config-dir", options.config_dir] if options.config_dir else []
-    flags += ["--config-name", options.config_name] if options.config_name else []
-    quiet = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
-    sys.argv = [sys.argv[0], *flags, *question.overrides, "parallel=single", *quiet]
-    app(config_path="pkg://lightning_par.conf", config_name="train")(task)()
+    words = [*question.overrides, "parallel=single"]
+    run_composed(options, words, lambda config: _print(config, cluster, question.batch, options))
 
 
 def _print(config: DictConfig, cluster: Any, batch: int | None, options: argparse.Namespace) -> None:
-    import lightning_fabric
-    import pytorch_lightning
     from rich.console import Console
-
-    for package in (lightning_fabric, pytorch_lightning):
-        logging.getLogger(package.__name__).setLevel(logging.WARNING)  # what a Trainer says of this machine is not about the plan
 
     from lightning_par.config.run import build_run
     from lightning_par.host.outlook import outlook_of
     from lightning_par.planner.report import outlook_json, print_outlook
 
+    quieten_trainer()
     trainer, module, data = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
     with Console(stderr=True).status("building the model") as status:
         outlook, tokens = outlook_of(trainer, module, data, cluster, batch, status.update)
@@ -98,15 +84,8 @@ def _print(config: DictConfig, cluster: Any, batch: int | None, options: argpars
     else:
         print_outlook(outlook, Console(width=None if sys.stdout.isatty() else 132), tokens)
     if options.output is not None:
-        _draw(outlook, Path(options.output), options.json)
+        from lightning_par.planner.drawing import write_pictures
 
-
-def _draw(outlook: Outlook, folder: Path, is_quiet: bool) -> None:
-    from lightning_par.planner.drawing import write_pictures
-
-    try:
-        written = write_pictures(outlook, folder)
-    except OSError as error:
-        raise ConfigurationError(f"--output {folder} cannot be written ({error.strerror}): name another folder") from None
-    if not is_quiet:
-        print(f"drawn: {', '.join(map(str, written))}")
+        folder = Path(options.output)
+        drawn = written(folder, lambda: write_pictures(outlook, folder))
+        print(f"drawn: {', '.join(map(str, drawn))}", file=sys.stderr if options.json else sys.stdout)

@@ -23,7 +23,7 @@ def test_explain_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pyte
     cli.main(["explain", "-cd", str(ROOT / "recipes"), "-cn", "demo", "parallel=tp2_pp4", "data.batch_size=8"])
     output = capsys.readouterr().out
     assert "LanguageModel as tp2_pp4_mb8 on 8 ranks: tp 2 x pp 4 x dp 1" in output
-    assert "network.embedding.weight" in output
+    assert "├─ embedding " in output and "vocabulary: 256/2 x 128" in output
     # four equal blocks but for the head, which makes the last stage the dearest
     assert re.search(
         r"Schedule 1f1b: by the FLOPs of the stages, ranks wait (2[89]|3\d)\.\d% of a step .* up to 4 microbatches", output

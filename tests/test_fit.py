@@ -109,7 +109,7 @@ def test_the_plan_says_what_was_chosen_and_by_how_much() -> None:
     assert Plan.from_dict(yaml.safe_load(yaml.safe_dump(plan.to_dict()))) == plan
     rendered = render_plan(plan)
     assert "Memory of a rank" in rendered and "blocks.[0-1] selective, blocks.[2-5] none" in rendered
-    assert "gathered" not in rendered.partition("Weights")[0]
+    assert "gathered" not in rendered.partition("Modules")[0]
     assert "Memory of a rank" not in render_plan(chain_plan())
 
 

@@ -196,7 +196,7 @@ def test_a_region_with_copies_has_global_shapes() -> None:
     plan = plan_of(of_transformers("Llama", 2), "tp4", make_batch(0, 2))
     shown = {layer.name.rsplit(".")[-1] for layer in plan.layers if layer.kind == "column" and layer.activation == "global"}
     assert shown == {"q_proj", "k_proj", "v_proj", "lm_head"}
-    assert "dim 0 / 4, in 2 copies" in render_plan(plan)
+    assert "column: 16/4 x 32, in 2 copies" in render_plan(plan)
     assert Plan.from_dict(plan.to_dict()) == plan
 
 

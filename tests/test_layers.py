@@ -22,9 +22,11 @@ LAYERS = (
     ("install", "gradients", "loss_scale", "checkpoint", "guard"),
     ("memory",),
     ("prepare", "engine"),
+    ("planner",),
     ("host",),
     ("__init__",),
     ("config", "demo", "checkpoint_command"),
+    ("plan_command",),
     ("cli",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -466,17 +466,19 @@ def test_a_plan_is_data(word: str) -> None:
     assert Plan.from_dict(yaml.safe_load(yaml.safe_dump(plan.to_dict()))) == plan
 
 
-def test_the_table_names_every_weight_and_the_ranks() -> None:
+def test_the_tables_name_every_module_and_the_ranks() -> None:
     plan = plan_of(Chain(lambda: EncoderLike(), depth=3), "tp2_pp3")
     text = render_plan(plan, width=200)
     lines = text.splitlines()
-    for inner in ("qkv.weight", "out.weight", "up.weight", "down.weight", "norm_1.weight", "norm_2.bias"):
-        assert sum(f"blocks.[0-2].{inner} " in line for line in lines) == 1, inner
-    (head,) = (line for line in lines if " head.weight " in line)
-    assert "column: dim 0 / 2" in head and "4, 5" in head
-    (fused,) = (line for line in lines if "qkv.weight" in line)
-    assert "3 fused parts of 16, 16, 16" in fused and "0-5" in fused
+    for inner in ("blocks.[0-2]", "qkv", "out", "up", "down", "norm_1", "norm_2"):
+        assert sum(f"─ {inner} " in line for line in lines) == 1, inner
+    (head,) = (line for line in lines if "─ head " in line)
+    assert "column: 24/2 x 16" in head and "│ 2  " in head
+    (fused,) = (line for line in lines if "─ qkv " in line)
+    assert "column: (16+16+16)/2 x 16" in fused and "│ 0-2 " in fused
     assert "on 6 ranks: tp 2 x pp 3 x dp 1" in lines[0]
+    (last,) = (line for line in lines if line.startswith("│ 2 "))
+    assert "blocks.2" in last and "│ 4, 5 " in last
 
 
 class EncoderLike(EncoderBlock):

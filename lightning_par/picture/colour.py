@@ -10,6 +10,7 @@ from lightning_par.pipeline.action import Kind
 
 COLOURS: dict[Kind, str] = {"F": "#0072B2", "B": "#D55E00", "I": "#E69F00", "W": "#009E73"}
 NAMES: dict[Kind, str] = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+HUES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442")  # of pp coordinates: neighbours differ
 LIGHTEST = 0.6  # share of white in the lightest tint, at most
 
 
@@ -24,6 +25,11 @@ def tint(kind: Kind, position: int, count: int) -> str:
     white = LIGHTEST * position / count
     red, green, blue = (int(COLOURS[kind][place : place + 2], 16) for place in (1, 3, 5))
     return "#" + "".join(f"{round(part + (255 - part) * white):02x}" for part in (red, green, blue))
+
+
+def hue(pp: int) -> str:
+    """The colour of the ranks at a pp coordinate; the eighth has that of the first."""
+    return HUES[pp % len(HUES)]
 
 
 def ink(colour: str) -> str:

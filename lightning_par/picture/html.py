@@ -1,9 +1,10 @@
-"""The picture as one page that needs nothing else: no network, no library."""
+"""A picture as one page that needs nothing else: no network, no library."""
 
 from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -17,15 +18,26 @@ _KINDS = tuple(COLOURS)
 
 def html_page(picture: Picture) -> str:
     """The page's text. It shows every panel, one at a time."""
+    return fill_page("page.html", picture.title, _data(picture), _SCRIPTS)
+
+
+def fill_page(template: str, title: str, data: Any, scripts: Sequence[str]) -> str:
+    """A page of the folder ``page`` with its data, the style and its scripts inside.
+
+    Args:
+        template: name of the page's file.
+        title: of the page.
+        data: for JSON; the scripts read it from the element ``data``.
+        scripts: names of files, in order.
+    """
     folder = files("lightning_par.picture") / "page"
-    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     parts = {
-        "@TITLE@": html.escape(picture.title),
+        "@TITLE@": html.escape(title),
         "@STYLE@": (folder / "page.css").read_text(encoding="utf-8"),
-        "@DATA@": _embedded(_data(picture)),
-        "@SCRIPT@": script,
+        "@DATA@": _embedded(data),
+        "@SCRIPT@": "\n".join((folder / name).read_text(encoding="utf-8") for name in scripts),
     }
-    page = (folder / "page.html").read_text(encoding="utf-8")
+    page = (folder / template).read_text(encoding="utf-8")
     for mark, text in parts.items():
         before, _, after = page.partition(mark)
         page = before + text + after

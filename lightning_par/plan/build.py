@@ -76,6 +76,7 @@ def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides |
         parameters=parameters,
         boundaries=boundaries,
         notes=notes + (side_effects(trace, bounds[-2]) if len(counts) > 1 else ()) + unevenness(counts, layout),
+        module_flops=trace.module_flops,
     )
 
 

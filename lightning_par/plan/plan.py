@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_par.layout import Layout
@@ -182,6 +183,7 @@ class Plan:
         compilation: what is compiled, if anything.
         float8: what multiplies in float8, if anything.
         memory: what ranks store, by pp coordinate; empty where it was not asked for.
+        module_flops: forward operations for the traced batch, by the path of the innermost module that ran; ``""`` is the step.
     """
 
     layout: Layout
@@ -196,6 +198,7 @@ class Plan:
     compilation: CompilePlan | None = None
     float8: Float8Plan | None = None
     memory: tuple[RankMemory, ...] = ()
+    module_flops: Mapping[str, int] = field(default_factory=dict)
 
     def layer(self, name: str) -> LayerPlan | None:
         """The plan of one layer."""
@@ -226,6 +229,7 @@ class Plan:
             compilation=None if data["compilation"] is None else CompilePlan(**_tuples(data["compilation"])),
             float8=None if data["float8"] is None else Float8Plan(**_tuples(data["float8"])),
             memory=tuple(RankMemory(**entry) for entry in data.get("memory", ())),
+            module_flops=data["module_flops"],
         )
 
 

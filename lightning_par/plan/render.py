@@ -1,8 +1,7 @@
-"""The plan as tables for a terminal."""
+"""The plan as tables for a terminal, one of them a tree of modules."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 from itertools import groupby
@@ -11,13 +10,14 @@ from operator import itemgetter
 from rich.console import Console
 from rich.table import Table
 
-from lightning_par.plan.plan import ChainPlan, ParameterPlan, Plan
+from lightning_par.plan.plan import ChainPlan, Plan
+from lightning_par.plan.tree import ModuleNode, in_row, is_next, module_tree
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def render_plan(plan: Plan, width: int = 132, color: bool = False) -> str:
-    """The plan as text: the stages, then every weight with its split and the ranks that hold it."""
+    """The plan as text: the stages, the memory of ranks, and the tree of modules with their splits."""
     console = Console(file=StringIO(), width=width, force_terminal=color, highlight=False)
     layout = plan.layout
     console.print(
@@ -29,14 +29,14 @@ def render_plan(plan: Plan, width: int = 132, color: bool = False) -> str:
         console.print(f"recompute: {_recompute(plan.chain)}", markup=False)
     if plan.chain is not None and any(plan.chain.offload_activations):
         offloaded = [path for path, chosen in zip(plan.chain.blocks, plan.chain.offload_activations, strict=True) if chosen]
-        console.print(f"activations wait on the host: {_spans(offloaded)}", markup=False)
+        console.print(f"activations wait on the host: {block_spans(offloaded)}", markup=False)
     if plan.memory:
         console.print(_memory(plan))
     for line in _carried(plan):
         console.print(line, markup=False)
     if plan.sequence is not None:
-        console.print(f"sequence: hidden states cut along dim {plan.sequence.dim}, run on parts: {_modules(plan)}", markup=False)
-    console.print(_weights(plan))
+        console.print(f"sequence: hidden states are cut along dim {plan.sequence.dim} between the blocks", markup=False)
+    console.print(_modules(plan))
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
     output = console.file
@@ -49,7 +49,7 @@ def _stages(plan: Plan) -> Table:
     for heading in ("parameters", "bytes per rank", "forward GFLOP", "saved activations"):
         table.add_column(heading, justify="right")
     for index, stage in enumerate(plan.stages):
-        blocks = "all" if plan.chain is None else _spans(plan.chain.blocks[stage.first : stage.last])
+        blocks = "all" if plan.chain is None else block_spans(plan.chain.blocks[stage.first : stage.last])
         numbers = (
             f"{stage.num_parameters:,}",
             format_bytes(stage.parameter_bytes),
@@ -77,7 +77,7 @@ def _recompute(chain: ChainPlan) -> str:
     """``model.layers.0 none, model.layers.[1-3] full``."""
     parts = []
     for mode, group in groupby(zip(chain.blocks, chain.recompute, strict=True), key=itemgetter(1)):
-        parts.append(f"{_spans([path for path, _ in group])} {mode}")
+        parts.append(f"{block_spans([path for path, _ in group])} {mode}")
     return ", ".join(parts)
 
 
@@ -96,75 +96,40 @@ def _keys(path: Sequence[int | str]) -> str:
     return ".".join(map(str, path))
 
 
-def _modules(plan: Plan) -> str:
-    """The modules that run on parts of the sequence, those of all blocks as one."""
-    assert plan.sequence is not None
-    names = dict.fromkeys(_in_any_block(plan, name) for name in plan.sequence.modules)
-    return ", ".join(names) or "none"
-
-
-def _in_any_block(plan: Plan, name: str) -> str:
-    """A name with ``*`` for the number of its block."""
-    paths = () if plan.chain is None else plan.chain.paths
-    prefix = next((f"{path}." if path else "" for path in paths if name.startswith(f"{path}." if path else "")), None)
-    return name if prefix is None else prefix + re.sub(r"^\d+\.", "*.", name[len(prefix) :])
-
-
-def _weights(plan: Plan) -> Table:
+def _modules(plan: Plan) -> Table:
+    """A line for each module with parameters; equal neighbours of a list share one."""
     where = "stages" if plan.layout.vp == 1 else "pp"
-    table = Table("weight", "shape", "split over tp", "activations", where, "ranks", title="Weights", title_justify="left")
-    for name, group in _grouped(plan).items():
-        first = group[0]
-        stages = tuple(sorted({stage for parameter in group for stage in parameter.spec.stages}))
-        table.add_row(name, " x ".join(map(str, first.spec.shape)), *_split(plan, first), _listed(stages), _ranks(plan, stages))
+    table = Table(title="Modules", title_justify="left")
+    table.add_column("module", no_wrap=True)
+    for heading in ("weight", "activations", where):
+        table.add_column(heading)
+    for heading in ("parameters", "bytes\nper rank", "forward\nGFLOP"):
+        table.add_column(heading, justify="right")
+    tree = module_tree(plan)
+    for branch, node in [("", tree), *_branches(tree)]:
+        numbers = (
+            f"{node.num_elements:,}",
+            format_bytes(max(node.bytes_by_pp)),
+            f"{node.flops / 1e9:.3g}" if node.flops else "",
+        )
+        table.add_row(f"{branch}{node.name}", node.weight, node.activation, listed(node.stages), *numbers)
     return table
 
 
-def _split(plan: Plan, parameter: ParameterPlan) -> tuple[str, str]:
-    spec = parameter.spec
-    layer = next((found for alias, _ in parameter.aliases if (found := plan.layer(alias.rpartition(".")[0]))), None)
-    if spec.split is None:
-        whole = "whole, gradient summed over tp" if spec.partial else "whole"
-        return (f"{whole}: {layer.why}" if layer and layer.kind == "replicate" and layer.why else whole), ""
-    kind = layer.kind if layer else "split"
-    segments = spec.split.segments
-    fused = f", {len(segments)} fused parts of {', '.join(map(str, segments))}" if len(segments) > 1 else ""
-    added = sum(-segment % plan.layout.tp for segment in segments)
-    padded = f", padded by {added}" if added and not spec.split.copies else ""
-    copied = f", in {', '.join(map(str, spec.split.copies))} copies" if spec.split.copies else ""
-    return (
-        f"{kind}: dim {spec.split.dim} / {plan.layout.tp}{fused}{copied}{padded}",
-        layer.activation if layer and layer.kind == "column" else "",
-    )
-
-
-def _grouped(plan: Plan) -> dict[str, list[ParameterPlan]]:
-    """Parameters by name, those of equal blocks under one name with the range of block numbers."""
-    groups: dict[tuple[object, ...], list[ParameterPlan]] = {}
-    for parameter in plan.parameters:
-        spec = parameter.spec
-        name = spec.name
-        if len(spec.stages) == 1:
-            name = _in_any_block(plan, name)
-        groups.setdefault((name, spec.shape, _split(plan, parameter)), []).append(parameter)
-    return {_group_name(str(key[0]), group): group for key, group in groups.items()}
-
-
-def _group_name(pattern: str, group: list[ParameterPlan]) -> str:
-    tied = [alias for alias, _ in group[0].aliases[1:]]
-    if "*" not in pattern:
-        return pattern + (f" = {', '.join(tied)}" if tied else "")
-    prefix = pattern.partition("*")[0]
-    numbers = sorted(int(parameter.spec.name[len(prefix) :].partition(".")[0]) for parameter in group)
-    return pattern.replace("*", f"[{numbers[0]}-{numbers[-1]}]" if len(numbers) > 1 else str(numbers[0]), 1)
+def _branches(node: ModuleNode, above: str = "") -> Iterator[tuple[str, ModuleNode]]:
+    """All nodes below one, each with what is drawn before its name; ``above`` begins all of it."""
+    for child in node.children:
+        is_last = child is node.children[-1]
+        yield f"{above}{'└─ ' if is_last else '├─ '}", child
+        yield from _branches(child, above + ("   " if is_last else "│  "))
 
 
 def _ranks(plan: Plan, stages: tuple[int, ...]) -> str:
     layout = plan.layout
-    return _listed(layout.rank_of(p, d, t) for p in stages for d in range(layout.dp or 1) for t in range(layout.tp))
+    return listed(layout.rank_of(p, d, t) for p in stages for d in range(layout.dp or 1) for t in range(layout.tp))
 
 
-def _listed(numbers: Iterable[int]) -> str:
+def listed(numbers: Iterable[int]) -> str:
     """``0-3`` for four ranks in a row; without gaps that reads better than a list."""
     values = list(numbers)
     if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
@@ -172,14 +137,16 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, values))
 
 
-def _spans(blocks: Sequence[str]) -> str:
-    """``encoder.block.3, decoder.block.[0-2]`` for blocks in a row."""
-    parts = []
-    for container, group in groupby(blocks, key=lambda path: path.rpartition(".")[0]):
-        names = [path.rpartition(".")[2] for path in group]
-        numbers = f"[{names[0]}-{names[-1]}]" if len(names) > 1 else names[0]
-        parts.append(f"{container}.{numbers}".lstrip("."))
-    return ", ".join(parts)
+def block_spans(blocks: Sequence[str]) -> str:
+    """``encoder.block.3, decoder.block.[0-2]``: those with numbers in a row together."""
+    spans: list[tuple[str, list[str]]] = []
+    for path in blocks:
+        container, _, name = path.rpartition(".")
+        if spans and spans[-1][0] == container and is_next(spans[-1][1][-1], name):
+            spans[-1][1].append(name)
+        else:
+            spans.append((container, [name]))
+    return ", ".join(f"{container}.{in_row(names)}".lstrip(".") for container, names in spans)
 
 
 def format_bytes(count: float) -> str:

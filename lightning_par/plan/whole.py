@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod
 
 from lightning_par.plan.plan import Kind, LayerPlan
 from lightning_par.plan.tensor_rules import NARROW, read_from_outside
@@ -30,18 +29,13 @@ def _layers(trace: Trace, layers: Sequence[LayerPlan], tp: int) -> list[str]:
     notes = []
     for (leaf, why), names in alike.items():
         numel = sum(trace.parameters[trace.canonical(trace.layers[name].weight)].numel for name in names)
-        cost = f"every rank keeps {numel:,} parameters and {_flops(trace, names) / 1e9:.3g} GFLOP of the forward"
+        flops = sum(trace.module_flops.get(name, 0) for name in names)
+        cost = f"every rank keeps {numel:,} parameters and {flops / 1e9:.3g} GFLOP of the forward"
         free = [name for name in names if name not in unsplittable and "tied to" not in why]
         free = [name for name in free if trace.layers[name].kind != "embedding" and trace.layers[name].in_size % tp == 0]
         instead = f"; to split it for one more all-reduce, {split_line(free, 'row')}" if free else ""
         notes.append(f"{len(names)} x {leaf} not split over tp: {why}: {cost}{instead}")
     return notes
-
-
-def _flops(trace: Trace, names: Sequence[str]) -> int:
-    """Forward operations of some layers in the traced batch: 2 x rows x inputs x outputs for each call."""
-    calls = [op for op in trace.ops if op.layer in names and op.name != "embedding"]
-    return sum(2 * prod(trace.values[op.inputs[0]].shape) * trace.layers[op.layer].out_size for op in calls if op.layer)
 
 
 def _parameters(trace: Trace) -> list[str]:

@@ -182,6 +182,7 @@ class Trace:
         chains: paths of the containers of the blocks, in order of execution; empty when the module has none.
         chains_seen: containers that were looked at, with the reason why each was not taken.
         flops: forward floating-point operations by phase.
+        module_flops: the same by the path of the innermost module that ran; under ``""`` those of the step itself.
         saved_bytes: activation bytes that autograd saved, by phase.
         notes: what the trace had to assume, for the user.
         error: what ended the run early, when the caller asked for the trace up to there.
@@ -210,6 +211,7 @@ class Trace:
     layers: dict[str, Layer]
     parameters: dict[str, ParameterInfo]
     flops: tuple[int, ...]
+    module_flops: Mapping[str, int]
     saved_bytes: tuple[int, ...]
     batch_size: int
     notes: tuple[str, ...] = ()

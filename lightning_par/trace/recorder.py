@@ -59,6 +59,7 @@ class Recorder(TorchFunctionMode):
         self.layers: dict[str, Layer] = {}
         self.parameters = parameters_of(module)
         self.flops: Counter[int] = Counter()  # by part
+        self.module_flops: Counter[str] = Counter()  # by the innermost module that ran
         self.saved_bytes: Counter[int] = Counter()
         self._custom: set[int] = set()  # numbers of what the user's autograd functions made
         self._names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
@@ -200,8 +201,8 @@ class Recorder(TorchFunctionMode):
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._num_called[name] += 1
+            self._count_flops()
             if is_block:
-                self._count_flops()
                 self.calls.enter(name, args, kwargs, len(self.ops))
             elif self.calls.loop is not None and not self._stack:
                 self.calls.loop.enter(name, len(self.ops), self.calls.is_complete)
@@ -228,9 +229,9 @@ class Recorder(TorchFunctionMode):
             if has_backward_hook(module):
                 seen = tuple(self._number(tensor) for tensor in tensors_in((args, kwargs, output)))
                 self._append("opaque", seen, (), (), None, (f"a backward hook of {type(module).__name__}",))
+            self._count_flops()
             self._stack.pop()
             if is_block:
-                self._count_flops()
                 self.calls.leave(name, args, kwargs, output)
             if not self.calls.open_blocks and self.calls.is_first_pass:
                 self._note_output(name, output)
@@ -271,8 +272,10 @@ class Recorder(TorchFunctionMode):
 
     def _count_flops(self) -> None:
         total = self._flop_counter.get_total_flops()
-        if self.calls.is_first_pass:
-            self.flops[self.calls.parts.current] += total - self._counted_flops
+        counted = total - self._counted_flops
+        if counted and self.calls.is_first_pass:
+            self.flops[self.calls.parts.current] += counted
+            self.module_flops[self._stack[-1] if self._stack else ""] += counted
         self._counted_flops = total
 
     def _count_saved(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -307,6 +310,7 @@ class Recorder(TorchFunctionMode):
             layers=self.layers,
             parameters=self.parameters,
             flops=by_phase(self.flops, phases, 2 * len(blocks) + 1),
+            module_flops=dict(self.module_flops),
             saved_bytes=by_phase(self.saved_bytes, phases, 2 * len(blocks) + 1),
             batch_size=batch_size,
             notes=tuple(self.notes),
