@@ -25,7 +25,7 @@ from lightning_par.planner.stages import BlockTime, Holdings, Weights, blocks_of
 from lightning_par.planner.traffic import dp_ring, stage_link, tp_ring
 
 _STEP_PASSES = 3  # over the elements of what is stepped: weight, gradient and states read, weight and states written
-_MOST_RANKS_ALIKE = 3  # replayed are so many microbatches for each rank
+_ROUNDS = 2  # replayed are so many microbatches for each rank
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Estimator:
         self._cuts: dict[tuple[int, bool, int], list[range]] = {}
         self._holdings: dict[tuple[int, bool], Holdings] = {}
         self._weights: dict[tuple[int, bool, int, int, str], list[Weights]] = {}
-        self._bubbles: dict[object, float] = {}
+        self._stage_costs: dict[object, Costs] = {}
 
     def body(self, candidate: Candidate) -> Body:
         """The module, taken apart as a candidate has it."""
@@ -91,7 +91,7 @@ class Estimator:
         """
         layout, rows, count = candidate.layout, candidate.rows, candidate.layout.microbatches or 1
         cuts, times = self.cuts(candidate), self.times(candidate)
-        costs = self._costs(candidate, cuts, times)
+        costs = self._costs(candidate)
         pipeline, timeline = self._replay(candidate, costs)
         weights = self.weights(candidate)
         most = max(weights, key=lambda each: each.trained)
@@ -120,8 +120,7 @@ class Estimator:
     def quick(self, candidate: Candidate) -> tuple[float, int]:
         """About the seconds of a step, and the least that the fullest rank stores: in microseconds, to sort thousands by."""
         layout, count = candidate.layout, candidate.layout.microbatches or 1
-        cuts, times = self.cuts(candidate), self.times(candidate)
-        costs = self._costs(candidate, cuts, times)
+        cuts, costs = self.cuts(candidate), self._costs(candidate)
         per_rank = max(self._busy(costs, candidate, pp) for pp in {0, layout.pp - 1})
         weights = self.weights(candidate)
         idle = (layout.pp - 1) / layout.vp * (per_rank if not candidate.splits_backward else per_rank / 3)
@@ -190,22 +189,42 @@ class Estimator:
 
     # ------------------------------------------------------------------ seconds
 
-    def _costs(self, candidate: Candidate, cuts: list[range], times: list[BlockTime]) -> Costs:
+    def _costs(self, candidate: Candidate) -> Costs:
         """Of each stage."""
+        layout = candidate.layout
+        replicas = layout.dp if layout.zero == 3 else None
+        where = layout.world_size <= self.cluster.devices_per_node
+        key = (
+            layout.tp,
+            layout.sp,
+            candidate.recompute,
+            candidate.rows,
+            layout.num_stages,
+            replicas,
+            candidate.splits_backward,
+            where,
+        )
+        if key not in self._stage_costs:
+            self._stage_costs[key] = self._find_costs(candidate)
+        return self._stage_costs[key]
+
+    def _find_costs(self, candidate: Candidate) -> Costs:
         layout, body = candidate.layout, self.body(candidate)
+        cuts, times = self.cuts(candidate), self.times(candidate)
         gathers = [0.0] * len(times)
         if layout.zero == 3:
             ring, holdings = dp_ring(layout, self.cluster), self.holdings(candidate)
             gathers = [ring.seconds("all_gather", holdings.of([b]).parameter_bytes) for b in range(len(times))]
         forward, inputs, weights = [], [], []
         for blocks in cuts:
+            late = sum(times[b].sent_backward for b in blocks)
             forward.append(sum(max(times[b].forward + times[b].sent_forward, gathers[b]) for b in blocks))
             inputs.append(sum(max(times[b].input_gradient, gathers[b]) for b in blocks))
-            weights.append(sum(max(times[b].weight_gradient, times[b].sent_backward) for b in blocks))
             if candidate.splits_backward:  # nothing computes while they travel
-                late = sum(times[b].sent_backward for b in blocks)
                 inputs[-1] += late
-                weights[-1] = sum(times[b].weight_gradient for b in blocks)
+                weights.append(sum(times[b].weight_gradient for b in blocks))
+            else:
+                weights.append(sum(max(times[b].weight_gradient, times[b].sent_backward) for b in blocks))
         hidden = max((body.blocks[stage[-1]].sent(candidate.rows) for stage in cuts[:-1]), default=0.0)
         transfer = stage_link(layout, self.cluster).seconds(hidden) if layout.pp > 1 else 0.0
         return Costs(forward, inputs, weights, transfer)
@@ -218,7 +237,7 @@ class Estimator:
     def _few(self, candidate: Candidate) -> int:
         """Microbatches that are replayed: a multiple of the ranks, or all."""
         layout = candidate.layout
-        return min(layout.microbatches or 1, _MOST_RANKS_ALIKE * layout.pp)
+        return min(layout.microbatches or 1, _ROUNDS * layout.pp)
 
     def _replay(self, candidate: Candidate, costs: Costs) -> tuple[float, Timeline | None]:
         layout, count = candidate.layout, candidate.layout.microbatches or 1
@@ -228,8 +247,9 @@ class Estimator:
         timeline = simulate(build_schedule(candidate.schedule, layout.pp, layout.vp, few), costs)
         seconds = timeline.makespan_seconds
         if few < count:  # a period of the middle
-            more = simulate(build_schedule(candidate.schedule, layout.pp, layout.vp, few + layout.pp), costs)
-            seconds += (more.makespan_seconds - seconds) / layout.pp * (count - few)
+            period = layout.pp if layout.vp > 1 else 1
+            more = simulate(build_schedule(candidate.schedule, layout.pp, layout.vp, few + period), costs)
+            seconds += (more.makespan_seconds - seconds) / period * (count - few)
         return seconds, timeline
 
     def _reduction(self, candidate: Candidate, weights: Weights) -> tuple[float, float]:

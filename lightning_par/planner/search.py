@@ -19,7 +19,7 @@ from lightning_par.planner.cluster import Cluster
 from lightning_par.planner.estimate import Estimate, Estimator
 
 NUM_BEST = 10
-_NUM_KINDS, _NUM_REPLAYED = 2 * NUM_BEST, 3  # meshes with a ZeRO stage that are replayed, and ways of each
+_NUM_KINDS, _NUM_REPLAYED = 2 * NUM_BEST, 2  # meshes with a ZeRO stage that are replayed, and ways of each
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
