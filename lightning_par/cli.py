@@ -2,6 +2,7 @@
 
     lightning-par explain parallel=tp2_pp2             # what would run where, and why; nothing is trained or started
     lightning-par explain -cd recipes -cn demo         # the same for a recipe
+    lightning-par check parallel=tp2_pp2               # does the layout train as one process does? on a CPU
     lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved       # when each rank of a pipeline would do what
     lightning-par checkpoint show last.ckpt            # what is in a checkpoint; also verify, export, import, prune
 
@@ -11,14 +12,15 @@ Exit codes as in `lightning_par.config.app`.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_par import __version__
+from lightning_par.check_command import add_check_command
 from lightning_par.checkpoint_command import add_checkpoint_command
+from lightning_par.config.command import add_config_words, quiet_lightning, run_composed
 from lightning_par.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -40,9 +42,6 @@ examples:
   lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved
   lightning-par simulate parallel=pp4_mb16 schedule=zb-h1 forward=[1,1,1,1.5] input=1 weight=0.8 transfer=0.1
 """
-
-# Nothing is written: no output folder, no log file, no copy of the config.
-_NO_OUTPUT = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,9 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Build the model and its first batch as train.py would, and print the plan. Nothing is trained and no "
         "process is started, so the layout may need more devices than this machine has.",
     )
-    explain.add_argument("-cd", "--config-dir", metavar="DIR", help="a folder of more configs, such as recipes")
-    explain.add_argument("-cn", "--config-name", metavar="NAME", help="the primary config (default: train)")
-    explain.add_argument("overrides", nargs="*", metavar="GROUP=OPTION", help="Hydra overrides, such as parallel=tp2_pp2")
+    add_config_words(explain)
     explain.set_defaults(run=_explain)
     simulate = commands.add_parser(
         "simulate",
@@ -83,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("words", nargs="+", metavar="KEY=VALUE", help="the layout, the schedule and the costs, see below")
     simulate.add_argument("--output", metavar="FOLDER", help="where to draw (default: simulate/LAYOUT-SCHEDULE)")
     simulate.set_defaults(run=_simulate)
+    add_check_command(commands)
     add_checkpoint_command(commands)
     return parser
 
@@ -109,13 +107,7 @@ def _simulate(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from lightning_par.config.app import app
-
-    flags = ["--config-dir", options.config_dir] if options.config_dir else []
-    flags += ["--config-name", options.config_name] if options.config_name else []
-    # Through Hydra's own command line, so that it composes exactly what train.py would.
-    sys.argv = [sys.argv[0], *flags, *options.overrides, *_NO_OUTPUT]
-    app(config_path="pkg://lightning_par.conf", config_name="train")(explain)()
+    run_composed(explain, options)
 
 
 def explain(config: DictConfig) -> None:
@@ -124,16 +116,11 @@ def explain(config: DictConfig) -> None:
     Raises:
         ConfigurationError: the layout, the model, the data or the ``plan:`` section cannot work.
     """
-    import lightning_fabric
-    import pytorch_lightning
-
-    for package in (lightning_fabric, pytorch_lightning):  # after their import, which sets the level
-        logging.getLogger(package.__name__).setLevel(logging.WARNING)  # what a Trainer says of this machine is not about the plan
-
     from lightning_par.config.run import build_run
     from lightning_par.host.plan_report import describe_plan
     from lightning_par.host.preflight import plan_from_trainer
 
+    quiet_lightning()
     trainer, module, data = build_run(config, accelerator="cpu", logger=False, callbacks=[])
     plan = plan_from_trainer(trainer, "fit", module, data, foresees=True)
     print(describe_plan(plan, trainer.strategy.schedule, color=sys.stdout.isatty()))

@@ -24,7 +24,9 @@ LAYERS = (
     ("prepare", "engine"),
     ("host",),
     ("__init__",),
+    ("parity",),
     ("config", "demo", "checkpoint_command"),
+    ("check_command",),
     ("cli",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -62,6 +62,16 @@ def split_batch(batch: Any, num_microbatches: int) -> list[tuple[Any, int]]:
     return list(zip(_split(batch, sizes, "batch"), sizes, strict=True))
 
 
+def first_samples(batch: Any, count: int) -> Any:
+    """The first ``count`` samples of a batch, cut as `split_batch` cuts; all of it where it has no more.
+
+    Raises:
+        DataError: a batch without a batch dim, or with a ``PackedSequence``.
+    """
+    size = batch_size(batch)
+    return batch if size <= count else _split(batch, [count, size - count], "batch")[0]
+
+
 def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int], weights: Sequence[float] | None = None) -> Any:
     """The output that a step would have returned for the whole batch, from those it returned for its microbatches.
 

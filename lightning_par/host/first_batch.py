@@ -1,4 +1,4 @@
-"""The first batch of a run, looked at without disturbing the order of the data."""
+"""The first batches of a run, looked at without disturbing the order of the data."""
 
 from __future__ import annotations
 
@@ -23,18 +23,30 @@ def first_batch(loaders: Any) -> Any:
     Raises:
         DataError: the data is an iterator that can be read only once, or is empty.
     """
+    return first_batches(loaders, 1)[0]
+
+
+def first_batches(loaders: Any, count: int) -> list[Any]:
+    """As many batches from the start, as `first_batch` gives one; at least one, and fewer where there are no more.
+
+    Raises:
+        DataError: as there.
+    """
     if isinstance(loaders, Mapping):
-        return {key: first_batch(loader) for key, loader in loaders.items()}
+        columns = zip(*(first_batches(loader, count) for loader in loaders.values()), strict=False)
+        return [dict(zip(loaders, column, strict=True)) for column in columns]
     if isinstance(loaders, (list, tuple)):
-        return type(loaders)(first_batch(loader) for loader in loaders)
+        rows = zip(*(first_batches(loader, count) for loader in loaders), strict=False)
+        return [type(loaders)(row) for row in rows]
     own = find_generators(datasets_of(loaders.dataset)) if isinstance(loaders, DataLoader) else {}
     states = states_of(own)
     with generators_put_back():
         batches = _batches(loaders) if isinstance(loaders, DataLoader) else _iterate(loaders, "train_dataloaders")
-        for batch in batches:
-            restore(own, states)
-            return batch
-    raise DataError(f"the {type(loaders).__name__} gives no batch: a run needs at least one")
+        found = list(itertools.islice(batches, count))
+        restore(own, states)
+    if not found:
+        raise DataError(f"the {type(loaders).__name__} gives no batch: a run needs at least one")
+    return found
 
 
 def _batches(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -1,0 +1,149 @@
+"""The check itself: the user's run set up once, trained in one process and in its layout, and compared."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_par.layout import Layout
+from lightning_par.parity.compare import Comparison, check_can_compare, compare_runs
+from lightning_par.parity.processes import run_forked
+from lightning_par.parity.run import read_run, train_alone, train_rank
+from lightning_par.parity.subject import prepare_subject
+
+# What a Trainer of the check is told, whatever the user's is. The steps are few, in float32, on this machine, and nothing is written.
+TRAINER_OPTIONS: dict[str, Any] = {
+    "accelerator": "cpu",
+    "num_nodes": 1,
+    "precision": "32-true",
+    "accumulate_grad_batches": 1,
+    "min_steps": None,
+    "max_time": None,
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 0,
+    "val_check_interval": 1.0,
+    "num_sanity_val_steps": 0,
+    "overfit_batches": 0.0,
+    "fast_dev_run": False,
+    "use_distributed_sampler": False,
+    "profiler": None,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+# And its strategy: what changes no number is left out, and so is float8, which needs a GPU.
+STRATEGY_OPTIONS: dict[str, Any] = {
+    "compile": False,
+    "fp8": None,
+    "detect_anomaly": None,
+    "drift_guard": 0,
+    "hang_seconds": None,
+    "async_save": False,
+    "max_restarts": 0,
+    "print_plan": False,
+}
+BuildTrainer = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the check has found.
+
+    Attributes:
+        module: name of its class.
+        layout: that was checked.
+        size: how much of the module was.
+        samples: of a batch of all replicas together.
+        has_dropped: whether dropout was turned off.
+        comparison: all numbers.
+    """
+
+    module: str
+    layout: Layout
+    size: str
+    samples: int
+    has_dropped: bool
+    comparison: Comparison
+
+
+def check_parity(
+    trainer: Any,
+    module: Any,
+    data: Any,
+    build_trainer: BuildTrainer,
+    num_steps: int,
+    tolerance: float,
+    is_full: bool,
+    tell: Callable[[str], None],
+) -> Report:
+    """Train the user's module in one process and in a layout, and compare losses, gradients and weights.
+
+    Args:
+        trainer: the user's, with the layout.
+        module, data: what its ``fit`` would get; used up.
+        build_trainer: makes another one, given a `Layout` and options; called in the processes that train.
+        num_steps: how many optimizer steps.
+        tolerance: relative.
+        is_full: whether a large module is checked as large as it is.
+        tell: is told what goes on.
+
+    Raises:
+        ConfigurationError: the layout cannot work, or nothing can be compared.
+        ProcessError: a process has failed.
+    """
+    torch.set_num_threads(1)  # threads of a parallel region would be lost in the processes that are forked
+    tell("setting up the module, its data and the plan")
+    subject = prepare_subject(trainer, module, data, num_steps, is_full)
+    layout, root, name = subject.layout, trainer.strategy.root, type(module).__name__
+    seed, make, plain = (
+        torch.initial_seed(),
+        partial(build_trainer, layout),
+        partial(build_trainer, layout, plugins=_environment(root)),
+    )
+    with tempfile.TemporaryDirectory(prefix="lightning_par-check-") as folder:
+        files = {what: Path(folder, what) for what in ("alone", "moved", "reseeded")}
+        first = replace(subject, batches=subject.batches[:1])
+        tell(f"training in one process: {num_steps} steps, {subject.size}")
+        run_forked(
+            [
+                partial(train_alone, plain, root, subject, files["alone"], seed),
+                partial(train_alone, plain, root, subject, files["moved"], seed, True),
+                partial(train_alone, plain, root, first, files["reseeded"], seed + 1),
+            ],
+            [f"{name} in one process"] * 3,
+        )
+        alone, moved, reseeded = (read_run(file) for file in files.values())
+        check_can_compare(alone, moved, reseeded, tolerance, name)
+        tell(f"training in {layout}: {layout.world_size} processes")
+        ranks = run_forked(
+            [
+                partial(_as_rank, rank, layout, make, root, subject, files["alone"], Path(folder))
+                for rank in range(layout.world_size)
+            ],
+            [f"rank {rank} ({layout.coordinate_of(rank)}) of {layout}" for rank in range(layout.world_size)],
+        )
+        comparison = compare_runs(alone, moved, ranks, tolerance)
+    return Report(name, layout, subject.size, subject.samples, alone.has_dropped, comparison)
+
+
+def _as_rank(rank: int, layout: Layout, make: BuildTrainer, root: str, subject: Any, file: Path, folder: Path) -> Any:
+    """Be a rank for Lightning, as if it had been started as one."""
+    world = str(layout.world_size)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+    whole = {"init": "constructor", "weights": None}  # the module comes with its weights in memory
+    options = {"devices": layout.world_size, "plugins": _environment(root), "strategy_options": {**STRATEGY_OPTIONS, **whole}}
+    return train_rank(partial(make, **options), root, subject, file, rank, folder)
+
+
+def _environment(root: str) -> list[Any]:
+    """One machine, whatever SLURM or torchrun say of the process that was started."""
+    return [import_module(f"{root}.plugins.environments").LightningEnvironment()]
