@@ -72,7 +72,7 @@ def _check(options: argparse.Namespace, config: DictConfig) -> None:
     from lightning_par.parity.report import print_report
 
     quiet_lightning()
-    trainer, module, data = build_run(config, STRATEGY_OPTIONS, **TRAINER_OPTIONS, callbacks=[], devices=_devices(config.trainer))
+    trainer, module, data = build_run(config, STRATEGY_OPTIONS, **TRAINER_OPTIONS, callbacks=[], **_devices(config.trainer))
     again = partial(build_trainer, config, **TRAINER_OPTIONS)
     try:
         report = check_parity(trainer, module, data, again, options.steps, options.tolerance, options.full, _tell)
@@ -81,16 +81,33 @@ def _check(options: argparse.Namespace, config: DictConfig) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:  # its processes are gone
         raise SystemExit(128 + signal.SIGINT) from None
-    print_report(report, Console(highlight=False, width=None if sys.stdout.isatty() else 200))  # names are whole in a file
+    print_report(
+        report, _left_out(config), Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    )  # names are whole in a file
     if not report.comparison.is_equal:
         raise SystemExit(1)
 
 
-def _devices(trainer: Mapping[str, Any]) -> int | str:
-    """As many processes here as the user's Trainer has devices on all its nodes; ``auto`` where it does not say."""
+def _devices(trainer: Mapping[str, Any]) -> dict[str, int]:
+    """As many processes here as the user's Trainer has devices on all its nodes, where it says."""
     devices = trainer.get("devices", "auto")
     count = len(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else devices
-    return count * int(trainer.get("num_nodes", 1)) if isinstance(count, int) and count > 0 else "auto"
+    return {"devices": count * int(trainer.get("num_nodes", 1))} if isinstance(count, int) and count > 0 else {}
+
+
+# What a check does without, and the values with which there is nothing to do without.
+_USUAL: Mapping[str, tuple[Any, ...]] = {
+    "trainer.precision": (None, 32, "32", "32-true"),
+    "trainer.accumulate_grad_batches": (None, 1),
+    "parallel.compile": (None, False),
+    "parallel.fp8": (None,),
+}
+
+
+def _left_out(config: DictConfig) -> list[str]:
+    """What the config says and the check does without."""
+    said = {key: config[key.partition(".")[0]].get(key.partition(".")[2]) for key in _USUAL}
+    return [f"{key}={value}" for key, value in said.items() if value not in _USUAL[key]]
 
 
 def _tell(what: str) -> None:

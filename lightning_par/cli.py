@@ -53,7 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with code 2 where the configuration cannot work, 1 on any other error.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    if others:  # overrides behind an option, which argparse does not put together with those before it
+        before = vars(options).get("overrides")
+        if before is None or any(word.startswith("-") for word in others):
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+        options.overrides = [*before, *others]
     options.run(options)
 
 

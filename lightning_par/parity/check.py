@@ -19,7 +19,7 @@ from lightning_par.parity.processes import run_forked
 from lightning_par.parity.run import read_run, train_alone, train_rank
 from lightning_par.parity.subject import prepare_subject
 
-# What a Trainer of the check is told, whatever the user's is. The steps are few, in float32, on this machine, and nothing is written.
+# What a Trainer of the check is told, whatever the user's is: few steps, in float32, on this machine, and nothing is written.
 TRAINER_OPTIONS: dict[str, Any] = {
     "accelerator": "cpu",
     "num_nodes": 1,
@@ -112,7 +112,7 @@ def check_parity(
     with tempfile.TemporaryDirectory(prefix="lightning_par-check-") as folder:
         files = {what: Path(folder, what) for what in ("alone", "moved", "reseeded")}
         first = replace(subject, batches=subject.batches[:1])
-        tell(f"training in one process: {num_steps} steps, {subject.size}")
+        tell(f"training in one process ({subject.size})")
         run_forked(
             [
                 partial(train_alone, plain, root, subject, files["alone"], seed),
@@ -123,7 +123,7 @@ def check_parity(
         )
         alone, moved, reseeded = (read_run(file) for file in files.values())
         check_can_compare(alone, moved, reseeded, tolerance, name)
-        tell(f"training in {layout}: {layout.world_size} processes")
+        tell(f"training in {layout} ({layout.world_size} processes)")
         ranks = run_forked(
             [
                 partial(_as_rank, rank, layout, make, root, subject, files["alone"], Path(folder))

@@ -1,9 +1,9 @@
 """How far a layout's training is from that of one process, tensor by tensor, and how far it may be.
 
-An error is relative: the norm of the difference over the norm of what one process has. It may be as large as the tolerance. But some
-tensors are all rounding: the gradient of a key's bias, which softmax does not see, and what Adam makes of it, which divides by it.
-No two correct runs agree on those. So one process trains once more with every weight moved by one rounding, and what that changes in
-a tensor may be changed ten times as much by a layout, where this is more than the tolerance.
+An error is relative: the norm of the difference over the norm of what one process has. It may be as large as the tolerance. But
+some tensors are all rounding: the gradient of a key's bias, which softmax does not see, and what Adam makes of it, which divides by
+it. No two correct runs agree on those. So one process trains once more with every weight moved by one rounding. What that changes
+in a tensor, a layout may change ten times as much, where this is more than the tolerance.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lightning_par.errors import ConfigurationError
 from lightning_par.parity.run import Piece, RankRun, Run
 
 _FACTOR = 10.0  # how much more than one rounding of the weights those of a whole run may do, in other places and another order
+_ROUNDING = 0.1  # what may be off by this much of itself says nothing
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Difference:
     def is_equal(self) -> bool:
         """Whether it is small enough; never where it is undefined."""
         return self.error <= self.allowed
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether nothing can be said of it."""
+        return self.allowed >= _ROUNDING
 
     @property
     def share(self) -> float:
@@ -108,8 +114,8 @@ def check_can_compare(alone: Run, moved: Run, reseeded: Run, tolerance: float, m
     broken += [f"gradient norm of step {step + 1} is {norm}" for step, norm in enumerate(alone.norms) if not math.isfinite(norm)]
     if broken:
         raise ConfigurationError(
-            f"{module} in one process: the {broken[0]}, and nothing is equal to that: train a few steps without a layout first, with "
-            "parallel=single detect_anomaly=first"
+            f"{module} in one process: the {broken[0]}, and nothing is equal to that: find out why, with parallel=single "
+            "detect_anomaly=first"
         )
     for name, gradient in alone.gradients.items():
         allowed = _allowed(name, alone.gradients, moved.gradients, tolerance)
@@ -158,9 +164,9 @@ def _errors(
 def _sorted(
     errors: Mapping[str, float], alone: Mapping[str, torch.Tensor], moved: Mapping[str, torch.Tensor], tolerance: float
 ) -> list[Difference]:
-    """The differences, those first that are largest for what they may be."""
+    """The differences, those first that are largest for what they may be, and last those that are nothing but rounding."""
     found = [Difference(name, error, _allowed(name, alone, moved, tolerance)) for name, error in errors.items()]
-    return sorted(found, key=lambda each: (each.is_equal, -each.share, each.name))
+    return sorted(found, key=lambda each: (each.is_equal, each.is_rounding, -each.share, each.name))
 
 
 def _allowed(name: str, alone: Mapping[str, torch.Tensor], moved: Mapping[str, torch.Tensor], tolerance: float) -> float:

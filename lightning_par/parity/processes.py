@@ -70,14 +70,19 @@ def _collect(receivers: list[Connection], processes: Sequence[Any], names: Seque
             try:
                 how, value = receivers[index].recv()
             except EOFError:
-                processes[index].join()
-                how, value = "raised", f"it ended with exit code {processes[index].exitcode}"
+                how, value = "raised", _how_it_ended(processes[index])
             if how == "misconfigured":
                 raise ConfigurationError(value)
             if how == "raised":
                 raise ProcessError(f"{names[index]} failed: {value}")
             found[index] = value
     return [found[index] for index in range(len(receivers))]
+
+
+def _how_it_ended(process: Any) -> str:
+    process.join()
+    code: int = process.exitcode
+    return f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
 
 
 def _run(function: Callable[[], Any], sender: Connection, parent: int, num_threads: int) -> None:

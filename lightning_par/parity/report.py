@@ -14,32 +14,34 @@ from lightning_par.parity.compare import Difference
 _SHOWN = 5  # gradients and weights
 
 
-def print_report(report: Report, console: Console) -> None:
-    """Print what was compared and how far it is apart; the last line says whether that is equal."""
+def print_report(report: Report, left_out: Sequence[str], console: Console) -> None:
+    """Print what was compared and how far it is apart; the last line says whether that is equal.
+
+    Args:
+        report: what was found.
+        left_out: what the user asked for and the check did without.
+        console: where to.
+    """
     found = report.comparison
-    console.print(
-        f"{report.module} as {report.layout}, beside one process: {len(found.losses)} steps of {report.samples} samples, float32 on the "
-        f"CPU, {report.size}",
-        soft_wrap=True,
-        markup=False,
-    )
+    steps = f"{len(found.losses)} step{'s' * (len(found.losses) != 1)} of {report.samples} samples"
+    _say(console, f"{report.module} as {report.layout}, beside one process: {steps}, float32 on the CPU, {report.size}")
     if report.has_dropped:
-        console.print("Dropout is left out: every layout draws other masks", soft_wrap=True)
-    numbers = Table(
-        "step", Column("one process", justify="right"), Column(str(report.layout), justify="right"), "error", "allowed", box=None
-    )
+        _say(console, "Dropout is left out: every layout draws other masks")
+    if left_out:
+        _say(console, f"Left out here: {', '.join(left_out)}")
+    numbers = Table("", *(_right(name) for name in ("one process", str(report.layout), "error", "allowed")), box=None)
     for each in (*found.losses, *found.norms):
         numbers.add_row(each.name, f"{each.alone:.7g}", f"{each.found:.7g}", *_cells(each))
     console.print(numbers)
-    tensors = Table(Column("worst of all", overflow="fold"), "error", "allowed", box=None)
+    tensors = Table(Column("the worst", overflow="fold"), _right("error"), _right("allowed"), box=None)
     for kind, differences in (("gradient", found.gradients), ("weight", found.weights)):
         for each in differences[:_SHOWN]:
             tensors.add_row(f"{kind} {each.name}", *_cells(each))
     console.print(tensors)
-    rounding = [each.name for each in found.gradients if each.allowed >= 0.1]
+    rounding = [each.name for each in found.gradients if each.is_rounding]
     if rounding:
-        console.print(f"Nothing but rounding is in the gradient of {_listed(rounding)}", soft_wrap=True, markup=False)
-    console.print(verdict(report), soft_wrap=True, markup=False)
+        _say(console, f"Nothing but rounding is in the gradient of {_listed(rounding)}")
+    _say(console, verdict(report))
 
 
 def verdict(report: Report) -> str:
@@ -70,6 +72,14 @@ def _count(report: Report) -> str:
 def _cells(each: Difference) -> tuple[str, str]:
     error = f"{each.error:.1e}"
     return (error if each.is_equal else f"[red]{error}[/]"), ("any" if math.isinf(each.allowed) else f"{each.allowed:.0e}")
+
+
+def _right(name: str) -> Column:
+    return Column(name, justify="right")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False)
 
 
 def _listed(names: list[str]) -> str:

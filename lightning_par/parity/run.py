@@ -117,7 +117,7 @@ def read_run(file: Path) -> Run:
 
 
 def move_weights(module: nn.Module) -> None:
-    """Multiply every weight by 1 + 2^-23 or 1 - 2^-23, by chance: what float32 cannot tell from rounding, a few operations later."""
+    """Multiply every weight by 1 + 2^-23 or 1 - 2^-23, by chance: as much as rounding does to the result of an operation."""
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         sign = torch.randint(0, 2, parameter.shape, generator=generator, dtype=torch.int8).to(parameter.dtype) * 2 - 1

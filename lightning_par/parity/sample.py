@@ -36,7 +36,7 @@ def small_batches(loaders: Any, layout: Layout, num_steps: int) -> list[Any]:
     groups = [found[start : start + several] for start in range(0, len(found) - several + 1, several)]
     if not groups:
         raise DataError(
-            f"the training data has {len(found)} batches of {size}, and {layout} reads {several} of them in a step: give it more data"
+            f"the training data has {len(found)} batches of {size}, and {layout} reads {several} of them in a step: give it more"
         )
     return _repeated([first_samples(_joined(group, layout), replica * dp) for group in groups], num_steps)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_par.host.batch import split_batch
 from lightning_par.host.preflight import plan_from_trainer, set_up
 from lightning_par.layout import Layout
-from lightning_par.materialize import is_deferred, match_weights, materialize_rest
+from lightning_par.materialize import match_weights, materialize_rest
 from lightning_par.parity.sample import small_batches
 from lightning_par.parity.shrink import is_large, shrink
 from lightning_par.prepare import batch_size_of
@@ -95,8 +95,8 @@ def _fill(module: nn.Module, weights: Any) -> None:
         aliases: dict[torch.Tensor, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             aliases.setdefault(parameter, []).append(name)
-        for parameter, names in aliases.items():
-            weights.read_shard(names, None, 1, 0, parameter.dtype, parameter.data)
+        for tensor, names in aliases.items():
+            weights.read_shard(names, None, 1, 0, tensor.dtype, tensor.data)
         weights.read_buffers(module)
     module.__dict__["_trainer"] = None
 
