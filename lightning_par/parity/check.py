@@ -16,8 +16,8 @@ import torch
 from lightning_par.layout import Layout
 from lightning_par.parity.compare import Comparison, check_can_compare, compare_runs
 from lightning_par.parity.processes import run_forked
-from lightning_par.parity.run import read_run, train_alone, train_rank
-from lightning_par.parity.subject import prepare_subject
+from lightning_par.parity.run import RankRun, Run, read_run, train_alone, train_rank
+from lightning_par.parity.subject import Subject, prepare_subject
 
 # What a Trainer of the check is told, whatever the user's is: few steps, in float32, on this machine, and nothing is written.
 TRAINER_OPTIONS: dict[str, Any] = {
@@ -52,6 +52,7 @@ STRATEGY_OPTIONS: dict[str, Any] = {
     "print_plan": False,
 }
 BuildTrainer = Callable[..., Any]
+_ALONE = "alone"  # the file of the run in one process
 
 
 @dataclass(frozen=True)
@@ -102,46 +103,50 @@ def check_parity(
     """
     torch.set_num_threads(1)  # threads of a parallel region would be lost in the processes that are forked
     tell("setting up the module, its data and the plan")
-    subject = prepare_subject(trainer, module, data, num_steps, is_full)
-    layout, root, name = subject.layout, trainer.strategy.root, type(module).__name__
-    seed, make, plain = (
-        torch.initial_seed(),
-        partial(build_trainer, layout),
-        partial(build_trainer, layout, plugins=_environment(root)),
-    )
+    subject, root = prepare_subject(trainer, module, data, num_steps, is_full), trainer.strategy.root
+    layout, build, name = subject.layout, partial(build_trainer, subject.layout), type(module).__name__
     with tempfile.TemporaryDirectory(prefix="lightning_par-check-") as folder:
-        files = {what: Path(folder, what) for what in ("alone", "moved", "reseeded")}
-        first = replace(subject, batches=subject.batches[:1])
         tell(f"training in one process ({subject.size})")
-        run_forked(
-            [
-                partial(train_alone, plain, root, subject, files["alone"], seed),
-                partial(train_alone, plain, root, subject, files["moved"], seed, True),
-                partial(train_alone, plain, root, first, files["reseeded"], seed + 1),
-            ],
-            [f"{name} in one process"] * 3,
-        )
-        alone, moved, reseeded = (read_run(file) for file in files.values())
+        alone, moved, reseeded = _train_alone(build, root, subject, Path(folder))
         check_can_compare(alone, moved, reseeded, tolerance, name)
         tell(f"training in {layout} ({layout.world_size} processes)")
-        ranks = run_forked(
-            [
-                partial(_as_rank, rank, layout, make, root, subject, files["alone"], Path(folder))
-                for rank in range(layout.world_size)
-            ],
-            [f"rank {rank} ({layout.coordinate_of(rank)}) of {layout}" for rank in range(layout.world_size)],
-        )
-        comparison = compare_runs(alone, moved, ranks, tolerance)
+        comparison = compare_runs(alone, moved, _train_ranks(build, root, subject, Path(folder)), tolerance)
     return Report(name, layout, subject.size, subject.samples, alone.has_dropped, comparison)
 
 
-def _as_rank(rank: int, layout: Layout, make: BuildTrainer, root: str, subject: Any, file: Path, folder: Path) -> Any:
+def _train_alone(build: BuildTrainer, root: str, subject: Subject, folder: Path) -> list[Run]:
+    """The run in one process; the same from weights that one rounding has moved; and its first step with another seed."""
+    run = partial(train_alone, partial(build, plugins=_environment(root)), root)
+    first, seed = replace(subject, batches=subject.batches[:1]), torch.initial_seed()
+    files = [folder / _ALONE, folder / "moved", folder / "reseeded"]
+    run_forked(
+        [
+            partial(run, subject, files[0], seed),
+            partial(run, subject, files[1], seed, is_moved=True),
+            partial(run, first, files[2], seed + 1),
+        ],
+        [f"{type(subject.module).__name__} in one process"] * 3,
+    )
+    return [read_run(file) for file in files]
+
+
+def _train_ranks(build: BuildTrainer, root: str, subject: Subject, folder: Path) -> list[RankRun]:
+    """The run in the layout, beside that which is in the folder."""
+    layout = subject.layout
+    ranks = range(layout.world_size)
+    return run_forked(
+        [partial(_as_rank, rank, layout, build, root, subject, folder) for rank in ranks],
+        [f"rank {rank} ({layout.coordinate_of(rank)}) of {layout}" for rank in ranks],
+    )
+
+
+def _as_rank(rank: int, layout: Layout, build: BuildTrainer, root: str, subject: Subject, folder: Path) -> RankRun:
     """Be a rank for Lightning, as if it had been started as one."""
     world = str(layout.world_size)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     whole = {"init": "constructor", "weights": None}  # the module comes with its weights in memory
     options = {"devices": layout.world_size, "plugins": _environment(root), "strategy_options": {**STRATEGY_OPTIONS, **whole}}
-    return train_rank(partial(make, **options), root, subject, file, rank, folder)
+    return train_rank(partial(build, **options), root, subject, folder / _ALONE, rank, folder)
 
 
 def _environment(root: str) -> list[Any]:

@@ -90,7 +90,7 @@ def _run(function: Callable[[], Any], sender: Connection, parent: int, num_threa
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; who started this process ends it
     threading.Thread(target=_live_with, args=(parent,), daemon=True).start()
     os.dup2(2, 1)
-    warnings.simplefilter("ignore")  # what there is to warn of, the process that forks has said
+    warnings.simplefilter("ignore")  # a Trainer warns of what is meant to be so here: no validation, no workers
     torch.set_num_threads(num_threads)
     answer: Answer
     try:

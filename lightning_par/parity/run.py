@@ -117,11 +117,12 @@ def read_run(file: Path) -> Run:
 
 
 def move_weights(module: nn.Module) -> None:
-    """Multiply every weight by 1 + 2^-23 or 1 - 2^-23, by chance: as much as rounding does to the result of an operation."""
+    """Multiply every weight by 1 + eps or 1 - eps, by chance. Rounding changes a result by up to half of eps, 2^-23 in float32."""
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
-        sign = torch.randint(0, 2, parameter.shape, generator=generator, dtype=torch.int8).to(parameter.dtype) * 2 - 1
-        parameter.data += parameter.data * sign * 2**-23
+        if parameter.is_floating_point():
+            sign = torch.randint(0, 2, parameter.shape, generator=generator, dtype=torch.int8).to(parameter.dtype) * 2 - 1
+            parameter.data += parameter.data * sign * torch.finfo(parameter.dtype).eps
 
 
 def train_rank(make_trainer: MakeTrainer, root: str, subject: Subject, file: Path, rank: int, folder: Path) -> RankRun:

@@ -72,7 +72,7 @@ def prepare_subject(trainer: Any, module: Any, data: Any, num_steps: int, is_ful
     if source is not None:
         _has_been_set_up(source)
     given = () if data is None else (data,)
-    trainer.strategy.options = replace(trainer.strategy.options, weights=None)  # they are the module's from here on
+    trainer.strategy.options = replace(trainer.strategy.options, weights=None)  # a smaller module would not need all that are there
     plan, size = plan_from_trainer(trainer, "fit", module, *given), "full size"
     if not is_full and is_large(module):
         plan, size = shrink(module, plan, lambda: plan_from_trainer(trainer, "fit", module, *given))
@@ -80,6 +80,7 @@ def prepare_subject(trainer: Any, module: Any, data: Any, num_steps: int, is_ful
     layout = plan.layout if plan.layout.microbatches is not None else replace(plan.layout, microbatches=1)
     batches = small_batches(loaders, layout, num_steps)
     _fill(module, weights)
+    module.__dict__["_trainer"] = None
     return Subject(module, source, batches, layout, size, batch_size_of(batches[0]))
 
 
@@ -98,7 +99,6 @@ def _fill(module: nn.Module, weights: Any) -> None:
         for tensor, names in aliases.items():
             weights.read_shard(names, None, 1, 0, tensor.dtype, tensor.data)
         weights.read_buffers(module)
-    module.__dict__["_trainer"] = None
 
 
 def _as_it_is(batch: Any) -> Any:
