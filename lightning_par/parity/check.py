@@ -18,6 +18,7 @@ from lightning_par.parity.compare import Comparison, check_can_compare, compare_
 from lightning_par.parity.processes import run_forked
 from lightning_par.parity.run import RankRun, Run, read_run, train_alone, train_rank
 from lightning_par.parity.subject import Subject, prepare_subject
+from lightning_par.private.deepspeed import import_deepspeed
 
 # What a Trainer of the check is told, whatever the user's is: few steps, in float32, on this machine, and nothing is written.
 TRAINER_OPTIONS: dict[str, Any] = {
@@ -133,6 +134,8 @@ def _train_alone(build: BuildTrainer, root: str, subject: Subject, folder: Path)
 def _train_ranks(build: BuildTrainer, root: str, subject: Subject, folder: Path) -> list[RankRun]:
     """The run in the layout, beside that which is in the folder."""
     layout = subject.layout
+    if layout.zero and layout.dp != 1:
+        import_deepspeed(torch.device("cpu"))  # once, as it takes each rank seconds
     ranks = range(layout.world_size)
     return run_forked(
         [partial(_as_rank, rank, layout, build, root, subject, folder) for rank in ranks],
