@@ -81,9 +81,8 @@ def _check(options: argparse.Namespace, config: DictConfig) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:  # its processes are gone
         raise SystemExit(128 + signal.SIGINT) from None
-    print_report(
-        report, _left_out(config), Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    )  # names are whole in a file
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # names are whole in a file
+    print_report(report, _left_out(config), console)
     if not report.comparison.is_equal:
         raise SystemExit(1)
 

@@ -32,20 +32,28 @@ def first_batches(loaders: Any, count: int) -> list[Any]:
     Raises:
         DataError: as there.
     """
+    found: list[Any]
     if isinstance(loaders, Mapping):
         columns = zip(*(first_batches(loader, count) for loader in loaders.values()), strict=False)
-        return [dict(zip(loaders, column, strict=True)) for column in columns]
-    if isinstance(loaders, (list, tuple)):
+        found = [dict(zip(loaders, column, strict=True)) for column in columns]
+    elif isinstance(loaders, (list, tuple)):
         rows = zip(*(first_batches(loader, count) for loader in loaders), strict=False)
-        return [type(loaders)(row) for row in rows]
-    own = find_generators(datasets_of(loaders.dataset)) if isinstance(loaders, DataLoader) else {}
-    states = states_of(own)
-    with generators_put_back():
-        batches = _batches(loaders) if isinstance(loaders, DataLoader) else _iterate(loaders, "train_dataloaders")
-        found = list(itertools.islice(batches, count))
-        restore(own, states)
+        found = [type(loaders)(row) for row in rows]
+    else:
+        found = _first_of(loaders, count)
     if not found:
         raise DataError(f"the {type(loaders).__name__} gives no batch: a run needs at least one")
+    return found
+
+
+def _first_of(loader: Any, count: int) -> list[Any]:
+    """The first batches of one loader; all generators are afterwards as before."""
+    own = find_generators(datasets_of(loader.dataset)) if isinstance(loader, DataLoader) else {}
+    states = states_of(own)
+    with generators_put_back():
+        batches = _batches(loader) if isinstance(loader, DataLoader) else _iterate(loader, "train_dataloaders")
+        found = list(itertools.islice(batches, count))
+        restore(own, states)
     return found
 
 

@@ -107,10 +107,10 @@ def check_parity(
     subject, root = prepare_subject(trainer, module, data, num_steps, is_full), trainer.strategy.root
     layout, build, name = subject.layout, partial(build_trainer, subject.layout), type(module).__name__
     with tempfile.TemporaryDirectory(prefix="lightning_par-check-") as folder:
-        tell(f"training in one process ({subject.size})")
+        tell(f"training in one process: {subject.size}")
         alone, moved, reseeded = _train_alone(build, root, subject, Path(folder))
         check_can_compare(alone, moved, reseeded, tolerance, name)
-        tell(f"training in {layout} ({layout.world_size} processes)")
+        tell(f"training in {layout}, ranks: {layout.world_size}")
         comparison = compare_runs(alone, moved, _train_ranks(build, root, subject, Path(folder)), tolerance)
     return Report(name, layout, subject.size, subject.samples, alone.has_dropped, comparison)
 

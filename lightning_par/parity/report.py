@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from lightning_par.parity.check import Report
@@ -36,7 +37,7 @@ def print_report(report: Report, left_out: Sequence[str], console: Console) -> N
     tensors = Table(Column("the worst", overflow="fold"), _right("error"), _right("allowed"), box=None)
     for kind, differences in (("gradient", found.gradients), ("weight", found.weights)):
         for each in differences[:_SHOWN]:
-            tensors.add_row(f"{kind} {each.name}", *_cells(each))
+            tensors.add_row(escape(f"{kind} {each.name}"), *_cells(each))
     console.print(tensors)
     rounding = [each.name for each in found.gradients if each.is_rounding]
     if rounding:
