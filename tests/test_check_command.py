@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.plugins.precision import Precision
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
@@ -30,7 +31,7 @@ from lightning_par.parity import shrink
 from lightning_par.parity.compare import check_can_compare, compare_runs
 from lightning_par.parity.dropout import WithoutDropout
 from lightning_par.parity.processes import run_forked
-from lightning_par.parity.run import Piece, RankRun, Run
+from lightning_par.parity.run import Piece, RankRun, Run, clip_exactly
 from lightning_par.parity.sample import small_batches
 from tests.checked import Model, Samples
 
@@ -335,6 +336,15 @@ def test_what_rounding_moves_may_differ_by_ten_times_as_much() -> None:
     moved = Run([1.0], [2.0], {"a": torch.ones(4) * 1.125}, {"a": torch.ones(4)})
     (gradient,) = compare_runs(alone, moved, [RankRun([1.0], [2.0], [], [], {})], 1e-5).gradients
     assert gradient.allowed == pytest.approx(1.25)
+
+
+def test_one_process_clips_by_an_exact_norm() -> None:
+    """torch's own norm of so many elements is off by 1e-4 on one thread."""
+    parameter, plugin = nn.Parameter(torch.zeros(5_000_000)), Precision()
+    parameter.grad = torch.randn(5_000_000, generator=torch.Generator().manual_seed(0))
+    clip_exactly(plugin)
+    plugin.clip_gradients(torch.optim.SGD([parameter]), 10.0)
+    assert float(parameter.grad.double().norm()) == pytest.approx(10, rel=1e-6)
 
 
 def test_nothing_to_compare() -> None:
