@@ -161,7 +161,15 @@ def test_weights_are_read(check: Any, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_what_is_left_out_is_said(check: Any) -> None:
-    words = ["parallel=tp2", "parallel.compile=true", "trainer.precision=bf16-mixed", "+trainer.accumulate_grad_batches=2"]
+    """And all devices of the user's machines are processes here."""
+    words = [
+        "parallel=tp2",
+        "trainer.devices=[0]",
+        "+trainer.num_nodes=2",
+        "parallel.compile=true",
+        "trainer.precision=bf16-mixed",
+        "+trainer.accumulate_grad_batches=2",
+    ]
     code, output, errors = check(*words, "--steps", "1")
     assert code == 0, errors
     expected = "Left out here: trainer.precision=bf16-mixed, trainer.accumulate_grad_batches=2, parallel.compile=True"
@@ -179,6 +187,11 @@ def test_a_large_module_is_shrunken(check: Any, monkeypatch: pytest.MonkeyPatch)
         assert code == 0, errors
         assert re.search(rf"on the CPU, {size}$", output.splitlines()[0])
         assert bool(re.search(r"blocks\.[23]", output)) is (size[0] == "f")
+
+
+def test_an_unknown_option_is_an_error(check: Any) -> None:
+    code, _, errors = check("parallel=tp2", "--step", "1", "--nonsense")
+    assert code == 2 and "unrecognized arguments: --nonsense" in errors
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
