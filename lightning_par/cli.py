@@ -3,6 +3,7 @@
     lightning-par explain parallel=tp2_pp2             # what would run where, and why; nothing is trained or started
     lightning-par explain -cd recipes -cn demo --output mesh    # the same for a recipe, and its ranks drawn
     lightning-par plan cluster=h100_8x num_nodes=4     # the best layouts for the machines, and why not the others
+    lightning-par check parallel=tp2_pp2               # does the layout train as one process does? on a CPU
     lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved       # when each rank of a pipeline would do what
     lightning-par checkpoint show last.ckpt            # what is in a checkpoint; also verify, export, import, prune
 
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_par import __version__
+from lightning_par.check_command import add_check_command
 from lightning_par.checkpoint_command import add_checkpoint_command
-from lightning_par.config.command import add_config_options, quieten_trainer, run_composed, written
+from lightning_par.config.command import add_config_words, quiet_lightning, run_composed, written
 from lightning_par.errors import ConfigurationError
 from lightning_par.plan_command import add_plan_command
 
@@ -53,7 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with code 2 where the configuration cannot work, 1 on any other error.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    if others:  # overrides behind an option, which argparse does not put together with those before it
+        before = vars(options).get("overrides")
+        if before is None or any(word.startswith("-") for word in others):
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+        options.overrides = [*before, *others]
     options.run(options)
 
 
@@ -67,8 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Build the model and its first batch as train.py would, and print the plan. Nothing is trained and no "
         "process is started, so the layout may need more devices than this machine has.",
     )
-    add_config_options(explain)
-    explain.add_argument("overrides", nargs="*", metavar="GROUP=OPTION", help="Hydra overrides, such as parallel=tp2_pp2")
+    add_config_words(explain)
     explain.add_argument("--output", metavar="FOLDER", help="where to draw the device mesh, as a page and a PNG (default: nowhere)")
     explain.set_defaults(run=_explain)
     add_plan_command(commands)
@@ -83,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("words", nargs="+", metavar="KEY=VALUE", help="the layout, the schedule and the costs, see below")
     simulate.add_argument("--output", metavar="FOLDER", help="where to draw (default: simulate/LAYOUT-SCHEDULE)")
     simulate.set_defaults(run=_simulate)
+    add_check_command(commands)
     add_checkpoint_command(commands)
     return parser
 
@@ -106,7 +114,7 @@ def _simulate(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    run_composed(options, options.overrides, lambda config: explain(config, options.output))
+    run_composed(lambda config: explain(config, options.output), options)
 
 
 def explain(config: DictConfig, output: str | None = None) -> None:
@@ -126,7 +134,7 @@ def explain(config: DictConfig, output: str | None = None) -> None:
     from lightning_par.host.preflight import plan_from_trainer
     from lightning_par.picture.mesh import mesh_of, print_mesh, write_mesh
 
-    quieten_trainer()
+    quiet_lightning()
     trainer, module, data = build_run(config, accelerator="cpu", logger=False, callbacks=[])
     plan = plan_from_trainer(trainer, "fit", module, data, foresees=True)
     print(describe_plan(plan, trainer.strategy.schedule, color=sys.stdout.isatty()))

@@ -8,7 +8,8 @@
     │   └── DataError                      the batches do not fit the layout
     ├── ReplicaError (RuntimeError)        ranks that must agree do not
     ├── CheckpointError (RuntimeError)     a checkpoint cannot be written or read
-    └── NumericsError (RuntimeError)       a loss or a gradient is infinite or undefined
+    ├── NumericsError (RuntimeError)       a loss or a gradient is infinite or undefined
+    └── ProcessError (RuntimeError)        a process of `lightning-par check` has failed
 
 Every message says what is wrong in the user's own words and values, the rule, and one thing to do.
 """
@@ -48,3 +49,7 @@ class CheckpointError(LightningParError, RuntimeError):
 
 class NumericsError(LightningParError, RuntimeError):
     """A loss or a gradient that is infinite or undefined; the step was not taken."""
+
+
+class ProcessError(LightningParError, RuntimeError):
+    """A process that was started to find something out has failed; the message has its traceback."""

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_par.config.command import add_config_options, quieten_trainer, run_composed, written
+from lightning_par.config.command import add_config_options, quiet_lightning, run_composed, written
 from lightning_par.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def add_plan_command(commands: Any) -> None:
     add_config_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", metavar="FOLDER", help="draw the best layout there: plan.png, and a pipeline's timeline")
-    parser.add_argument("words", nargs="+", metavar="KEY=VALUE", help="the machines and Hydra overrides, see below")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the machines and Hydra overrides, see below")
     parser.set_defaults(run=_plan)
 
 
@@ -58,14 +58,14 @@ def _plan(options: argparse.Namespace) -> None:
     from lightning_par.config.cluster import load_cluster, read_question
 
     try:
-        question = read_question(options.words)
+        question = read_question(options.overrides)
         cluster = load_cluster(question, options.config_dir)
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
 
-    words = [*question.overrides, "parallel=single"]
-    run_composed(options, words, lambda config: _print(config, cluster, question.batch, options))
+    options.overrides = [*question.overrides, "parallel=single"]
+    run_composed(lambda config: _print(config, cluster, question.batch, options), options)
 
 
 def _print(config: DictConfig, cluster: Any, batch: int | None, options: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def _print(config: DictConfig, cluster: Any, batch: int | None, options: argpars
     from lightning_par.host.outlook import outlook_of
     from lightning_par.planner.report import outlook_json, print_outlook
 
-    quieten_trainer()
+    quiet_lightning()
     trainer, module, data = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
     with Console(stderr=True).status("building the model") as status:
         outlook, tokens = outlook_of(trainer, module, data, cluster, batch, status.update)

@@ -25,8 +25,9 @@ LAYERS = (
     ("planner",),
     ("host",),
     ("__init__",),
+    ("parity",),
     ("config", "demo", "checkpoint_command"),
-    ("plan_command",),
+    ("plan_command", "check_command"),
     ("cli",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -150,11 +150,27 @@ def test_explain_prints_what_the_readme_shows(
         monkeypatch.setenv(MAIN, "")  # so that it is forgotten again
         cli.main(words)
     printed = capsys.readouterr().out
-    shown = blocks(README, "")
+    shown = blocks(README, "")[:3]
     assert len(shown) == 3
     for line in "\n".join(shown).splitlines():
         assert line == "..." or line in printed
     assert "as the plan section says" in printed
+
+
+def test_check_prints_what_the_readme_shows(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the numbers, and for which parameters are the worst: rounding depends on the machine."""
+    (words,) = [words for words in commands("lightning-par") if words[0] == "check"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning-par"])
+    monkeypatch.setenv(MAIN, "")
+    cli.main(words)
+    printed, shown = [
+        [re.sub(r"network\S+|\d\.\S+", "", " ".join(line.split())) for line in text.splitlines()]
+        for text in (capfd.readouterr().out, blocks(README, "")[2])
+    ]
+    assert [line for line in shown if line not in ("...", *printed)] == []
 
 
 def test_make_targets_exist() -> None:

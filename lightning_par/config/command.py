@@ -1,4 +1,4 @@
-"""What the commands that look at a composed config have in common: their options, how they compose, and where they draw."""
+"""What the commands on a composed config have in common: their words, how they compose what train.py would, where they draw."""
 
 from __future__ import annotations
 
@@ -19,31 +19,40 @@ _NO_OUTPUT = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which config is composed."""
+    """Let a parser take a folder of configs and the name of a primary one."""
     parser.add_argument("-cd", "--config-dir", metavar="DIR", help="a folder of more configs, such as recipes")
     parser.add_argument("-cn", "--config-name", metavar="NAME", help="the primary config (default: train)")
 
 
-def run_composed(options: argparse.Namespace, overrides: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
-    """Run ``task`` on the config that train.py would compose, through Hydra's own command line.
+def add_config_words(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take what says a config: the options of `add_config_options` and Hydra's overrides."""
+    add_config_options(parser)
+    parser.add_argument("overrides", nargs="*", metavar="GROUP=OPTION", help="Hydra overrides, such as parallel=tp2_pp2")
 
-    Raises:
-        SystemExit: with code 2 where the configuration cannot work.
+
+def run_composed(task: Callable[[DictConfig], Any], options: argparse.Namespace) -> None:
+    """Run a task on the config that the words say, with the exit codes of `lightning_par.config.app`.
+
+    Args:
+        task: gets the config.
+        options: what a parser with `add_config_words` found.
     """
-    from lightning_par.config.app import app
+    from lightning_par.config.app import app  # here, so that --help does not wait for Hydra
 
     flags = ["--config-dir", options.config_dir] if options.config_dir else []
     flags += ["--config-name", options.config_name] if options.config_name else []
-    sys.argv = [sys.argv[0], *flags, *overrides, *_NO_OUTPUT]
+    # Through Hydra's own command line, so that it composes exactly what train.py would.
+    sys.argv = [sys.argv[0], *flags, *options.overrides, *_NO_OUTPUT]
     app(config_path="pkg://lightning_par.conf", config_name="train")(task)()
 
 
-def quieten_trainer() -> None:
-    """What a Trainer says of this machine is not about a plan."""
+def quiet_lightning() -> None:
+    """Keep to itself what a Trainer says of this machine: nothing is trained on it."""
     import lightning_fabric
     import pytorch_lightning
 
-    for package in (lightning_fabric, pytorch_lightning):  # after their import, which sets the level
+    packages: tuple[Any, ...] = (lightning_fabric, pytorch_lightning)
+    for package in packages:  # after their import, which sets the level
         logging.getLogger(package.__name__).setLevel(logging.WARNING)
 
 

@@ -63,8 +63,13 @@ def split_batch(batch: Any, num_microbatches: int) -> list[tuple[Any, int]]:
 
 
 def first_samples(batch: Any, count: int) -> Any:
-    """The first samples of a batch, which has more; cut as `split_batch` does."""
-    return _split(batch, [count, batch_size(batch) - count], "batch")[0]
+    """The first ``count`` samples of a batch, cut as `split_batch` cuts; all of it where it has no more.
+
+    Raises:
+        DataError: a batch without a batch dim, or with a ``PackedSequence``.
+    """
+    size = batch_size(batch)
+    return batch if size <= count else _split(batch, [count, size - count], "batch")[0]
 
 
 def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int], weights: Sequence[float] | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""The first batch of a run, looked at without disturbing the order of the data."""
+"""The first batches of a run, looked at without disturbing the order of the data."""
 
 from __future__ import annotations
 
@@ -23,18 +23,38 @@ def first_batch(loaders: Any) -> Any:
     Raises:
         DataError: the data is an iterator that can be read only once, or is empty.
     """
+    return first_batches(loaders, 1)[0]
+
+
+def first_batches(loaders: Any, count: int) -> list[Any]:
+    """As many batches from the start, as `first_batch` gives one; at least one, and fewer where there are no more.
+
+    Raises:
+        DataError: as there.
+    """
+    found: list[Any]
     if isinstance(loaders, Mapping):
-        return {key: first_batch(loader) for key, loader in loaders.items()}
-    if isinstance(loaders, (list, tuple)):
-        return type(loaders)(first_batch(loader) for loader in loaders)
-    own = find_generators(datasets_of(loaders.dataset)) if isinstance(loaders, DataLoader) else {}
+        columns = zip(*(first_batches(loader, count) for loader in loaders.values()), strict=False)
+        found = [dict(zip(loaders, column, strict=True)) for column in columns]
+    elif isinstance(loaders, (list, tuple)):
+        rows = zip(*(first_batches(loader, count) for loader in loaders), strict=False)
+        found = [type(loaders)(row) for row in rows]
+    else:
+        found = _first_of(loaders, count)
+    if not found:
+        raise DataError(f"the {type(loaders).__name__} gives no batch: a run needs at least one")
+    return found
+
+
+def _first_of(loader: Any, count: int) -> list[Any]:
+    """The first batches of one loader; all generators are afterwards as before."""
+    own = find_generators(datasets_of(loader.dataset)) if isinstance(loader, DataLoader) else {}
     states = states_of(own)
     with generators_put_back():
-        batches = _batches(loaders) if isinstance(loaders, DataLoader) else _iterate(loaders, "train_dataloaders")
-        for batch in batches:
-            restore(own, states)
-            return batch
-    raise DataError(f"the {type(loaders).__name__} gives no batch: a run needs at least one")
+        batches = _batches(loader) if isinstance(loader, DataLoader) else _iterate(loader, "train_dataloaders")
+        found = list(itertools.islice(batches, count))
+        restore(own, states)
+    return found
 
 
 def _batches(loader: DataLoader[Any]) -> Iterator[Any]:

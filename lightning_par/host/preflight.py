@@ -83,7 +83,7 @@ def rehearsed(trainer: Any, what: str, *args: Any, **kwargs: Any) -> Iterator[tu
         twin: Any = copy_module(module, lambda tensor: tensor, by_reference=[trainer])
         twin.__dict__["_trainer"] = trainer
         source = twin if datamodule is None else _copied(datamodule, trainer)
-        _set_up(twin, source, strategy, what)
+        set_up(twin, source, strategy, what)
         optimizers = _configure_optimizers(twin, layout) if what == "fit" else None
         if optimizers is not None and layout.zero and layout.dp != 1:
             check_files(strategy.options.zero, optimizers[0], strategy.root_device)
@@ -94,8 +94,15 @@ def rehearsed(trainer: Any, what: str, *args: Any, **kwargs: Any) -> Iterator[tu
         )
 
 
-def _set_up(twin: Any, source: Any, strategy: Any, what: str) -> None:
-    """Have the copies do what a Trainer has a module and its data do before the first batch."""
+def set_up(twin: Any, source: Any, strategy: Any, what: str) -> None:
+    """Have a module and its data do what a Trainer has them do before the first batch.
+
+    Args:
+        twin: the module, or a copy of it; knows its Trainer.
+        source: what makes the loaders: the module itself, or a data module.
+        strategy: of the run.
+        what: the Trainer's verb.
+    """
     for owner in dict.fromkeys((source, twin)):
         owner.prepare_data()
         with weights_untouched(twin):

@@ -9,7 +9,7 @@ never loads it.
 from lightning_par.private.deepspeed.engine import ZeroEngine
 from lightning_par.private.deepspeed.mark import mark_stepped
 from lightning_par.private.deepspeed.operator import check_operator, load_async_io
-from lightning_par.private.deepspeed.start import quieten_deepspeed, start_zero_engine
+from lightning_par.private.deepspeed.start import import_deepspeed, quieten_deepspeed, start_zero_engine
 from lightning_par.private.deepspeed.version import DEEPSPEED_VERSION, check_deepspeed
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ZeroEngine",
     "check_deepspeed",
     "check_operator",
+    "import_deepspeed",
     "load_async_io",
     "mark_stepped",
     "quieten_deepspeed",
