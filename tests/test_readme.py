@@ -168,7 +168,7 @@ def test_check_prints_what_the_readme_shows(
     cli.main(words)
     printed, shown = [
         [re.sub(r"network\S+|\d\.\S+", "", " ".join(line.split())) for line in text.splitlines()]
-        for text in (capfd.readouterr().out, blocks(README, "")[2])
+        for text in (capfd.readouterr().out, blocks(README, "")[3])
     ]
     assert [line for line in shown if line not in ("...", *printed)] == []
 
