@@ -26,7 +26,12 @@ from lightning_par.layout import EXAMPLES, Layout, parse_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
-OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name != "parallel")
+# clusters are no options of a run: they describe machines to `lightning-par plan`
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in (ROOT / "conf").glob("*/*.yaml")
+    if path.parent.name not in ("parallel", "cluster")
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
