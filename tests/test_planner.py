@@ -20,6 +20,7 @@ from lightning_par.demo.gpt import GPT
 from lightning_par.demo.language_model import LanguageModel
 from lightning_par.engine import traced_costs
 from lightning_par.errors import ConfigurationError, ModelError
+from lightning_par.host.launch.command import MAIN
 from lightning_par.host.loss import loss_of
 from lightning_par.layout import Layout, parse_layout
 from lightning_par.memory import forecast
@@ -313,9 +314,18 @@ def test_heads_that_do_not_divide_are_a_miss() -> None:
 
 # ---------------------------------------------------------------------- the command
 
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning-par"])
+    monkeypatch.setenv(MAIN, "")  # so that it is forgotten again
+
+
 SMALL = ["model.network.width=32", "model.network.heads=2", "data.context=16", "data.batch_size=8"]
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_the_command_prints_what_to_type_first(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "cluster=laptop", *SMALL])
     lines = capsys.readouterr().out.splitlines()
@@ -323,6 +333,7 @@ def test_the_command_prints_what_to_type_first(capsys: pytest.CaptureFixture[str
     assert any(line.startswith("not parallel=") for line in lines) and lines[-1].startswith("rates: ")
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--json", "cluster=laptop", "batch=16", *SMALL])
     found = json.loads(capsys.readouterr().out)
@@ -340,6 +351,7 @@ def test_the_best_layout_is_drawn(demo: Anatomy, tmp_path: Path) -> None:
     assert tight.best[0].candidate.words in (tmp_path / "drawn" / "timeline.html").read_text()
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as end:

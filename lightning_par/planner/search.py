@@ -45,7 +45,7 @@ class Outlook:
         batch: samples of a step.
         best: the quickest ways, the quickest first.
         misses: the nearest others.
-        num_considered: ways that divide.
+        num_considered: ways that divide and fit.
         alone: of each technique alone the estimate, by its name, where the module divides by it.
     """
 
