@@ -207,6 +207,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def wait_in_processes(folder: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
+
     def wait(name: str) -> None:
         (folder / name).write_text(str(os.getpid()))
         time.sleep(300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -48,12 +49,11 @@ def run_composed(task: Callable[[DictConfig], Any], options: argparse.Namespace)
 
 def quiet_lightning() -> None:
     """Keep to itself what a Trainer says of this machine: nothing is trained on it."""
-    import lightning_fabric
-    import pytorch_lightning
-
-    packages: tuple[Any, ...] = (lightning_fabric, pytorch_lightning)
-    for package in packages:  # after their import, which sets the level
-        logging.getLogger(package.__name__).setLevel(logging.WARNING)
+    for name in ("lightning_fabric", "pytorch_lightning"):  # before, because their import sets the level
+        importlib.import_module(name)
+    # All four names: the two packages say such things through one logger between them, that of the one that was imported last
+    for name in ("lightning_fabric", "pytorch_lightning", "lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def written(folder: Path, write: Callable[[], Sequence[Path]]) -> Sequence[Path]:
