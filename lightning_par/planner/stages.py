@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 from lightning_par.layout import Layout
@@ -52,9 +53,15 @@ def cut(body: Body, num_stages: int) -> list[range]:
     """The blocks of each stage, as `lightning_par.plan.cut` has them: by the floating-point operations of the dry run."""
     if num_stages == 1:
         return [range(len(body.blocks))]
-    counts = partition_blocks([stage.flops for stage in body.plan.stages], num_stages)
+    counts = _partition(tuple(stage.flops for stage in body.plan.stages), num_stages)
     ends = list(accumulate(counts))
     return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+@cache
+def _partition(flops: tuple[int, ...], num_stages: int) -> list[int]:
+    """The same for every tp, and dear for many blocks."""
+    return partition_blocks(flops, num_stages)
 
 
 def stage_memory(blocks: Sequence[Block], rows: int) -> StageMemory:
