@@ -261,6 +261,17 @@ def test_candidates_divide_the_batch_and_keep_zero3_from_split_backwards() -> No
     )
 
 
+def test_every_candidate_is_a_run_that_could_be_typed() -> None:
+    """Its words say its layout, and its schedule runs it: zero-bubble ones need as many microbatches as ranks."""
+    found = [each for mesh in meshes(cluster(per_node=8), 8) for each in candidates(mesh, 32, sp=True)]
+    assert len(found) > 100
+    for candidate in found:
+        layout = candidate.layout
+        word = candidate.words.split()[0].removeprefix("parallel=")
+        name, placed = choose_schedule(candidate.schedule if layout.pp > 1 else None, parse_layout(word).resolve(8))
+        assert (name, placed) == (candidate.schedule, layout)
+
+
 def test_what_fits_nowhere_is_said_with_the_nearest(demo: Anatomy) -> None:
     with pytest.raises(ModelError, match=r"batch=8 on 4 devices of test: nothing fits. parallel=\S+ .*use more nodes"):
         search(demo, cluster(memory=1e-4), 8)

@@ -93,7 +93,7 @@ def _schedules(mesh: Layout, count: int) -> Iterator[str]:
         yield default_schedule(1)
         return
     for name, schedule in SCHEDULES.items():
-        fits = schedule.least_chunks <= mesh.vp <= (schedule.most_chunks or mesh.vp)
+        fits = schedule.has_chunks(mesh.vp) and count >= schedule.least_microbatches(mesh.pp)
         if fits and name != "gpipe" and (mesh.vp == 1 or count % mesh.pp == 0):
             yield name
 

@@ -32,7 +32,8 @@ def print_outlook(outlook: Outlook, console: Console, tokens: int | None) -> Non
     console.print(outlook.best[0].candidate.words, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{outlook.batch} samples a step on {cluster.num_nodes} x {cluster.devices_per_node} devices of {cluster.name}; of "
-        f"{outlook.num_considered} ways that fit, the quickest of each mesh and ZeRO stage:",
+        f"{outlook.num_considered} ways that fit, the quickest of each mesh and ZeRO stage "
+        f"(the first one with batches of {outlook.batch // (outlook.best[0].candidate.layout.dp or 1)}):",
         highlight=False,
     )
     console.print(_best(outlook, tokens))

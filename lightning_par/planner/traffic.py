@@ -52,8 +52,7 @@ def dp_ring(layout: Layout, cluster: Cluster) -> Ring:
 
 def stage_link(layout: Layout, cluster: Cluster) -> Link:
     """From a stage to the next one: tp x dp apart. Where one pair of stages is on two nodes, all wait for it."""
-    apart = layout.tp * (layout.dp or 1)
-    return cluster.inside if layout.world_size <= cluster.devices_per_node or apart == 0 else cluster.between
+    return cluster.inside if layout.world_size <= cluster.devices_per_node else cluster.between
 
 
 def _ring(size: int, apart: int, cluster: Cluster) -> Ring:
