@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
 
 from lightning_par.layout import Layout
 from lightning_par.memory.optimizer import OptimizerForm
@@ -17,8 +20,8 @@ from lightning_par.planner.traffic import Ring
 
 
 @dataclass(frozen=True)
-class BlockTime:
-    """Seconds of one block with one microbatch on a tp rank.
+class BlockTimes:
+    """Seconds of every block with one microbatch on a tp rank, each an array by block.
 
     Attributes:
         forward, input_gradient, weight_gradient: of computation.
@@ -26,27 +29,38 @@ class BlockTime:
         sent_bytes: that the rank sends over tp, forward and backward.
     """
 
-    forward: float
-    input_gradient: float
-    weight_gradient: float
-    sent_forward: float
-    sent_backward: float
-    sent_bytes: float
+    forward: np.ndarray
+    input_gradient: np.ndarray
+    weight_gradient: np.ndarray
+    sent_forward: np.ndarray
+    sent_backward: np.ndarray
+    sent_bytes: np.ndarray
+
+    @property
+    def compute(self) -> np.ndarray:
+        """Of all computation."""
+        return self.forward + self.input_gradient + self.weight_gradient
 
 
-def time_block(block: Block, rows: int, device: Device, ring: Ring) -> BlockTime:
-    """How long a block takes."""
+def time_blocks(blocks: Sequence[Block], rows: int, device: Device, ring: Ring) -> BlockTimes:
+    """How long blocks take."""
+    known = {id(block): block for block in blocks}
+    times = {key: _time(block, rows, device, ring) for key, block in known.items()}
+    return BlockTimes(*np.array([times[id(block)] for block in blocks]).T)
+
+
+def _time(block: Block, rows: int, device: Device, ring: Ring) -> tuple[float, ...]:
     sent = {kind: block.work[kind].sent(rows) for kind in ("F", "I", "W")}
     seconds = {kind: sum(ring.seconds(*each) for each in sent[kind]) for kind in sent}
-    forward, input_gradient, weight_gradient = (block.work[kind].seconds(rows, device) for kind in ("F", "I", "W"))
-    return BlockTime(
-        forward,
-        input_gradient,
-        weight_gradient,
-        seconds["F"],
-        seconds["I"] + seconds["W"],
-        sum(ring.sent_bytes(*each) for each in (*sent["F"], *sent["I"], *sent["W"])),
-    )
+    computed = (block.work[kind].seconds(rows, device) for kind in ("F", "I", "W"))
+    sent_bytes = sum(ring.sent_bytes(*each) for each in (*sent["F"], *sent["I"], *sent["W"]))
+    return *computed, seconds["F"], seconds["I"] + seconds["W"], sent_bytes
+
+
+def by_stage(of_blocks: np.ndarray, cuts: Sequence[range]) -> np.ndarray:
+    """The sum of each stage's blocks."""
+    sums: np.ndarray = np.add.reduceat(of_blocks, [stage.start for stage in cuts])
+    return sums
 
 
 def cut(body: Body, num_stages: int) -> list[range]:
@@ -84,8 +98,7 @@ def _chained(actions: Sequence[ActionMemory]) -> ActionMemory:
     return ActionMemory(before, held, peak)
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """The parameters of some blocks on one tp rank.
 
     Attributes:
@@ -104,9 +117,6 @@ class Weights:
     state_bytes: int = 0
     master_bytes: int = 0
 
-    def __add__(self, other: Weights) -> Weights:
-        return Weights(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
-
 
 class Holdings:
     """The parameters of a body by block; one that several blocks use is held once by a rank.
@@ -119,7 +129,7 @@ class Holdings:
     def __init__(self, body: Body, form: OptimizerForm) -> None:
         kept = {name: group.element_bytes for group in form.groups for name in group.names}
         count = len(body.blocks)
-        self._own = [Weights()] * count
+        own: list[list[Weights]] = [[] for _ in range(count)]
         self._shared: list[tuple[frozenset[int], Weights]] = []
         for parameter in body.plan.parameters:
             holders = frozenset(block for _, blocks in parameter.aliases for block in blocks) if count > 1 else frozenset([0])
@@ -130,16 +140,24 @@ class Holdings:
                 kept.get(parameter.spec.name, 0),
             )
             if len(holders) == 1:
-                block = next(iter(holders))
-                self._own[block] += weights
+                own[next(iter(holders))].append(weights)
             else:
                 self._shared.append((holders, weights))
+        self._own = [_total(each) for each in own]
 
     def of(self, blocks: Sequence[int]) -> Weights:
         """Of a rank with some blocks."""
-        there = set(blocks)
-        total = sum((self._own[block] for block in blocks), Weights())
-        return sum((weights for holders, weights in self._shared if holders & there), total)
+        shared = [weights for holders, weights in self._shared if not holders.isdisjoint(blocks)]
+        return _total([*(self._own[block] for block in blocks), *shared])
+
+    @cached_property
+    def alone(self) -> list[Weights]:
+        """Of a rank with each block alone."""
+        return [self.of([block]) for block in range(len(self._own))]
+
+
+def _total(each: Iterable[Weights]) -> Weights:
+    return Weights(*map(sum, zip(*each, strict=True)))
 
 
 def _weights(elements: int, itemsize: int, is_trained: bool, kept: int) -> Weights:
