@@ -89,7 +89,7 @@ class Estimator:
     def __init__(self, anatomy: Anatomy, cluster: Cluster) -> None:
         self.anatomy, self.cluster = anatomy, cluster
         self._times: dict[tuple[int, bool, Recompute, int], BlockTimes] = {}
-        self._cuts: dict[tuple[int, bool, int], list[range]] = {}
+        self._cuts: dict[int, list[range]] = {}
         self._holdings: dict[tuple[int, bool], Holdings] = {}
         self._weights: dict[tuple[int, bool, int, int, str], list[Weights]] = {}
         self._memories: dict[object, list[StageMemory]] = {}
@@ -174,12 +174,11 @@ class Estimator:
         return self._times[key]
 
     def cuts(self, candidate: Candidate) -> list[range]:
-        """The blocks of each stage."""
-        layout = candidate.layout
-        key = layout.tp, layout.sp, layout.num_stages
-        if key not in self._cuts:
-            self._cuts[key] = cut(self.body(candidate), layout.num_stages)
-        return self._cuts[key]
+        """The blocks of each stage; the same for every tp."""
+        num_stages = candidate.layout.num_stages
+        if num_stages not in self._cuts:
+            self._cuts[num_stages] = cut(self.body(candidate), num_stages)
+        return self._cuts[num_stages]
 
     def holdings(self, candidate: Candidate) -> Holdings:
         """The parameters of each block."""

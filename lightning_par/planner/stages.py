@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -67,15 +67,8 @@ def cut(body: Body, num_stages: int) -> list[range]:
     """The blocks of each stage, as `lightning_par.plan.cut` has them: by the floating-point operations of the dry run."""
     if num_stages == 1:
         return [range(len(body.blocks))]
-    counts = _partition(tuple(stage.flops for stage in body.plan.stages), num_stages)
-    ends = list(accumulate(counts))
+    ends = list(accumulate(counts := partition_blocks(body.flops, num_stages)))
     return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
-
-
-@cache
-def _partition(flops: tuple[int, ...], num_stages: int) -> list[int]:
-    """The same for every tp, and dear for many blocks."""
-    return partition_blocks(flops, num_stages)
 
 
 def stage_memory(blocks: Sequence[Block], rows: int) -> StageMemory:
@@ -131,10 +124,10 @@ class Holdings:
         count = len(body.blocks)
         own: list[list[Weights]] = [[] for _ in range(count)]
         self._shared: list[tuple[frozenset[int], Weights]] = []
-        for parameter in body.plan.parameters:
+        for parameter in body.parameters:
             holders = frozenset(block for _, blocks in parameter.aliases for block in blocks) if count > 1 else frozenset([0])
             weights = _weights(
-                parameter.local_numel(body.plan.layout.tp),
+                parameter.local_numel(body.tp),
                 parameter.itemsize,
                 parameter.requires_grad,
                 kept.get(parameter.spec.name, 0),
