@@ -357,7 +357,7 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_best_layout_is_drawn(demo: Anatomy, tmp_path: Path) -> None:
     tight = found_by(demo, cluster(per_node=2, nodes=2, between=1e6))  # a pipeline, see above
     written = write_pictures(tight, tmp_path / "drawn")
-    assert [path.name for path in written] == ["plan.png", "timeline.html", "timeline.png", "trace.json"]
+    assert [path.name for path in written] == ["plan.html", "plan.png", "timeline.html", "timeline.png", "trace.json"]
     assert all(path.stat().st_size > 500 for path in written)
     assert tight.best[0].candidate.words in (tmp_path / "drawn" / "timeline.html").read_text()
 

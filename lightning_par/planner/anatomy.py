@@ -2,7 +2,8 @@
 
 The module is planned as if every block were a stage of its own, and one block of each kind is run on fake tensors by the executor,
 installed as on its rank, with two and with three rows, from which every other number of rows follows. The first block has what
-comes before the blocks with it, the last one what comes after. Where blocks are alike, the module is taken apart without the others.
+comes before the blocks with it, the last one what comes after. Where blocks are alike, the module is taken apart without the
+others.
 """
 
 from __future__ import annotations

@@ -23,15 +23,15 @@ from lightning_par.planner.candidate import Candidate
 from lightning_par.planner.cluster import Cluster
 from lightning_par.planner.pipeline import Pipelines, Sizes
 from lightning_par.planner.stages import (
-    BlockTimes,
+    BlockFigures,
     Holdings,
     Weights,
     blocks_of,
     by_stage,
     cut,
+    figures_of,
     model_states,
     stage_memory,
-    time_blocks,
 )
 from lightning_par.planner.traffic import dp_ring, stage_link, tp_ring
 
@@ -88,7 +88,7 @@ class Estimator:
 
     def __init__(self, anatomy: Anatomy, cluster: Cluster) -> None:
         self.anatomy, self.cluster = anatomy, cluster
-        self._times: dict[tuple[int, bool, Recompute, int], BlockTimes] = {}
+        self._figures: dict[tuple[int, bool, Recompute, int], BlockFigures] = {}
         self._cuts: dict[int, list[range]] = {}
         self._holdings: dict[tuple[int, bool], Holdings] = {}
         self._weights: dict[tuple[int, bool, int, int, str], list[Weights]] = {}
@@ -108,8 +108,8 @@ class Estimator:
         Raises:
             ConfigurationError: the module cannot be split so.
         """
-        layout, rows, count = candidate.layout, candidate.rows, candidate.layout.microbatches or 1
-        cuts, times = self.cuts(candidate), self.times(candidate)
+        layout, count = candidate.layout, candidate.layout.microbatches or 1
+        cuts, figures = self.cuts(candidate), self.figures(candidate)
         costs = self._costs(candidate)
         pipeline, waited = self._replay(candidate, costs)
         most = _most(self.weights(candidate))
@@ -118,7 +118,7 @@ class Estimator:
         step = pipeline + dp_seconds + optimizer
         busiest = max(range(layout.pp), key=lambda pp: self._busy(costs, candidate, pp))
         blocks = blocks_of(layout, cuts, busiest)
-        compute = count * float(times.compute[blocks].sum())
+        compute = count * float(figures.compute[blocks].sum())
         busy = count * self._busy(costs, candidate, busiest)
         idle = max(0.0, pipeline - busy)
         exposed = min(waited[busiest], idle)
@@ -126,10 +126,9 @@ class Estimator:
             "compute": compute, "tp": max(0.0, busy - compute), "pp": exposed, "bubble": idle - exposed, "dp": dp_seconds,
             "optimizer": optimizer,
         }  # fmt: skip
-        body = self.body(candidate)
-        hidden = max((body.blocks[stage[-1]].sent(rows) for stage in cuts[:-1]), default=0.0)
+        hidden = _hidden_bytes(figures, cuts)
         num_sends = 2 * count * layout.vp if layout.pp > 1 else 0
-        sent = {"tp": count * float(times.sent_bytes[blocks].sum()), "pp": num_sends * hidden, "dp": dp_bytes}
+        sent = {"tp": count * float(figures.sent_bytes[blocks].sum()), "pp": num_sends * hidden, "dp": dp_bytes}
         rings = {"tp": tp_ring(layout, self.cluster), "dp": dp_ring(layout, self.cluster)}
         links = {axis: ring.is_inside for axis, ring in rings.items()}
         links["pp"] = stage_link(layout, self.cluster) is self.cluster.inside
@@ -164,14 +163,14 @@ class Estimator:
 
     # ------------------------------------------------------------------ kept
 
-    def times(self, candidate: Candidate) -> BlockTimes:
+    def figures(self, candidate: Candidate) -> BlockFigures:
         """Of every block."""
         layout = candidate.layout
         key = layout.tp, layout.sp, candidate.recompute, candidate.rows
-        if key not in self._times:
+        if key not in self._figures:
             blocks, ring = self.body(candidate).blocks, tp_ring(layout, self.cluster)
-            self._times[key] = time_blocks(blocks, candidate.rows, self.cluster.device, ring)
-        return self._times[key]
+            self._figures[key] = figures_of(blocks, candidate.rows, self.cluster.device, ring)
+        return self._figures[key]
 
     def cuts(self, candidate: Candidate) -> list[range]:
         """The blocks of each stage; the same for every tp."""
@@ -210,8 +209,8 @@ class Estimator:
         layout, rows = candidate.layout, candidate.rows
         key = layout.tp, layout.sp, candidate.recompute, rows, layout.pp, layout.vp, layout.placement
         if key not in self._held:
-            blocks = self.body(candidate).blocks
-            self._held[key] = sum(blocks[b].stored("F", rows).after for b in blocks_of(layout, self.cuts(candidate), 0))
+            first = blocks_of(layout, self.cuts(candidate), 0)
+            self._held[key] = int(self.figures(candidate).held_bytes[first].sum())
         return self._held[key]
 
     # ------------------------------------------------------------------ seconds
@@ -236,21 +235,21 @@ class Estimator:
         return self._stage_costs[key]
 
     def _find_costs(self, candidate: Candidate) -> Costs:
-        layout, body = candidate.layout, self.body(candidate)
-        cuts, times = self.cuts(candidate), self.times(candidate)
-        gathers = np.zeros(len(body.blocks))
+        layout = candidate.layout
+        cuts, figures = self.cuts(candidate), self.figures(candidate)
+        gathers = np.zeros(len(figures.forward))
         if layout.zero == 3:
-            ring, held = dp_ring(layout, self.cluster), self.holdings(candidate).alone
-            gathers = np.array([ring.seconds("all_gather", each.parameter_bytes) for each in held])
-        forward = by_stage(np.maximum(times.forward + times.sent_forward, gathers), cuts)
-        inputs = by_stage(np.maximum(times.input_gradient, gathers), cuts)
+            ring, sizes = dp_ring(layout, self.cluster), [each.parameter_bytes for each in self.holdings(candidate).alone]
+            seconds = {size: ring.seconds("all_gather", size) for size in set(sizes)}
+            gathers = np.array([seconds[size] for size in sizes])
+        forward = by_stage(np.maximum(figures.forward + figures.sent_forward, gathers), cuts)
+        inputs = by_stage(np.maximum(figures.input_gradient, gathers), cuts)
         if candidate.splits_backward:  # nothing computes while they travel
-            inputs += by_stage(times.sent_backward, cuts)
-            weights = by_stage(times.weight_gradient, cuts)
+            inputs += by_stage(figures.sent_backward, cuts)
+            weights = by_stage(figures.weight_gradient, cuts)
         else:
-            weights = by_stage(np.maximum(times.weight_gradient, times.sent_backward), cuts)
-        hidden = max((body.blocks[stage[-1]].sent(candidate.rows) for stage in cuts[:-1]), default=0.0)
-        transfer = stage_link(layout, self.cluster).seconds(hidden) if layout.pp > 1 else 0.0
+            weights = by_stage(np.maximum(figures.weight_gradient, figures.sent_backward), cuts)
+        transfer = stage_link(layout, self.cluster).seconds(_hidden_bytes(figures, cuts)) if layout.pp > 1 else 0.0
         return Costs(tuple(forward.tolist()), tuple(inputs.tolist()), tuple(weights.tolist()), transfer)
 
     def _busy(self, costs: Costs, candidate: Candidate, pp: int) -> float:
@@ -292,6 +291,11 @@ class Estimator:
         causal, whole = self._flops[rows]
         scale = 3 * (candidate.layout.microbatches or 1) * (candidate.layout.dp or 1)
         return scale * causal, scale * whole
+
+
+def _hidden_bytes(figures: BlockFigures, cuts: Sequence[range]) -> float:
+    """The most that a stage sends to the next one."""
+    return float(figures.hidden_bytes[[stage[-1] for stage in cuts[:-1]]].max(initial=0.0))
 
 
 def _most(weights: Sequence[Weights]) -> Weights:

@@ -18,7 +18,7 @@ from lightning_par.pipeline.replay import KINDS, Pace, Replay
 from lightning_par.pipeline.schedules import SCHEDULES, build_schedule
 from lightning_par.pipeline.simulate import Costs
 
-_ROUNDS, _MORE_ROUNDS = 2, 4  # so many microbatches for each rank are replayed, and with several stages on it
+_ROUNDS, _MORE_ROUNDS = 2, 3  # so many microbatches for each rank are replayed, and with several stages on it
 _ROUNDING = 1e-9  # share by which sums in another order may differ
 Sizes = tuple[str, int, int]  # a schedule, ranks, stages on each
 
@@ -28,8 +28,10 @@ class Pipelines:
 
     def __init__(self) -> None:
         self._replays: dict[tuple[Sizes, int], Replay] = {}
-        self._paces: dict[tuple[Sizes, int, Costs], Pace] = {}
-        self._ways: dict[tuple[Sizes, Costs], _Ways] = {}
+        self._stages: dict[Sizes, np.ndarray] = {}
+        # by the costs' identity, which costs less than to compare them; they are kept, so that no others get it
+        self._paces: dict[tuple[Sizes, int, int], tuple[Costs, Pace]] = {}
+        self._ways: dict[tuple[Sizes, int], tuple[Costs, _Ways]] = {}
 
     def table(self, sizes: Sizes, count: int) -> Table:
         """What is replayed of ``count`` microbatches."""
@@ -50,9 +52,10 @@ class Pipelines:
         A rank begins when the first microbatch has come through the stages before its own first one. After its last action the
         gradient has to go back through these; where weight gradients are computed apart, after its last input gradient.
         """
-        if (sizes, costs) not in self._ways:
-            self._ways[sizes, costs] = _Ways.of(sizes, costs)
-        ways, is_split = self._ways[sizes, costs], SCHEDULES[sizes[0]].splits_backward
+        key = sizes, id(costs)
+        if key not in self._ways:
+            self._ways[key] = costs, _Ways.of(self._stages_of(sizes), costs)
+        (_, ways), is_split = self._ways[key], SCHEDULES[sizes[0]].splits_backward
         weights = count * ways.weights
         after = np.maximum(ways.back, weights) if is_split else ways.back + ways.back_weights + weights
         return (1 - _ROUNDING) * float((ways.there + count * ways.passed + after).max())
@@ -72,10 +75,18 @@ class Pipelines:
         return found
 
     def _run(self, sizes: Sizes, count: int, costs: Costs) -> Pace:
-        key = sizes, count, costs
+        key = sizes, count, id(costs)
         if key not in self._paces:
-            self._paces[key] = self._replay(sizes, count).run(costs)
-        return self._paces[key]
+            self._paces[key] = costs, self._replay(sizes, count).run(costs)
+        return self._paces[key][1]
+
+    def _stages_of(self, sizes: Sizes) -> np.ndarray:
+        """The stages of each rank, a row each; the first one has the rank's number."""
+        if sizes not in self._stages:
+            schedule, pp, vp = sizes
+            layout = Layout(pp=pp, vp=vp, placement=SCHEDULES[schedule].placement)
+            self._stages[sizes] = np.array([layout.stages_of(rank) for rank in range(pp)])
+        return self._stages[sizes]
 
     def _replay(self, sizes: Sizes, count: int) -> Replay:
         if (sizes, count) not in self._replays:
@@ -100,15 +111,14 @@ class _Ways:
     back_weights: np.ndarray
 
     @classmethod
-    def of(cls, sizes: Sizes, costs: Costs) -> _Ways:
-        schedule, pp, vp = sizes
-        layout = Layout(pp=pp, vp=vp, placement=SCHEDULES[schedule].placement)
-        stages = np.array([layout.stages_of(rank) for rank in range(pp)])  # its first one has the rank's number
-        forward, inputs, weights = (np.array(each) for each in (costs.forward, costs.input_gradient, costs.weight_gradient))
+    def of(cls, stages: np.ndarray, costs: Costs) -> _Ways:
+        pp = len(stages)
+        seconds = np.array([costs.forward, costs.input_gradient, costs.weight_gradient])
+        before = np.zeros((3, pp))
+        np.cumsum(seconds[:, : pp - 1], axis=1, out=before[:, 1:])
         travel = costs.transfer * np.arange(pp)
-        before = [np.cumsum([0.0, *each[: pp - 1]]) for each in (forward, inputs, weights)]
-        passed = (forward + inputs)[stages].sum(axis=1)
-        return cls(passed, weights[stages].sum(axis=1), before[0] + travel, before[1] + travel, before[2])
+        forward, inputs, weights = seconds[:, stages].sum(axis=2)
+        return cls(forward + inputs, weights, before[0] + travel, before[1] + travel, before[2])
 
 
 def _few(sizes: Sizes, count: int) -> int:

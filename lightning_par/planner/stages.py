@@ -20,13 +20,15 @@ from lightning_par.planner.traffic import Ring
 
 
 @dataclass(frozen=True)
-class BlockTimes:
-    """Seconds of every block with one microbatch on a tp rank, each an array by block.
+class BlockFigures:
+    """What every block does with one microbatch on a tp rank, each an array by block.
 
     Attributes:
-        forward, input_gradient, weight_gradient: of computation.
-        sent_forward, sent_backward: of collectives over tp.
+        forward, input_gradient, weight_gradient: seconds of computation.
+        sent_forward, sent_backward: seconds of collectives over tp.
         sent_bytes: that the rank sends over tp, forward and backward.
+        held_bytes: that a forward leaves for the backward.
+        hidden_bytes: that go to the next block.
     """
 
     forward: np.ndarray
@@ -35,26 +37,29 @@ class BlockTimes:
     sent_forward: np.ndarray
     sent_backward: np.ndarray
     sent_bytes: np.ndarray
+    held_bytes: np.ndarray
+    hidden_bytes: np.ndarray
 
     @property
     def compute(self) -> np.ndarray:
-        """Of all computation."""
+        """Seconds of all computation."""
         return self.forward + self.input_gradient + self.weight_gradient
 
 
-def time_blocks(blocks: Sequence[Block], rows: int, device: Device, ring: Ring) -> BlockTimes:
-    """How long blocks take."""
+def figures_of(blocks: Sequence[Block], rows: int, device: Device, ring: Ring) -> BlockFigures:
+    """What blocks do; equal ones are asked once."""
     known = {id(block): block for block in blocks}
-    times = {key: _time(block, rows, device, ring) for key, block in known.items()}
-    return BlockTimes(*np.array([times[id(block)] for block in blocks]).T)
+    found = {key: _figures(block, rows, device, ring) for key, block in known.items()}
+    return BlockFigures(*np.array([found[id(block)] for block in blocks]).T)
 
 
-def _time(block: Block, rows: int, device: Device, ring: Ring) -> tuple[float, ...]:
+def _figures(block: Block, rows: int, device: Device, ring: Ring) -> tuple[float, ...]:
     sent = {kind: block.work[kind].sent(rows) for kind in ("F", "I", "W")}
     seconds = {kind: sum(ring.seconds(*each) for each in sent[kind]) for kind in sent}
     computed = (block.work[kind].seconds(rows, device) for kind in ("F", "I", "W"))
     sent_bytes = sum(ring.sent_bytes(*each) for each in (*sent["F"], *sent["I"], *sent["W"]))
-    return *computed, seconds["F"], seconds["I"] + seconds["W"], sent_bytes
+    stored = block.stored("F", rows).after, block.sent(rows)
+    return *computed, seconds["F"], seconds["I"] + seconds["W"], sent_bytes, *stored
 
 
 def by_stage(of_blocks: np.ndarray, cuts: Sequence[range]) -> np.ndarray:
