@@ -113,7 +113,7 @@ class Anatomy:
         self.pipeline_error: ConfigurationError | None = None
         self._likeness: Likeness | None = None
         self._whole = whole if self.num_blocks < 2 else self._try_pipeline(whole)
-        self._plans[1, False] = self._whole
+        self._plans[1, False], self._num_stages = self._whole, len(self._whole.stages)
         if self.num_blocks > 1 and self.pipeline_error is None and self._overrides.keys() <= _OF_ALL_BLOCKS:
             self._shorten()
 
@@ -125,11 +125,10 @@ class Anatomy:
         """
         if (tp, sp) not in self._plans:
             self._say(f"planning tp{tp}{'_sp' if sp else ''}")
+            layout = Layout(tp=tp, sp=sp, pp=self._num_stages, dp=1, microbatches=1)
             try:
                 with self._short():
-                    self._plans[tp, sp] = self._plan(
-                        Layout(tp=tp, sp=sp, pp=len(self._plans[1, False].stages), dp=1, microbatches=1)
-                    )
+                    self._plans[tp, sp] = self._plan(layout)
             except ConfigurationError as error:
                 self._plans[tp, sp] = error
         found = self._plans[tp, sp]
@@ -173,7 +172,8 @@ class Anatomy:
     def _shorten(self) -> None:
         found = find_likeness(self._module, self._whole, lambda pp: self._plan(Layout(pp=pp, dp=1, microbatches=1)))
         if found is not None:
-            self._likeness, self._plans[1, False] = found
+            self._likeness, short = found
+            self._plans[1, False], self._num_stages = short, len(short.stages)
 
     def _short(self) -> AbstractContextManager[None]:
         """Around whatever is done with the blocks that stand for all."""
