@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,20 @@ def outlook_of(
     Raises:
         ConfigurationError: the module, its batch or its optimizer cannot be planned for, or nothing fits.
     """
+    with taken_apart(trainer, module, data, say) as (anatomy, first):
+        return search(anatomy, cluster, batch or batch_size(first)), _tokens(first)
+
+
+@contextmanager
+def taken_apart(trainer: Any, module: Any, data: Any, say: Callable[[str], None]) -> Iterator[tuple[Anatomy, Any]]:
+    """The module of a run, to be taken apart inside, and its first batch.
+
+    Args:
+        trainer, module, data, say: as for `outlook_of`.
+
+    Raises:
+        ConfigurationError: the module, its batch or its optimizer cannot be planned for.
+    """
     strategy = trainer.strategy
     with rehearsed(trainer, "fit", module, data) as (twin, first, optimizers):
         size = batch_size(first)
@@ -53,8 +68,7 @@ def outlook_of(
             )
         pieces = first_samples(first, ROWS[0]), first_samples(first, ROWS[1])
         try:
-            anatomy = Anatomy(twin, pieces, loss_of, form, strategy.precision, strategy.options.overrides, say)
-            return search(anatomy, cluster, batch or size), _tokens(first)
+            yield Anatomy(twin, pieces, loss_of, form, strategy.precision, strategy.options.overrides, say), first
         except Exception as error:
             if not is_data_dependent(error):
                 raise

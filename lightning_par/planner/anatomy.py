@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_par.errors import ConfigurationError
 from lightning_par.layout import Layout
+from lightning_par.memory.matter import Fakes, Matter
 from lightning_par.memory.optimizer import OptimizerForm
 from lightning_par.memory.profile import ActionMemory, ImaginedRank, Loss
 from lightning_par.pipeline.action import Action, Kind
@@ -25,7 +26,9 @@ from lightning_par.plan.plan import Recompute
 from lightning_par.planner.work import Line, Work, WorkCounter
 from lightning_par.prepare import prepare_plan
 from lightning_par.private.torch import FakeTensorMode
+from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.generator import generators_put_back
+from lightning_par.runtime.imagined import ImaginedAxis
 from lightning_par.runtime.precision import FULL, Precision
 
 ROWS = (2, 3)  # of one row alone a view is contiguous that of more is none, and is not copied
@@ -42,11 +45,13 @@ class Block:
         work: of each action; B is I and W.
         memory: of each action, with either number of `ROWS`.
         sent_bytes: what goes to the next block, with either.
+        received: what the block gets, with either; nothing where it is not known to differ from what the block expects.
     """
 
     work: Mapping[Kind, Line]
     memory: tuple[Mapping[Kind, ActionMemory], Mapping[Kind, ActionMemory]]
     sent_bytes: tuple[float, float]
+    received: tuple[Sequence[Like], Sequence[Like]] = ((), ())
 
     def stored(self, kind: Kind, rows: int) -> ActionMemory:
         """What an action does to the memory."""
@@ -95,7 +100,7 @@ class Anatomy:
         say: Say = lambda words: None,
     ) -> None:
         self.form = form
-        self._module, self._pieces, self._loss_of, self._precision = module, pieces, loss_of, precision
+        self._module, self._pieces, self._loss_of, self.precision = module, pieces, loss_of, precision
         self._overrides = {key: value for key, value in (overrides or {}).items() if key not in ("recompute", "stages", "costs")}
         self._say = say
         self._plans: dict[tuple[int, bool], Plan | ConfigurationError] = {}
@@ -141,8 +146,13 @@ class Anatomy:
             self._bodies[key] = Body(plan, self._blocks(plan))
         return self._bodies[key]
 
+    def rank(self, plan: Plan, stage: int, tp: Axis, matter: Matter, piece: Any, sent: _Sent) -> ImaginedRank:
+        """The rank of one block; see `ImaginedRank`."""
+        run = (self._module, piece, plan)
+        return ImaginedRank(stage, tp, run, matter, sent, self._loss_of, True, self.precision, "training_step")
+
     def _plan(self, layout: Layout) -> Plan:
-        return prepare_plan(self._module, self._pieces[0], layout, self._overrides, precision=self._precision)
+        return prepare_plan(self._module, self._pieces[0], layout, self._overrides, precision=self.precision)
 
     def _try_pipeline(self, whole: Plan) -> None:
         try:
@@ -171,15 +181,16 @@ class Anatomy:
     def _run(self, plan: Plan, stage: int, fake: FakeTensorMode, sent: tuple[_Sent, _Sent]) -> Block:
         few, more = (self._see(plan, stage, fake, piece, its) for piece, its in zip(self._pieces, sent, strict=True))
         works = {kind: Line(few[0][kind], more[0][kind], ROWS) for kind in few[0]}
-        return Block(works, (few[1], more[1]), (few[2], more[2]))
+        arrived_few, arrived_more = (each.get(Action("F", stage, 0), []) for each in sent)
+        return Block(works, (few[1], more[1]), (few[2], more[2]), (arrived_few, arrived_more))
 
     def _see(self, plan: Plan, stage: int, fake: FakeTensorMode, piece: Any, sent: _Sent) -> _Seen:
-        run = (self._module, piece, plan)
-        rank = ImaginedRank(stage, run, fake, sent, self._loss_of, True, self._precision, "training_step")
+        axis = ImaginedAxis("tp", plan.layout.tp, 0)
+        rank = self.rank(plan, stage, axis, Fakes(fake, self.precision), piece, sent)
         memory = rank.profile(stage)
         counter = WorkCounter()
         watch = _Counting(counter)
-        rank.tp.watchers.append(counter.saw)
+        axis.watchers.append(counter.saw)
         rank.observers.append(watch)
         with counter:
             rank.run(*(Action(kind, stage, 0) for kind in watch.works))

@@ -20,6 +20,7 @@ from lightning_par.plan.memory import RankMemory
 from lightning_par.plan.plan import Recompute
 from lightning_par.planner.anatomy import Anatomy, Body
 from lightning_par.planner.candidate import Candidate
+from lightning_par.planner.clock import Clock
 from lightning_par.planner.cluster import Cluster
 from lightning_par.planner.stages import BlockTime, Holdings, Weights, blocks_of, cut, model_states, stage_memory, time_block
 from lightning_par.planner.traffic import dp_ring, stage_link, tp_ring
@@ -69,10 +70,14 @@ class Estimator:
     Args:
         anatomy: of the module.
         cluster: where it is to run.
+
+    Attributes:
+        clock: how long the actions of blocks take there.
     """
 
     def __init__(self, anatomy: Anatomy, cluster: Cluster) -> None:
         self.anatomy, self.cluster = anatomy, cluster
+        self.clock = Clock(cluster, lambda: [w for block in anatomy.body(1, False, "none").blocks for w in block.work.values()])
         self._times: dict[tuple[int, bool, Recompute, int], list[BlockTime]] = {}
         self._cuts: dict[tuple[int, bool, int], list[range]] = {}
         self._holdings: dict[tuple[int, bool], Holdings] = {}
@@ -159,7 +164,7 @@ class Estimator:
             ring, known = tp_ring(layout, self.cluster), dict[int, BlockTime]()
             for block in self.body(candidate).blocks:
                 if id(block) not in known:
-                    known[id(block)] = time_block(block, candidate.rows, self.cluster.device, ring)
+                    known[id(block)] = time_block(block, candidate.rows, self.clock, ring)
             self._times[key] = [known[id(block)] for block in self.body(candidate).blocks]
         return self._times[key]
 

@@ -47,6 +47,7 @@ class Outlook:
         misses: the nearest others.
         num_considered: ways that divide and fit.
         alone: of each technique alone the estimate, by its name, where the module divides by it.
+        measured: of the different actions that were timed how many were measured, and how many there are.
     """
 
     cluster: Cluster
@@ -55,6 +56,7 @@ class Outlook:
     misses: tuple[Miss, ...]
     num_considered: int
     alone: tuple[tuple[str, Estimate], ...] = ()
+    measured: tuple[int, int] = (0, 0)
 
 
 def search(anatomy: Anatomy, cluster: Cluster, batch: int) -> Outlook:
@@ -89,8 +91,8 @@ def search(anatomy: Anatomy, cluster: Cluster, batch: int) -> Outlook:
     if not best:
         raise _nothing(cluster, batch, misses, least)
     misses += _slower(best)
-    considered = len(fitting)
-    return Outlook(cluster, batch, tuple(best[:NUM_BEST]), tuple(misses), considered, _alone(estimator, cluster, batch))
+    alone = _alone(estimator, cluster, batch)
+    return Outlook(cluster, batch, tuple(best[:NUM_BEST]), tuple(misses), len(fitting), alone, estimator.clock.coverage)
 
 
 def _divided(anatomy: Anatomy, cluster: Cluster, batch: int, misses: list[Miss]) -> list[tuple[Layout, bool]]:

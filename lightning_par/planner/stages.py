@@ -12,7 +12,7 @@ from lightning_par.memory.optimizer import OptimizerForm
 from lightning_par.memory.profile import ActionMemory, StageMemory
 from lightning_par.plan.partition import partition_blocks
 from lightning_par.planner.anatomy import Block, Body
-from lightning_par.planner.cluster import Device
+from lightning_par.planner.clock import Clock
 from lightning_par.planner.traffic import Ring
 
 
@@ -34,11 +34,11 @@ class BlockTime:
     sent_bytes: float
 
 
-def time_block(block: Block, rows: int, device: Device, ring: Ring) -> BlockTime:
+def time_block(block: Block, rows: int, clock: Clock, ring: Ring) -> BlockTime:
     """How long a block takes."""
     sent = {kind: block.work[kind].sent(rows) for kind in ("F", "I", "W")}
     seconds = {kind: sum(ring.seconds(*each) for each in sent[kind]) for kind in sent}
-    forward, input_gradient, weight_gradient = (block.work[kind].seconds(rows, device) for kind in ("F", "I", "W"))
+    forward, input_gradient, weight_gradient = (clock.seconds(block.work[kind], rows) for kind in ("F", "I", "W"))
     return BlockTime(
         forward,
         input_gradient,

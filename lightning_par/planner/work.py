@@ -7,7 +7,9 @@ written; a compiler that joins some of them saves reads and writes that are coun
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from lightning_par.private.torch import TorchDispatchMode, has_memory, storage_k
 from lightning_par.runtime.nested import tensors_in
 
 _ATEN = torch.ops.aten
+_NUM_DIGITS = 16  # of a digest: of a million of them no two are equal by chance
 # attention on a CPU, where dry runs are, of which torch counts nothing: the counter, where the shapes begin, where is_causal is
 _ATTENTION: dict[Any, tuple[Any, int, int, int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: (sdpa_flop_count, 0, 3, 4),
@@ -98,6 +101,14 @@ class Line:
         self.dtypes, self.kinds, self._rows = few.dtypes, [kind for kind, _ in few.sent], rows
         self._ops = tuple(np.array(work.ops, dtype=float).reshape(-1, 4) for work in (few, more))
         self._sent = tuple(np.array([size for _, size in work.sent]) for work in (few, more))
+
+    @cached_property
+    def digest(self) -> str:
+        """The same for the same operations in the same order, whatever module they are of."""
+        found = hashlib.sha256(repr((self.dtypes, self.kinds, self._rows)).encode())
+        for numbers in (*self._ops, *self._sent):
+            found.update(numbers.astype("<f8").tobytes())
+        return found.hexdigest()[:_NUM_DIGITS]
 
     def seconds(self, rows: int, device: Device) -> float:
         """On a device, without what is sent."""
