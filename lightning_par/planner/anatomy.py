@@ -21,6 +21,7 @@ from lightning_par.memory.profile import ActionMemory, ImaginedRank, Loss
 from lightning_par.pipeline.action import Action, Kind
 from lightning_par.pipeline.transport import Like
 from lightning_par.plan import Plan
+from lightning_par.plan.nearest import untried
 from lightning_par.plan.plan import Recompute
 from lightning_par.planner.work import Line, Work, WorkCounter
 from lightning_par.prepare import prepare_plan
@@ -142,7 +143,8 @@ class Anatomy:
         return self._bodies[key]
 
     def _plan(self, layout: Layout) -> Plan:
-        return prepare_plan(self._module, self._pieces[0], layout, self._overrides, precision=self._precision)
+        with untried():  # the search tries them all
+            return prepare_plan(self._module, self._pieces[0], layout, self._overrides, precision=self._precision)
 
     def _try_pipeline(self, whole: Plan) -> None:
         try:
