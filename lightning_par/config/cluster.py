@@ -13,8 +13,6 @@ from lightning_par.errors import ConfigurationError
 if TYPE_CHECKING:
     from lightning_par.planner import Cluster
 
-_SHIPPED = Path(__file__).parents[1] / "conf" / "cluster"
-
 
 @dataclass(frozen=True)
 class Question:
@@ -88,7 +86,9 @@ def load_cluster(question: Question, config_dir: str | None) -> Cluster:
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
     """The files of the shipped clusters and of the user's, by name."""
-    return {path.stem: path for folder in (_SHIPPED, *folders) for path in sorted(folder.glob("*.yaml"))}
+    from lightning_par.planner.cluster import SHIPPED
+
+    return {path.stem: path for folder in (SHIPPED, *folders) for path in sorted(folder.glob("*.yaml"))}
 
 
 def _whole(key: str, value: str) -> int:

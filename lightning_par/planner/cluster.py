@@ -14,10 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lightning_par.errors import ConfigurationError
 
+SHIPPED = Path(__file__).parents[1] / "conf" / "cluster"  # the files that come with this package
 _DEVICE = {"memory_gib", "reserve", "memory_gb_per_s", "attained_memory", "tflops", "attained", "launch_us"}
 _LINK = {"gb_per_s", "latency_us"}
 _KEYS = {"devices_per_node", "device", "inside", "between", "source"}
@@ -133,6 +137,11 @@ def read_cluster(config: Mapping[str, Any], name: str, num_nodes: int) -> Cluste
         links["between"],
         str(config["source"]),
     )
+
+
+def shipped_cluster(name: str, num_nodes: int) -> Cluster:
+    """A cluster that comes with this package."""
+    return read_cluster(yaml.safe_load((SHIPPED / f"{name}.yaml").read_text()), name, num_nodes)
 
 
 def _check_keys(config: Any, expected: set[str], where: str) -> None:
