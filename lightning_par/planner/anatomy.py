@@ -22,6 +22,7 @@ from lightning_par.memory.profile import ActionMemory, ImaginedRank, Loss
 from lightning_par.pipeline.action import Action, Kind
 from lightning_par.pipeline.transport import Like
 from lightning_par.plan import Plan
+from lightning_par.plan.nearest import untried
 from lightning_par.plan.plan import Recompute
 from lightning_par.planner.work import Line, Work, WorkCounter
 from lightning_par.prepare import prepare_plan
@@ -152,7 +153,8 @@ class Anatomy:
         return ImaginedRank(stage, tp, run, matter, sent, self._loss_of, True, self.precision, "training_step")
 
     def _plan(self, layout: Layout) -> Plan:
-        return prepare_plan(self._module, self._pieces[0], layout, self._overrides, precision=self.precision)
+        with untried():  # the search tries them all
+            return prepare_plan(self._module, self._pieces[0], layout, self._overrides, precision=self.precision)
 
     def _try_pipeline(self, whole: Plan) -> None:
         try:
