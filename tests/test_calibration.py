@@ -120,11 +120,16 @@ def test_what_is_not_measured_takes_as_much_longer_as_what_is(demo: Anatomy) -> 
     lines = [line for block in demo.body(1, False, "none").blocks for line in block.work.values()]
     other = demo.body(2, True, "none").blocks[1].work["F"]
     clock = Clock(cluster().calibrated(known(demo, 3.0)), lambda: lines)
-    assert clock.seconds(other, 2) == pytest.approx(3 * other.seconds(2, cluster().device))
-    assert clock.seconds(lines[0], 2) == pytest.approx(3 * lines[0].seconds(2, cluster().device))
+    assert clock.pace(other, 2) == pytest.approx(3) and clock.pace(lines[0], 2) == pytest.approx(3)
     assert clock.coverage == (1, 2)
-    assert Clock(cluster(), lambda: lines).seconds(other, 2) == other.seconds(2, cluster().device)
-    assert Clock(cluster().calibrated(measured()), lambda: lines).seconds(other, 2) == other.seconds(2, cluster().device)
+    assert Clock(cluster(), lambda: lines).pace(other, 2) == 1
+    assert Clock(cluster().calibrated(measured()), lambda: lines).pace(other, 2) == 1
+
+
+def test_a_slower_device_hides_more_of_what_travels(demo: Anatomy) -> None:
+    line, device = demo.body(2, False, "none").blocks[1].work["B"], cluster().device
+    waits = [line.waits(2, device, lambda kind, size: 1e-4, pace) for pace in (1.0, 2.0, 1e6)]
+    assert waits[0] > waits[1] > 0 and waits[2] < waits[1]
 
 
 def test_a_search_says_what_of_it_is_measured(demo: Anatomy) -> None:
@@ -280,7 +285,7 @@ def timed(
 
 
 def of_body(anatomy: Anatomy, tp: int, sp: bool, word: Any = "none") -> set[str]:
-    return {line.digest for block in anatomy.body(tp, sp, word).blocks for line in block.work.values()}
+    return {block.work[kind].digest for block in anatomy.body(tp, sp, word).blocks for kind in ("F", "I", "W")}
 
 
 @pytest.mark.usefixtures("briefly")

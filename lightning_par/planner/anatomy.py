@@ -43,7 +43,7 @@ class Block:
     """One block, on each tp rank.
 
     Attributes:
-        work: of each action; B is I and W.
+        work: of each action; B, where it is not I and W one after the other, because collectives travel meanwhile.
         memory: of each action, with either number of `ROWS`.
         sent_bytes: what goes to the next block, with either.
         received: what the block gets, with either; nothing where it is not known to differ from what the block expects.
@@ -195,7 +195,8 @@ class Anatomy:
         axis.watchers.append(counter.saw)
         rank.observers.append(watch)
         with counter:
-            rank.run(*(Action(kind, stage, 0) for kind in watch.works))
+            for kinds in (("F", "B"), ("F", "I", "W")) if axis.size > 1 else (("F", "I", "W"),):
+                rank.run(*(Action(kind, stage, 0) for kind in kinds))
         leaving = sent.get(Action("F", stage + 1, 0), ())
         return watch.works, memory, float(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in leaving))
 
@@ -205,10 +206,10 @@ class _Counting:
 
     def __init__(self, counter: WorkCounter) -> None:
         self._counter = counter
-        self.works: dict[Kind, Work] = {"F": Work(), "I": Work(), "W": Work()}
+        self.works: dict[Kind, Work] = {}
 
     def begin(self, action: Action) -> None:
-        self._counter.work = self.works[action.kind]
+        self._counter.work = self.works[action.kind] = Work()
 
     def wait(self) -> None:
         """Nothing is waited for."""

@@ -17,10 +17,14 @@ class Clock:
     Args:
         cluster: whose devices compute.
         whole: gives the actions of the module on one device, none of it computed again.
+
+    Attributes:
+        device: of the cluster, with its datasheet.
     """
 
     def __init__(self, cluster: Cluster, whole: Callable[[], Sequence[Line]]) -> None:
-        self._device, self._calibration, self._whole = cluster.device, cluster.calibration, whole
+        self.device = cluster.device
+        self._calibration, self._whole = cluster.calibration, whole
         self._factors: dict[int, float] = {}
         self._asked: dict[str, bool] = {}
 
@@ -29,19 +33,19 @@ class Clock:
         """Of the actions that it was asked for, how many different ones were measured, and how many there are."""
         return sum(self._asked.values()), len(self._asked)
 
-    def seconds(self, line: Line, rows: int) -> float:
-        """Of an action with so many rows."""
+    def pace(self, line: Line, rows: int) -> float:
+        """How many times longer than by the datasheet an action takes with so many rows."""
         if self._calibration is None:
-            return line.seconds(rows, self._device)
-        measured = self._calibration.seconds(line.digest, rows)
+            return 1.0
+        measured, foretold = self._calibration.seconds(line.digest, rows), line.seconds(rows, self.device)
         self._asked[line.digest] = measured is not None
-        return self._factor(rows) * line.seconds(rows, self._device) if measured is None else measured
+        return self._factor(rows) if measured is None or not foretold else measured / foretold
 
     def _factor(self, rows: int) -> float:
         if rows not in self._factors:
             assert self._calibration is not None
             pairs = [(self._calibration.seconds(line.digest, rows), line) for line in self._whole()]
             measured = sum(seconds for seconds, _ in pairs if seconds is not None)
-            foretold = sum(line.seconds(rows, self._device) for seconds, line in pairs if seconds is not None)
+            foretold = sum(line.seconds(rows, self.device) for seconds, line in pairs if seconds is not None)
             self._factors[rows] = measured / foretold if foretold else 1.0
         return self._factors[rows]
