@@ -8,14 +8,16 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
+from torch import nn
 
-from lightning_par import calibrate_command
+from lightning_par import calibrate_command, deferred_init
 from lightning_par.cli import main
 from lightning_par.config.cluster import load_cluster, read_question
 from lightning_par.demo.gpt import GPT
@@ -25,8 +27,11 @@ from lightning_par.host.batch import repeat_samples
 from lightning_par.host.calibrate import check_device
 from lightning_par.host.here import cluster_here, device_name
 from lightning_par.host.links import links_of_nodes
+from lightning_par.host.loss import loss_of
 from lightning_par.layout import Layout
 from lightning_par.memory.matter import Solids
+from lightning_par.memory.optimizer import GroupForm, OptimizerForm
+from lightning_par.pipeline.action import Action
 from lightning_par.planner import Anatomy, Link, search, timing
 from lightning_par.planner.calibration import Calibration, Series, cached_path, read_calibration, write_calibration
 from lightning_par.planner.calibration_report import print_calibration
@@ -38,6 +43,7 @@ from lightning_par.planner.report import where_from
 from lightning_par.planner.timing import Bench, Timings
 from lightning_par.planner.traffic import Ring, fit_link
 from lightning_par.runtime.nested import map_tensors
+from lightning_par.runtime.precision import PRECISIONS
 from tests import models
 from tests.chains import CHAINS
 from tests.planning import tokens
@@ -63,7 +69,7 @@ def known(anatomy: Anatomy, factor: float, rows: tuple[int, ...] = (1, 2, 4)) ->
 
 @pytest.fixture(scope="module")
 def demo() -> Anatomy:
-    return take_apart(LanguageModel(GPT(vocab_size=256, width=64, depth=4, heads=4)))
+    return take_apart(LanguageModel(GPT(vocab_size=256, width=64, depth=3, heads=4)))
 
 
 # ---------------------------------------------------------------------- numbers
@@ -92,16 +98,16 @@ def test_actions_are_known_by_what_they_compute(demo: Anatomy) -> None:
     class Outer(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = LanguageModel(GPT(vocab_size=256, width=64, depth=6, heads=4))
+            self.inner = LanguageModel(GPT(vocab_size=256, width=64, depth=4, heads=4))
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return self.inner.network(batch["tokens"]).square().mean()
 
     assert is_known(Outer())
-    assert not is_known(LanguageModel(GPT(vocab_size=256, width=72, depth=4, heads=4)))
-    assert not is_known(LanguageModel(GPT(vocab_size=256, width=64, depth=4, heads=2)))
+    assert not is_known(LanguageModel(GPT(vocab_size=256, width=72, depth=3, heads=4)))
+    assert not is_known(LanguageModel(GPT(vocab_size=256, width=64, depth=3, heads=2)))
     shorter = {"tokens": torch.zeros(4, 16, dtype=torch.long), "targets": torch.zeros(4, 16, dtype=torch.long)}
-    assert not is_known(LanguageModel(GPT(vocab_size=256, width=64, depth=4, heads=4)), lambda rows: repeat_samples(shorter, rows))
+    assert not is_known(LanguageModel(GPT(vocab_size=256, width=64, depth=3, heads=4)), lambda rows: repeat_samples(shorter, rows))
     split = demo.body(2, True, "none").blocks[1].work["F"]
     assert calibration.seconds(split.digest, 1) is None
 
@@ -296,7 +302,7 @@ def test_every_action_of_every_split_is_timed_and_the_module_stays(demo: Anatomy
     assert of_body(demo, 1, False) | of_body(demo, 2, True) | of_body(demo, 2, False, "full") <= set(found.series)
     assert all(seconds > 0 for series in found.series.values() for seconds in series.seconds.values())
     assert all(tuple(series.seconds) == (1, 2, 4) for series in found.series.values()) and not found.left_out
-    assert {"F of network.blocks.1, tp1", "W of network.blocks.3, tp2_sp"} <= {series.of for series in found.series.values()}
+    assert {"F of network.blocks.1, tp1", "W of network.blocks.2, tp2_sp"} <= {series.of for series in found.series.values()}
     assert all(torch.equal(before[name], tensor) for name, tensor in demo._module.state_dict().items())
     assert torch.equal(state, torch.get_rng_state()) and all(p.grad is None for p in demo._module.parameters())
 
@@ -311,6 +317,20 @@ def test_modules_of_many_kinds_are_timed(name: str) -> None:
     anatomy = take_apart(module, make)
     assert anatomy.pipeline_error is None
     assert of_body(anatomy, 1, False) <= set(timed(anatomy, make).series)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.usefixtures("briefly")
+def test_blocks_are_timed_in_the_precision_of_the_run(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 computes other operations than float32, which the digest knows."""
+    monkeypatch.setattr(timing, "_SHARES", {"none": 1})
+    module = models.gpt()
+    form = OptimizerForm((GroupForm(frozenset(name for name, _ in module.named_parameters()), 8, 4),))
+    pieces = models.make_batch(0, 2), models.make_batch(0, 3)
+    anatomy = Anatomy(module, pieces, loss_of, form, PRECISIONS[precision])
+    found = timed(anatomy, lambda rows: models.make_batch(0, rows))
+    assert of_body(anatomy, 1, False) == set(found.series)
+    assert not set(found.series) & of_body(Anatomy(module, pieces, loss_of, form), 1, False)
 
 
 @pytest.mark.usefixtures("briefly")
@@ -338,6 +358,38 @@ def test_an_allocator_that_is_at_its_end_ends_a_series(demo: Anatomy, monkeypatc
     found = timed(demo, samples)
     assert "no memory for 4 rows of network.blocks.1, tp1" in found.left_out
     assert {tuple(series.seconds) for series in found.series.values()} == {(1, 2)}
+
+
+def test_the_clock_starts_when_a_block_has_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=iter([0.0, 5.0, 6.0, 10.0, 13.0]).__next__))
+    watch = timing._Stopwatch(CPU)
+    watch.begin(Action("F", 1, 0))
+    watch.wait()
+    watch.arrive()
+    watch.end()
+    watch.begin(Action("W", 1, 0))
+    watch.end()
+    assert watch.read() == {"F": 1.0, "W": 3.0}
+
+
+def test_the_tensors_of_a_timed_rank_are_real_and_random() -> None:
+    """Buffers are the user's; weights in the precision of the run, also those of a module that has no memory for them."""
+    matter = Solids(CPU, PRECISIONS["bf16-true"])
+    with deferred_init():
+        module = nn.BatchNorm1d(300)
+        module.register_parameter("whole", nn.Parameter(torch.ones(4, dtype=torch.long), requires_grad=False))
+    state = {name: matter.state(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    assert state["running_var"].tolist() == [1.0] * 300 and state["running_var"].dtype == torch.bfloat16
+    twin = nn.BatchNorm1d(300)
+    twin.weight, twin.whole = (
+        nn.Parameter(state[name], requires_grad=state[name].is_floating_point()) for name in ("weight", "whole")
+    )
+    matter.settle(twin)
+    assert twin.weight.dtype == torch.bfloat16 and 0.01 < twin.weight.float().std() < 0.03
+    assert state["weight"].requires_grad and twin.whole.tolist() == [0] * 4
+    hidden, places = matter.received(((50, 3), torch.bfloat16)), matter.received(((2, 3), torch.long))
+    assert hidden.dtype == torch.bfloat16 and 0.5 < hidden.float().std() < 2
+    assert places.dtype == torch.long and not places.any()
 
 
 def test_batches_are_made_as_long_as_they_must_be() -> None:

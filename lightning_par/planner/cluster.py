@@ -127,7 +127,7 @@ def read_cluster(config: Mapping[str, Any], name: str, num_nodes: int) -> Cluste
             {dtype: peak * numbers["attained"] for dtype, peak in peaks.items()},
             peaks,
             numbers["launch_us"] * 1e-6,
-            str(device.get("name", "")),
+            str(device.get("name") or ""),
         ),
         links["inside"],
         links["between"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -108,17 +108,10 @@ class Bench:
         """Time a block with more and more rows, as long as there is time and memory."""
         fitting = [rows for rows in _ROWS if part.num_bytes(rows) <= self._memory_bytes]
         series: dict[Kind, dict[int, float]] = {kind: {} for kind in _KINDS}
-        last = 0.0
         try:
-            rank, watch, sent = self._rank(part)
-            for rows in fitting:
-                if series["F"] and time.monotonic() + 2 * last * (1 + _LEAST) > until:
-                    break
-                rank.batch = map_tensors(self._matter.given, self._samples(rows))
-                sent.update(part.arriving(rows))
-                times, last = _repeat(rank, watch, part.stage, until)
+            for rows, seconds in self._measured(part, fitting, until):
                 for kind in _KINDS:
-                    series[kind][rows] = times[kind]
+                    series[kind][rows] = seconds[kind]
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -128,12 +121,21 @@ class Bench:
         for kind in _KINDS if series["F"] else ():
             found.series.setdefault(part.digest(kind), Series(f"{kind} of {part.name}", series[kind]))
 
-    def _rank(self, part: _Part) -> tuple[ImaginedRank, _Stopwatch, dict[Action, list[Like]]]:
-        axis, sent = LocalAxis("tp", part.plan.layout.tp, 0), dict[Action, list[Like]]()
+    def _measured(self, part: _Part, fitting: Sequence[int], until: float) -> Iterator[tuple[int, dict[Kind, float]]]:
+        """Numbers of rows with the seconds of each action, the first whatever time there is."""
+        if not fitting:
+            return
+        axis, sent, seconds_of_all = LocalAxis("tp", part.plan.layout.tp, 0), dict[Action, list[Like]](), 0.0
         rank = self._anatomy.rank(part.plan, part.stage, axis, self._matter, self._samples(1), sent)
         watch = _Stopwatch(self._matter.device)
         rank.observers.append(watch)
-        return rank, watch, sent
+        for rows in fitting:
+            if rows > fitting[0] and time.monotonic() + 2 * seconds_of_all * (1 + _LEAST) > until:  # twice the rows, about
+                return
+            rank.batch = map_tensors(self._matter.given, self._samples(rows))
+            sent.update(part.arriving(rows))
+            seconds, seconds_of_all = _repeat(rank, watch, part.stage, until)
+            yield rows, seconds
 
 
 @dataclass(frozen=True)
