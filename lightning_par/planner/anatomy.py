@@ -32,7 +32,7 @@ from lightning_par.runtime.precision import FULL, Precision
 ROWS = (2, 3)  # of one row alone a view is contiguous that of more is none, and is not copied
 Say = Callable[[str], None]
 _Sent = dict[Action, list[Like]]
-_Seen = tuple[dict[Kind, Work], dict[Kind, ActionMemory], float]
+_Seen = tuple[dict[Kind, Work], dict[Kind, ActionMemory], float, int]
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,16 @@ class Block:
     """One block, on each tp rank.
 
     Attributes:
-        work: of each action; B is I and W.
+        work: of each action; B, where it is not I and W one after the other, because collectives travel meanwhile.
         memory: of each action, with either number of `ROWS`.
         sent_bytes: what goes to the next block, with either.
+        shared_bytes: what it stores of that any other block of its stage stores too, with either; see `ImaginedRank`.
     """
 
     work: Mapping[Kind, Line]
     memory: tuple[Mapping[Kind, ActionMemory], Mapping[Kind, ActionMemory]]
     sent_bytes: tuple[float, float]
+    shared_bytes: tuple[float, float] = (0, 0)
 
     def stored(self, kind: Kind, rows: int) -> ActionMemory:
         """What an action does to the memory."""
@@ -57,6 +59,10 @@ class Block:
     def sent(self, rows: int) -> float:
         """Bytes to the next block."""
         return at(rows, *self.sent_bytes)
+
+    def shared(self, rows: int) -> int:
+        """Bytes that a stage stores once."""
+        return int(at(rows, *self.shared_bytes))
 
 
 @dataclass(frozen=True)
@@ -173,20 +179,21 @@ class Anatomy:
     def _run(self, plan: Plan, stage: int, fake: FakeTensorMode, sent: tuple[_Sent, _Sent]) -> Block:
         few, more = (self._see(plan, stage, fake, piece, its) for piece, its in zip(self._pieces, sent, strict=True))
         works = {kind: Line(few[0][kind], more[0][kind], ROWS) for kind in few[0]}
-        return Block(works, (few[1], more[1]), (few[2], more[2]))
+        return Block(works, (few[1], more[1]), (few[2], more[2]), (few[3], more[3]))
 
     def _see(self, plan: Plan, stage: int, fake: FakeTensorMode, piece: Any, sent: _Sent) -> _Seen:
         run = (self._module, piece, plan)
         rank = ImaginedRank(stage, run, fake, sent, self._loss_of, True, self._precision, "training_step")
-        memory = rank.profile(stage)
+        memory, shared = rank.profile(stage), rank.shared_bytes
         counter = WorkCounter()
         watch = _Counting(counter)
         rank.tp.watchers.append(counter.saw)
         rank.observers.append(watch)
         with counter:
-            rank.run(*(Action(kind, stage, 0) for kind in watch.works))
+            for kinds in (("F", "B"), ("F", "I", "W")) if rank.tp.size > 1 else (("F", "I", "W"),):
+                rank.run(*(Action(kind, stage, 0) for kind in kinds))
         leaving = sent.get(Action("F", stage + 1, 0), ())
-        return watch.works, memory, float(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in leaving))
+        return watch.works, memory, float(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in leaving)), shared
 
 
 class _Counting:
@@ -194,10 +201,10 @@ class _Counting:
 
     def __init__(self, counter: WorkCounter) -> None:
         self._counter = counter
-        self.works: dict[Kind, Work] = {"F": Work(), "I": Work(), "W": Work()}
+        self.works: dict[Kind, Work] = {}
 
     def begin(self, action: Action) -> None:
-        self._counter.work = self.works[action.kind]
+        self._counter.work = self.works[action.kind] = Work()
 
     def wait(self) -> None:
         """Nothing is waited for."""

@@ -1,19 +1,20 @@
 """How long a step of a candidate takes and what its ranks store: the table of its schedule replayed with the times of its stages.
 
 A step is the pipeline; then gradients are reduced over dp; then the optimizer reads and writes its states; then weights that only
-one replica has stepped are gathered. Collectives over tp wait in the forward; in the backward they travel while weight gradients
-are computed. ZeRO-3 gathers a block while the one before it computes.
+one replica has stepped are gathered. Collectives over tp wait in the forward; in the backward they travel while the weight
+gradients of the layers that share them are computed. ZeRO-3 gathers a block while the one before it computes.
 
 Of many microbatches the middle ones repeat: the table is replayed with a few and with a few more, and the rest follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from lightning_par.memory.forecast import peak_bytes
+from lightning_par.memory.states import StateBytes, held_bytes
 from lightning_par.pipeline.schedules import build_schedule
 from lightning_par.pipeline.simulate import Costs, Timeline, simulate
 from lightning_par.plan.memory import RankMemory
@@ -82,6 +83,7 @@ class Estimator:
         self._cuts: dict[tuple[int, bool, int], list[range]] = {}
         self._holdings: dict[tuple[int, bool], Holdings] = {}
         self._weights: dict[tuple[int, bool, int, int, str], list[Weights]] = {}
+        self._states: dict[object, list[StateBytes]] = {}
         self._stage_costs: dict[object, Costs] = {}
 
     def body(self, candidate: Candidate) -> Body:
@@ -107,11 +109,15 @@ class Estimator:
         blocks = blocks_of(layout, cuts, busiest)
         compute = count * sum(times[b].forward + times[b].input_gradient + times[b].weight_gradient for b in blocks)
         busy = count * self._busy(costs, candidate, busiest)
+        late = max(0.0, busy - compute)
+        waits = late
+        if layout.zero == 3:  # the rest is for parameters
+            waits = min(late, count * sum(times[b].waits_forward + times[b].waits_backward for b in blocks))
         exposed = timeline.exposed_transfer_seconds[busiest] if timeline is not None else 0.0
         idle = max(0.0, pipeline - busy)
         parts = {
-            "compute": compute, "tp": max(0.0, busy - compute), "pp": min(exposed, idle), "bubble": idle - min(exposed, idle),
-            "dp": dp_seconds, "optimizer": optimizer,
+            "compute": compute, "tp": waits, "pp": min(exposed, idle), "bubble": idle - min(exposed, idle),
+            "dp": dp_seconds + late - waits, "optimizer": optimizer,
         }  # fmt: skip
         body = self.body(candidate)
         hidden = max((body.blocks[stage[-1]].sent(rows) for stage in cuts[:-1]), default=0.0)
@@ -140,18 +146,16 @@ class Estimator:
     def memory(self, candidate: Candidate) -> tuple[RankMemory, ...]:
         """What each pp coordinate stores."""
         layout, rows = candidate.layout, candidate.rows
-        body, cuts, dp = self.body(candidate), self.cuts(candidate), layout.dp or 1
+        body, cuts = self.body(candidate), self.cuts(candidate)
         stages = [stage_memory([body.blocks[b] for b in blocks], rows) for blocks in cuts]
         table = build_schedule(candidate.schedule, layout.pp, layout.vp, self._few(candidate))
         found = []
-        for pp, (row, weights) in enumerate(zip(table, self.weights(candidate), strict=True)):
+        for pp, (row, states) in enumerate(zip(table, self.states(candidate), strict=True)):
             held, peak = peak_bytes(row, stages)
             gathered = 0
             if layout.zero == 3:
                 gathered = 2 * max(self.holdings(candidate).of([b]).parameter_bytes for b in blocks_of(layout, cuts, pp))
-            found.append(
-                RankMemory(**model_states(weights, layout.zero, dp), activations=held, working=peak - held, gathered=gathered)
-            )
+            found.append(RankMemory(states.parameters, states.gradients, states.states, held, peak - held, gathered))
         return tuple(found)
 
     # ------------------------------------------------------------------ kept
@@ -192,6 +196,16 @@ class Estimator:
             self._weights[key] = [holdings.of(blocks_of(layout, cuts, pp)) for pp in range(layout.pp)]
         return self._weights[key]
 
+    def states(self, candidate: Candidate) -> list[StateBytes]:
+        """Of each pp coordinate, to the byte."""
+        layout = candidate.layout
+        key = layout.tp, layout.sp, layout.pp, layout.vp, layout.placement, layout.zero, layout.dp
+        if key not in self._states:
+            holdings, cuts = self.holdings(candidate), self.cuts(candidate)
+            held = (holdings.parameters(blocks_of(layout, cuts, pp)) for pp in range(layout.pp))
+            self._states[key] = [held_bytes(parameters, layout, self.anatomy.form) for parameters in held]
+        return self._states[key]
+
     # ------------------------------------------------------------------ seconds
 
     def _costs(self, candidate: Candidate) -> Costs:
@@ -222,14 +236,14 @@ class Estimator:
             gathers = [ring.seconds("all_gather", holdings.of([b]).parameter_bytes) for b in range(len(times))]
         forward, inputs, weights = [], [], []
         for blocks in cuts:
-            late = sum(times[b].sent_backward for b in blocks)
-            forward.append(sum(max(times[b].forward + times[b].sent_forward, gathers[b]) for b in blocks))
-            inputs.append(sum(max(times[b].input_gradient, gathers[b]) for b in blocks))
-            if candidate.splits_backward:  # nothing computes while they travel
-                inputs[-1] += late
-                weights.append(sum(times[b].weight_gradient for b in blocks))
-            else:
-                weights.append(sum(max(times[b].weight_gradient, times[b].sent_backward) for b in blocks))
+            forwards = [times[b].forward + times[b].waits_forward for b in blocks]
+            weights.append(sum(times[b].weight_gradient for b in blocks))
+            backwards = [
+                times[b].input_gradient + times[b].weight_gradient + times[b].waits(candidate.splits_backward) for b in blocks
+            ]
+            own = [gathers[b] for b in blocks]
+            forward.append(gathered_ahead(forwards, own))
+            inputs.append(gathered_ahead(backwards[::-1], own[::-1]) - weights[-1])
         hidden = max((body.blocks[stage[-1]].sent(candidate.rows) for stage in cuts[:-1]), default=0.0)
         transfer = stage_link(layout, self.cluster).seconds(hidden) if layout.pp > 1 else 0.0
         return Costs(forward, inputs, weights, transfer)
@@ -265,9 +279,11 @@ class Estimator:
         gradients, parameters = 4.0 * weights.trained, float(weights.parameter_bytes)
         if layout.zero == 0:
             return ring.seconds("all_reduce", gradients), ring.sent_bytes("all_reduce", gradients)
-        seconds, sent = ring.seconds("reduce_scatter", gradients), ring.sent_bytes("reduce_scatter", gradients)
-        if layout.zero == 3:  # gathered for each forward and each backward, which costs time only where it takes longer than they
+        sent = ring.sent_bytes("reduce_scatter", gradients)
+        if layout.zero == 3:  # gathered for each forward and each backward, see `gathered_ahead`
+            seconds = ring.seconds("reduce_scatter", gradients)
             return seconds, sent + 2 * (layout.microbatches or 1) * ring.sent_bytes("all_gather", parameters)
+        seconds = ring.size * ring.seconds("reduce", gradients / ring.size)  # DeepSpeed's: to one rank after the other
         return seconds + ring.seconds("all_gather", parameters), sent + ring.sent_bytes("all_gather", parameters)
 
     def _optimizer_seconds(self, candidate: Candidate, weights: Weights) -> float:
@@ -280,3 +296,13 @@ class Estimator:
         pairs = [block.work["F"].flops(candidate.rows) for block in alone.blocks]
         scale = 3 * candidate.samples / candidate.rows
         return scale * sum(pair[0] for pair in pairs), scale * sum(pair[1] for pair in pairs)
+
+
+def gathered_ahead(computes: Sequence[float], gathers: Sequence[float]) -> float:
+    """Seconds of blocks of which each is gathered while the one before it computes; nothing computes before the first is there.
+
+    Args:
+        computes: seconds of each block, in the order in which they run.
+        gathers: of its parameters.
+    """
+    return gathers[0] + sum(max(each, coming) for each, coming in zip(computes, [*gathers[1:], 0.0], strict=True))

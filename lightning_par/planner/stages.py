@@ -10,10 +10,14 @@ from itertools import accumulate
 from lightning_par.layout import Layout
 from lightning_par.memory.optimizer import OptimizerForm
 from lightning_par.memory.profile import ActionMemory, StageMemory
+from lightning_par.pipeline.action import Kind
 from lightning_par.plan.partition import partition_blocks
+from lightning_par.plan.plan import ParameterPlan
 from lightning_par.planner.anatomy import Block, Body
 from lightning_par.planner.cluster import Device
 from lightning_par.planner.traffic import Ring
+
+_BACKWARDS: tuple[Kind, ...] = ("B", "I", "W")
 
 
 @dataclass(frozen=True)
@@ -22,29 +26,37 @@ class BlockTime:
 
     Attributes:
         forward, input_gradient, weight_gradient: of computation.
-        sent_forward, sent_backward: of collectives over tp.
+        waits_forward, waits_input_gradient: that it waits for collectives over tp.
+        waits_backward: the same of a backward that is not split: weight gradients are computed meanwhile.
         sent_bytes: that the rank sends over tp, forward and backward.
     """
 
     forward: float
     input_gradient: float
     weight_gradient: float
-    sent_forward: float
-    sent_backward: float
+    waits_forward: float
+    waits_input_gradient: float
+    waits_backward: float
     sent_bytes: float
+
+    def waits(self, splits_backward: bool) -> float:
+        """Of a backward, in halves or not."""
+        return self.waits_input_gradient if splits_backward else self.waits_backward
 
 
 def time_block(block: Block, rows: int, device: Device, ring: Ring) -> BlockTime:
     """How long a block takes."""
     sent = {kind: block.work[kind].sent(rows) for kind in ("F", "I", "W")}
-    seconds = {kind: sum(ring.seconds(*each) for each in sent[kind]) for kind in sent}
+    waits = {kind: work.waits(rows, device, ring.seconds) for kind, work in block.work.items()}
+    split = waits["I"] + waits["W"]
     forward, input_gradient, weight_gradient = (block.work[kind].seconds(rows, device) for kind in ("F", "I", "W"))
     return BlockTime(
         forward,
         input_gradient,
         weight_gradient,
-        seconds["F"],
-        seconds["I"] + seconds["W"],
+        waits["F"],
+        split,
+        waits.get("B", split),
         sum(ring.sent_bytes(*each) for each in (*sent["F"], *sent["I"], *sent["W"])),
     )
 
@@ -66,12 +78,21 @@ def _partition(flops: tuple[int, ...], num_stages: int) -> list[int]:
 
 def stage_memory(blocks: Sequence[Block], rows: int) -> StageMemory:
     """What one microbatch stores on a stage: blocks run in order, backwards in the opposite one."""
-    return {
-        "F": _chained([block.stored("F", rows) for block in blocks]),
-        "B": _chained([block.stored("B", rows) for block in reversed(blocks)]),
-        "I": _chained([block.stored("I", rows) for block in reversed(blocks)]),
-        "W": _chained([block.stored("W", rows) for block in reversed(blocks)]),
-    }
+
+    def stored(kind: Kind) -> list[ActionMemory]:
+        first, *others = blocks
+        return [first.stored(kind, rows), *(_beside(block.stored(kind, rows), kind, block.shared(rows)) for block in others)]
+
+    backwards: StageMemory = {kind: _chained(stored(kind)[::-1]) for kind in _BACKWARDS}
+    return {"F": _chained(stored("F")), **backwards}
+
+
+def _beside(memory: ActionMemory, kind: Kind, shared: int) -> ActionMemory:
+    """The same of a block whose stage has a block before it, which stores what they share."""
+    if kind == "W":  # the graph has gone, and what it has saved
+        return memory
+    before, after = (0, shared) if kind == "F" else (shared, 0)
+    return ActionMemory(memory.before - before, memory.after - after, memory.peak - shared)
 
 
 def _chained(actions: Sequence[ActionMemory]) -> ActionMemory:
@@ -121,8 +142,11 @@ class Holdings:
         count = len(body.blocks)
         self._own = [Weights()] * count
         self._shared: list[tuple[frozenset[int], Weights]] = []
+        self._parameters: list[list[ParameterPlan]] = [[] for _ in range(count)]
         for parameter in body.plan.parameters:
             holders = frozenset(block for _, blocks in parameter.aliases for block in blocks) if count > 1 else frozenset([0])
+            for block in holders:
+                self._parameters[block].append(parameter)
             weights = _weights(
                 parameter.local_numel(body.plan.layout.tp),
                 parameter.itemsize,
@@ -141,6 +165,10 @@ class Holdings:
         total = sum((self._own[block] for block in blocks), Weights())
         return sum((weights for holders, weights in self._shared if holders & there), total)
 
+    def parameters(self, blocks: Sequence[int]) -> list[ParameterPlan]:
+        """Of a rank with some blocks, each once."""
+        return list({parameter.spec.name: parameter for block in blocks for parameter in self._parameters[block]}.values())
+
 
 def _weights(elements: int, itemsize: int, is_trained: bool, kept: int) -> Weights:
     trained = elements if is_trained else 0
@@ -149,7 +177,7 @@ def _weights(elements: int, itemsize: int, is_trained: bool, kept: int) -> Weigh
 
 
 def model_states(weights: Weights, zero: int, dp: int) -> Mapping[str, int]:
-    """Bytes of parameters, gradients and optimizer states on a rank; see `lightning_par.memory.states`, here without padding."""
+    """About the bytes of parameters, gradients and optimizer states on a rank: `lightning_par.memory.states` without padding."""
     masters = 4 * weights.trained if zero else weights.master_bytes
     states = (weights.state_bytes + masters) // (dp if zero else 1)
     gradients = weights.gradient_bytes + (4 * weights.trained // dp if zero == 3 else 0)

@@ -4,6 +4,7 @@ With d ranks and a whole tensor of n bytes each of them sends::
 
     all_reduce                     2 n (d-1)/d    in 2 (d-1) messages
     all_gather, reduce_scatter       n (d-1)/d    in   (d-1) messages
+    reduce                           n            in   (d-1) messages, but for its root, which sends nothing
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Ring:
 
     def sent_bytes(self, kind: str, num_bytes: float) -> float:
         """What each rank sends in a collective, of a whole tensor of ``num_bytes``."""
-        return (2 if kind == "all_reduce" else 1) * num_bytes * (self.size - 1) / self.size
+        return num_bytes if kind == "reduce" else (2 if kind == "all_reduce" else 1) * num_bytes * (self.size - 1) / self.size
 
     def seconds(self, kind: str, num_bytes: float) -> float:
         """How long a collective takes."""
