@@ -93,7 +93,7 @@ def make_gpt2(size: Size = Size()) -> pl.LightningModule:
     torch.manual_seed(0)
     sizes = {"n_embd": size.width, "n_layer": size.depth, "n_head": size.heads, "n_positions": size.length}
     still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return Trainee(GPT2LMHeadModel(GPT2Config(**sizes, **still, vocab_size=size.vocabulary, use_cache=False)))
+    return Trainee(GPT2LMHeadModel(GPT2Config(**sizes, **still, vocab_size=size.vocabulary)))
 
 
 def make_llama(size: Size = Size()) -> pl.LightningModule:
@@ -107,7 +107,6 @@ def make_llama(size: Size = Size()) -> pl.LightningModule:
         num_key_value_heads=size.heads // 2,
         vocab_size=size.vocabulary,
         max_position_embeddings=size.length,
-        use_cache=False,
     )
     return Trainee(LlamaForCausalLM(config))
 

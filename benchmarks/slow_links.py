@@ -1,9 +1,9 @@
 """Links of a chosen rate below every library: what gloo has delivered at once arrives when a token bucket lets it.
 
 Whoever communicates (lightning_par, DeepSpeed, torch.distributed) calls a `ProcessGroup`; its methods are replaced here. Each rank
-has one bucket for its way to the ranks of its node and one for its way to other nodes: a byte takes a token, tokens come at the rate of
-the link, none are saved up. A message arrives a latency after its bytes have left. A collective of d ranks begins when the last of
-them has begun, and each sends what it sends on a ring, in so many messages one after the other::
+has a bucket for its way to the ranks of its node and one for its way to other nodes: a byte takes a token, tokens come at the rate
+of the link, none are saved up. A message arrives a latency after its bytes have left. A collective of d ranks begins when the last
+of them has begun, and each sends what it sends on a ring, in so many messages one after the other::
 
     all-reduce                     2 n (d-1)/d    in 2 (d-1) messages      of a whole tensor of n bytes
     all-gather, reduce-scatter       n (d-1)/d    in   (d-1) messages
@@ -86,7 +86,7 @@ class SlowLinks:
         """Inside, they are below all process groups of this process."""
         slow: dict[str, Any] = {name: self._collective(name, kind) for name, kind in _COLLECTIVES.items()}
         slow.update(send=self._send(dist.ProcessGroup.send), recv=self._receive(dist.ProcessGroup.recv))
-        originals = {name: getattr(dist.ProcessGroup, name) for name in slow if hasattr(dist.ProcessGroup, name)}
+        originals = {name: method for name, method in vars(dist.ProcessGroup).items() if name in slow}
         for name in originals:
             setattr(dist.ProcessGroup, name, slow[name])
         try:

@@ -47,6 +47,6 @@ def time_run(
         ConfigurationError: the module, its batch or its optimizer cannot be planned for.
     """
     memory = int(min(cluster.device.memory_bytes, device_bytes(device)) * (1 - cluster.device.reserve))
-    with taken_apart(trainer, module, data, say) as (anatomy, first):
+    with taken_apart(trainer, say, module, data) as (anatomy, first):
         bench = Bench(anatomy, device, memory, lambda rows: repeat_samples(first, rows), say)
         return bench.time(cluster.devices_per_node, seconds)

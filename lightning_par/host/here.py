@@ -43,7 +43,10 @@ def cluster_here(device: torch.device, num_nodes: int, devices_per_node: int) ->
         source=f"{whose}, whose rates are those of conf/cluster/{file}.yaml: {shipped.source}",
     )
     measured = cached_of_device(name)
-    return here.calibrated(read_calibration(measured[-1])) if measured else here
+    if not measured:
+        return here
+    found = read_calibration(measured[-1])
+    return replace(here.calibrated(found), source=f"measured on {found.date} as far as they were, else of {here.source}")
 
 
 def device_name(device: torch.device) -> str:

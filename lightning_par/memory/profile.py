@@ -24,7 +24,7 @@ from lightning_par.pipeline.executor import Executor
 from lightning_par.pipeline.transport import Like, Transport
 from lightning_par.plan import Plan
 from lightning_par.private.saved import Part, cast_parameter, saving
-from lightning_par.private.torch import FakeTensorMode, place_of
+from lightning_par.private.torch import FakeTensorMode, StorageWeakRef, place_of
 from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.generator import generators_put_back
@@ -109,6 +109,8 @@ class ImaginedRank:
     Attributes:
         batch: the microbatch of the next `run`.
         observers: of the actions.
+        shared_bytes: of what the last `profile` has found that a stage makes before it receives, as masks, and keeps: as much, and
+            no more, for any number of blocks.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class ImaginedRank:
         self._twin, self._step, self._loss_of, self._precision = twin, step, loss_of, precision
         recasts = plan.layout.zero == 3 and plan.layout.dp != 1  # `lightning_par.private.deepspeed.gathered`
         self._saving: Callable[[], AbstractContextManager[object]] = partial(saving, _as_part) if recasts else nullcontext
+        self.shared_bytes = 0
         self._kinds: tuple[tuple[Kind, ...], ...] = (("F", "B"), ("F", "I", "W")) if splits_backward else (("F", "B"),)
 
     def run(self, *row: Action) -> None:
@@ -167,6 +170,7 @@ class ImaginedRank:
             finally:
                 self.observers.remove(watch)
             found.update(zip(kinds, watch.seen, strict=True))
+            self.shared_bytes = watch.shared_bytes
         return found
 
 
@@ -180,21 +184,26 @@ class _Watch:
     """An observer that reads a `LivingTensors` around each action."""
 
     def __init__(self, living: LivingTensors) -> None:
-        self._living, self._before = living, 0
+        self._living, self._before, self._action = living, 0, Action("F", 0, 0)
+        self._made: list[tuple[StorageWeakRef, int]] = []
         self.seen: list[ActionMemory] = []
+        self.shared_bytes = 0
 
     def begin(self, action: Action) -> None:
         self._living.forget_peak()
-        self._before = self._living.num_bytes()
+        self._before, self._action = self._living.num_bytes(), action
 
     def wait(self) -> None:
-        """Nothing is waited for."""
+        if self._action.kind == "F":
+            self._made = self._living.alive()
 
     def arrive(self) -> None:
         """It is there."""
 
     def end(self) -> None:
         after = self._living.num_bytes()
+        if self._action.kind == "F":
+            self.shared_bytes = sum(size for reference, size in self._made if not reference.expired())
         self.seen.append(ActionMemory(self._before, after, max(after, self._living.peak_bytes)))
 
 

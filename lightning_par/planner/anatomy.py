@@ -35,7 +35,7 @@ from lightning_par.runtime.precision import FULL, Precision
 ROWS = (2, 3)  # of one row alone a view is contiguous that of more is none, and is not copied
 Say = Callable[[str], None]
 _Sent = dict[Action, list[Like]]
-_Seen = tuple[dict[Kind, Work], dict[Kind, ActionMemory], float]
+_Seen = tuple[dict[Kind, Work], dict[Kind, ActionMemory], float, int]
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class Block:
         work: of each action; B, where it is not I and W one after the other, because collectives travel meanwhile.
         memory: of each action, with either number of `ROWS`.
         sent_bytes: what goes to the next block, with either.
+        shared_bytes: what it stores of that any other block of its stage stores too, with either; see `ImaginedRank`.
         received: what the block gets, with either; nothing where it is not known to differ from what the block expects.
     """
 
     work: Mapping[Kind, Line]
     memory: tuple[Mapping[Kind, ActionMemory], Mapping[Kind, ActionMemory]]
     sent_bytes: tuple[float, float]
+    shared_bytes: tuple[float, float] = (0, 0)
     received: tuple[Sequence[Like], Sequence[Like]] = ((), ())
 
     def stored(self, kind: Kind, rows: int) -> ActionMemory:
@@ -62,6 +64,10 @@ class Block:
     def sent(self, rows: int) -> float:
         """Bytes to the next block."""
         return at(rows, *self.sent_bytes)
+
+    def shared(self, rows: int) -> int:
+        """Bytes that a stage stores once."""
+        return int(at(rows, *self.shared_bytes))
 
 
 @dataclass(frozen=True)
@@ -184,12 +190,12 @@ class Anatomy:
         few, more = (self._see(plan, stage, fake, piece, its) for piece, its in zip(self._pieces, sent, strict=True))
         works = {kind: Line(few[0][kind], more[0][kind], ROWS) for kind in few[0]}
         arrived_few, arrived_more = (each.get(Action("F", stage, 0), []) for each in sent)
-        return Block(works, (few[1], more[1]), (few[2], more[2]), (arrived_few, arrived_more))
+        return Block(works, (few[1], more[1]), (few[2], more[2]), (few[3], more[3]), (arrived_few, arrived_more))
 
     def _see(self, plan: Plan, stage: int, fake: FakeTensorMode, piece: Any, sent: _Sent) -> _Seen:
         axis = ImaginedAxis("tp", plan.layout.tp, 0)
         rank = self.rank(plan, stage, axis, Fakes(fake, self.precision), piece, sent)
-        memory = rank.profile(stage)
+        memory, shared = rank.profile(stage), rank.shared_bytes
         counter = WorkCounter()
         watch = _Counting(counter)
         axis.watchers.append(counter.saw)
@@ -198,7 +204,7 @@ class Anatomy:
             for kinds in (("F", "B"), ("F", "I", "W")) if axis.size > 1 else (("F", "I", "W"),):
                 rank.run(*(Action(kind, stage, 0) for kind in kinds))
         leaving = sent.get(Action("F", stage + 1, 0), ())
-        return watch.works, memory, float(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in leaving))
+        return watch.works, memory, float(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in leaving)), shared
 
 
 class _Counting:

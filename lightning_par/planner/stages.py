@@ -18,6 +18,7 @@ from lightning_par.planner.clock import Clock
 from lightning_par.planner.traffic import Ring
 
 _KINDS: tuple[Kind, ...] = ("F", "I", "W")
+_BACKWARDS: tuple[Kind, ...] = ("B", "I", "W")
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,21 @@ def _partition(flops: tuple[int, ...], num_stages: int) -> list[int]:
 
 def stage_memory(blocks: Sequence[Block], rows: int) -> StageMemory:
     """What one microbatch stores on a stage: blocks run in order, backwards in the opposite one."""
-    return {
-        "F": _chained([block.stored("F", rows) for block in blocks]),
-        "B": _chained([block.stored("B", rows) for block in reversed(blocks)]),
-        "I": _chained([block.stored("I", rows) for block in reversed(blocks)]),
-        "W": _chained([block.stored("W", rows) for block in reversed(blocks)]),
-    }
+
+    def stored(kind: Kind) -> list[ActionMemory]:
+        first, *others = blocks
+        return [first.stored(kind, rows), *(_beside(block.stored(kind, rows), kind, block.shared(rows)) for block in others)]
+
+    backwards: StageMemory = {kind: _chained(stored(kind)[::-1]) for kind in _BACKWARDS}
+    return {"F": _chained(stored("F")), **backwards}
+
+
+def _beside(memory: ActionMemory, kind: Kind, shared: int) -> ActionMemory:
+    """The same of a block whose stage has a block before it, which stores what they share."""
+    if kind == "W":  # the graph has gone, and what it has saved
+        return memory
+    before, after = (0, shared) if kind == "F" else (shared, 0)
+    return ActionMemory(memory.before - before, memory.after - after, memory.peak - shared)
 
 
 def _chained(actions: Sequence[ActionMemory]) -> ActionMemory:
