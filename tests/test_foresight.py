@@ -188,7 +188,7 @@ def test_what_is_wrong(
 def test_the_tables_and_the_picture(tmp_path: Path) -> None:
     found = Findings(TIMES, [Memory("demo", STORED)], [Peak("demo", "single", 2 << 20, 3 << 20)])
     page = render_markdown(found)
-    assert "| 2 | parallel=pp2_mb4 | parallel=pp2_mb4 | 3 | 1.000 | 0.0 | 1100 | 1100 | 3200 | 6.2 |" in page
+    assert "| 2 | pp2_mb4 | pp2_mb4 | 3 | 1.000 | 0.0 | 1100 | 1100 | 6.2 |" in page
     assert "| demo | 1 | 1 | 0 | 0.00 | 0.00 |" in page and "| demo | single | 2.0 | 3.0 | +50.0 |" in page
     assert "pp2_mb4" in render_table(found) and json.loads(render_json(found))["times"][0]["measured"] == 1.1
     draw(TIMES, tmp_path / "drawn.png")
