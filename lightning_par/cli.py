@@ -136,8 +136,12 @@ def explain(config: DictConfig, output: str | None = None) -> None:
 
     quiet_lightning()
     trainer, module, data = build_run(config, accelerator="cpu", logger=False, callbacks=[])
+    strategy = trainer.strategy
+    if strategy.layout.auto:
+        strategy.choose_layout(trainer, module, data)
+        print("\n".join(strategy.choice.reasons), end="\n\n")
     plan = plan_from_trainer(trainer, "fit", module, data, foresees=True)
-    print(describe_plan(plan, trainer.strategy.schedule, color=sys.stdout.isatty()))
+    print(describe_plan(plan, strategy.schedule, color=sys.stdout.isatty()))
     # As many processes as the layout needs are not a machine that anybody has.
     is_imagined = config.trainer.get("devices", "auto") == "auto" and trainer.num_nodes == 1
     mesh = mesh_of(plan, None if is_imagined else plan.layout.world_size // trainer.num_nodes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
@@ -34,7 +34,9 @@ _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_s
 _LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
 
 
-def plan_from_trainer(trainer: Any, what: str, *args: Any, foresees: bool = False, **kwargs: Any) -> Plan:
+def plan_from_trainer(
+    trainer: Any, what: str, *args: Any, foresees: bool = False, keep: Callable[..., None] | None = None, **kwargs: Any
+) -> Plan:
     """The plan of the run that the Trainer is about to start.
 
     Works on copies: the user's module, its datamodule and all random states stay as they are.
@@ -43,6 +45,7 @@ def plan_from_trainer(trainer: Any, what: str, *args: Any, foresees: bool = Fals
         trainer: the Trainer; its strategy says the layout, dp resolved, and the options.
         what: the Trainer's verb: ``fit``, ``validate``, ``test`` or ``predict``.
         foresees: whether to find out what the ranks store even if nothing depends on it.
+        keep: given what `rehearsed` yields, in ``fit``.
         *args, **kwargs: what the Trainer's function was called with; the module first, then its data.
 
     Raises:
@@ -60,6 +63,8 @@ def plan_from_trainer(trainer: Any, what: str, *args: Any, foresees: bool = Fals
 
         with tried_by(decide):
             plan = decide(layout, foresees)
+        if keep is not None and what == "fit":
+            keep(twin, batch, optimizers)
     if what == "fit" and layout.pp > 1:
         check_schedule(strategy.schedule, layout.pp, layout.vp, plan.layout.microbatches)
     return plan

@@ -2,6 +2,6 @@
 
 from lightning_par.planner.anatomy import Anatomy
 from lightning_par.planner.cluster import Cluster, Device, Link, read_cluster
-from lightning_par.planner.search import Outlook, search
+from lightning_par.planner.search import Limits, Outlook, search
 
-__all__ = ["Anatomy", "Cluster", "Device", "Link", "Outlook", "read_cluster", "search"]
+__all__ = ["Anatomy", "Cluster", "Device", "Limits", "Link", "Outlook", "read_cluster", "search"]

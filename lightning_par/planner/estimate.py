@@ -59,6 +59,11 @@ class Estimate:
         return max(memory.total for memory in self.memory)
 
     @property
+    def sample_seconds(self) -> float:
+        """Of a step, for each of its samples."""
+        return self.step_seconds / self.candidate.samples
+
+    @property
     def bubble(self) -> float:
         """The part of a step for which ranks wait for one another."""
         return self.parts["bubble"] / self.step_seconds
@@ -288,9 +293,8 @@ class Estimator:
     def _flops(self, candidate: Candidate) -> tuple[float, float]:
         """Of a step: three times the forward of every sample, as one device would compute it."""
         alone = self.anatomy.body(1, False, "none")
-        samples = candidate.rows * (candidate.layout.microbatches or 1) * (candidate.layout.dp or 1)
         pairs = [block.work["F"].flops(candidate.rows) for block in alone.blocks]
-        scale = 3 * samples / candidate.rows
+        scale = 3 * candidate.samples / candidate.rows
         return scale * sum(pair[0] for pair in pairs), scale * sum(pair[1] for pair in pairs)
 
 

@@ -78,7 +78,7 @@ def _json(estimate: Estimate, outlook: Outlook, tokens: int | None) -> dict[str,
 
 def rate(estimate: Estimate, outlook: Outlook, tokens: int | None) -> float:
     """Tokens, or samples where there are none, of a device in a second."""
-    return outlook.batch * (tokens or 1) / estimate.step_seconds / outlook.cluster.num_devices
+    return (tokens or 1) / estimate.sample_seconds / outlook.cluster.num_devices
 
 
 def model_flops_utilization(estimate: Estimate, outlook: Outlook) -> tuple[float, float]:
