@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import foresight, sleeping
+from benchmarks import foresight, foresight_memory, sleeping
 from benchmarks.foresight_memory import Peak, activation_errors, foresee, inexact, make_demo, measure_ranks
 from benchmarks.foresight_memory import Row as Memory
 from benchmarks.foresight_table import Findings, draw, render_json, render_markdown, render_table, wrong
@@ -226,6 +226,22 @@ def test_a_step_takes_what_is_forecast() -> None:
     for candidate, (seconds, loss), (again, _) in zip(two, first, second, strict=True):
         assert seconds == again and loss == pytest.approx(truth)
         assert estimator.estimate(candidate).step_seconds <= 1.001 * seconds < 2 * estimator.estimate(candidate).step_seconds
+
+
+def measure_as_if_on_gpu(rank: int, world_size: int) -> list[Peak]:
+    cuda: Any = torch.cuda
+    cuda.is_available, cuda.reset_peak_memory_stats = lambda: True, lambda: None
+    cuda.memory_allocated, cuda.max_memory_allocated = lambda: 1, lambda: 3
+    foresight_memory.GPU, foresight_memory.ON_GPU = "cpu", foresight_memory.Size(length=16)
+    return foresight_memory.measure_on_gpu(rank, world_size)
+
+
+def test_what_it_does_on_a_gpu() -> None:
+    """On a CPU, which counts nothing: that it trains, and what it compares with."""
+    (peaks,) = run_ranks(measure_as_if_on_gpu, 1)
+    assert [peak.measured for peak in peaks] == [2] * 12 and {peak.model for peak in peaks} == {"demo", "GPT-2", "Llama"}
+    demo = {peak.case: peak.expected for peak in peaks if peak.model == "demo"}
+    assert demo["dp1_mb2 full"] < demo["dp1_mb2"] < demo["single"]
 
 
 def test_ranks_store_what_the_planner_says() -> None:
