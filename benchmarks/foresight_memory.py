@@ -52,6 +52,7 @@ class Size:
     vocabulary: int = VOCABULARY
 
 
+GPU = "cuda"
 ON_GPU = Size(1024, 8, 16, 512, 8192)  # what an allocator rounds is little beside it
 CASES = (
     Case("dp1_mb2"),
@@ -202,7 +203,7 @@ def measure_on_gpu(rank: int, world_size: int) -> list[Peak]:
 
 def _peak(module: pl.LightningModule, case: Case) -> int:
     """Of the third step, without what the libraries of the GPU keep for themselves."""
-    device = torch.device("cuda")
+    device = torch.device(GPU)
     torch.ones(64, 64, device=device).matmul(torch.ones(64, 64, device=device))  # they get theirs now
     gc.collect()
     before = torch.cuda.memory_allocated()

@@ -26,8 +26,7 @@ from benchmarks.rendering import Lines, markdown_table, terminal_table
 from lightning_par.picture.colour import HUES
 
 HEADINGS = (
-    "processes", "chosen", "quickest", "layouts", "rank correlation", "regret %", "chosen ms", "quickest ms", "slowest ms",
-    "error %",
+    "processes", "chosen", "quickest", "layouts", "correlation", "regret %", "chosen ms", "quickest ms", "error %",
 )  # fmt: skip
 MEMORY_HEADINGS = ("model", "layouts", "ranks", "states off", "activations: median %", "worst %")
 PEAK_HEADINGS = ("model", "layout", "measured MiB", "forecast MiB", "error %")
@@ -42,15 +41,16 @@ installs, on devices that sleep for every product as long as their rate says, by
 links that a token bucket slows down below torch.distributed, for lightning_par and DeepSpeed alike. The planner is asked for a
 cluster of that rate and of those links; nothing is fitted.
 
-- rank correlation: Spearman's, of forecast and measured step times; regret: by how much the layout that the planner would choose is
-  slower than the quickest that was measured, at the worst in the last line; error: the median of the forecasts, without signs
+- correlation: Spearman's rank correlation of forecast and measured step times; regret: by how much the layout that the planner
+  would choose is slower than the quickest that was measured, at the worst in the last line; error: the median of the forecasts,
+  without signs
 - a step is the quickest of two, of the slowest rank; layouts within 10 % of the quickest are timed four times more
 - links: {INSIDE.bytes_per_second / 1e6:g} MB/s and {INSIDE.latency_seconds * 1e3:g} ms inside a node, \
 {BETWEEN.bytes_per_second / 1e6:g} MB/s and {BETWEEN.latency_seconds * 1e3:g} ms between the two nodes of 4 or 8 processes, \
 for each process
-- layouts: every tp, pp, dp and vp that 8 blocks allow with tp inside a node, every schedule that the planner considers, ZeRO 0 to 3
-  and sp over tp, with twice as many microbatches as ranks of the pipeline; without ZeRO also with as many, and without sp. Left
-  out: other numbers of microbatches, GPipe, tp over nodes, recomputation
+- layouts: every tp, pp, dp and vp that 8 blocks allow with tp inside a node, every schedule that the planner considers, ZeRO 0, 1
+  and 3 and sp over tp, with twice as many microbatches as ranks of the pipeline; without ZeRO also with as many, and without sp;
+  ZeRO-2 without a pipeline. Left out: other numbers of microbatches, GPipe, tp over nodes, recomputation
 
 Memory is counted as under [Memory of a rank](#memory-of-a-rank), in 12 layouts of three models; the forecast is the planner's,
 which adds up blocks that it has run one by one. Parameters, gradients and states are exact to the byte or the command fails.
@@ -113,11 +113,11 @@ def time_lines(rows: Sequence[Row]) -> Lines:
     found = []
     for world, its in by_world(rows).items():
         chosen, quickest = choose(its), min(its, key=lambda row: row.measured)
-        times = (chosen.measured, quickest.measured, max(row.measured for row in its))
-        milliseconds = [f"{1e3 * each:.0f}" for each in times]
-        found.append((world, chosen.words, quickest.words, *_numbers(its, regret(its)), *milliseconds, _error(its)))
+        milliseconds = [f"{1e3 * row.measured:.0f}" for row in (chosen, quickest)]
+        words = (row.words.removeprefix("parallel=") for row in (chosen, quickest))
+        found.append((world, *words, *_numbers(its, regret(its)), *milliseconds, _error(its)))
     worst = max(regret(its) for its in by_world(rows).values())
-    return [*found, (_ALL, "", "", *_numbers(rows, worst), "", "", "", _error(rows))]
+    return [*found, (_ALL, "", "", *_numbers(rows, worst), "", "", _error(rows))]
 
 
 def _numbers(rows: Sequence[Row], regret: float) -> tuple[str, ...]:

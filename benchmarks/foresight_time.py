@@ -79,7 +79,7 @@ def make_cluster(world: int) -> Cluster:
 def ways(cluster: Cluster) -> Iterator[Candidate]:
     """What the planner considers, with twice as many microbatches as ranks of a pipeline; without ZeRO also with as many.
 
-    Besides, ZeRO-2 wherever ZeRO-1 is; and, without ZeRO, tp without sp.
+    Besides, ZeRO-2 without a pipeline, where the planner expects what it does of ZeRO-1; and, without ZeRO, tp without sp.
     """
     for mesh in meshes(cluster, NUM_BLOCKS):
         for sp in (True, False) if mesh.tp > 1 else (False,):
@@ -87,7 +87,7 @@ def ways(cluster: Cluster) -> Iterator[Candidate]:
                 layout, is_usual = candidate.layout, sp == (mesh.tp > 1)
                 if layout.microbatches == 2 * mesh.pp and (is_usual or layout.zero == 0):
                     yield candidate
-                    if layout.zero == 1:
+                    if layout.zero == 1 and mesh.pp == 1:
                         yield replace(candidate, layout=replace(layout, zero=2))
                 elif layout.microbatches == mesh.pp and is_usual and layout.zero == 0:
                     yield candidate

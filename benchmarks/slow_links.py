@@ -45,6 +45,7 @@ _COLLECTIVES = {
     "reduce_scatter_single": "reduce-scatter",
     "reduce": REDUCE,
 }
+_OTHERS = ("broadcast", "gather", "scatter", "alltoall", "alltoall_base", "all_to_all_single")
 
 
 class TokenBucket:
@@ -85,6 +86,7 @@ class SlowLinks:
     def installed(self) -> Iterator[None]:
         """Inside, they are below all process groups of this process."""
         slow: dict[str, Any] = {name: self._collective(name, kind) for name, kind in _COLLECTIVES.items()}
+        slow.update({name: self._refusing(name) for name in _OTHERS})
         slow.update(send=self._send(dist.ProcessGroup.send), recv=self._receive(dist.ProcessGroup.recv))
         originals = {name: method for name, method in vars(dist.ProcessGroup).items() if name in slow}
         for name in originals:
@@ -127,6 +129,17 @@ class SlowLinks:
             begun = _Collective(self, (work, stamped), stamp, shares, ring_messages(kind, size) * latency, is_root)
             self._begun.append(begun)
             return begun
+
+        return call
+
+    def _refusing(self, name: str) -> Callable[..., Any]:
+        original = getattr(dist.ProcessGroup, name, None)
+
+        def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            assert original is not None
+            if self.is_on and group.size() > 1:
+                raise ValueError(f"{name}: it has no formula here, and would be too quick")
+            return original(group, *args, **kwargs)
 
         return call
 
