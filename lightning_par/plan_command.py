@@ -50,7 +50,9 @@ def add_plan_command(commands: Any) -> None:
     )
     add_config_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--output", metavar="FOLDER", help="draw the best layout there: plan.png, and a pipeline's timeline")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="draw the best layouts there: plan.html, plan.png, and a pipeline's timeline"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the machines and Hydra overrides, see below")
     parser.set_defaults(run=_plan)
 
@@ -88,5 +90,5 @@ def _print(config: DictConfig, cluster: Any, batch: int | None, options: argpars
         from lightning_par.planner.drawing import write_pictures
 
         folder = Path(options.output)
-        drawn = written(folder, lambda: write_pictures(outlook, folder))
+        drawn = written(folder, lambda: write_pictures(outlook, folder, tokens))
         print(f"drawn: {', '.join(map(str, drawn))}", file=sys.stderr if options.json else sys.stdout)

@@ -91,7 +91,7 @@ class Bench:
             return
         body = self._anatomy.body(tp, sp, word)
         counts = Counter(map(id, body.blocks))
-        blocks = {id(block): (stage, block) for stage, block in reversed(list(enumerate(body.blocks)))}
+        blocks = {id(block): (stage, block) for stage, block in reversed(list(zip(body.stages, body.blocks, strict=True)))}
         parts = [_Part(body.plan, *blocks[key], _way(tp, sp, word)) for key, _ in counts.most_common()]
         parts = [part for part in parts if any(part.digest(kind) not in found.series for kind in _KINDS)]
         until = time.monotonic() + share * (deadline - time.monotonic())
