@@ -46,11 +46,11 @@ def load_ranks(packages: str, heavy: str) -> Any:
     return run_ranks
 
 
-def finish(rows: Sequence[Any], options: argparse.Namespace, table: ModuleType, wrong: Sequence[str], otherwise: str) -> int:
+def finish(rows: Any, options: argparse.Namespace, table: ModuleType, wrong: Sequence[str], otherwise: str) -> int:
     """Print what was measured in the form that was asked for, and say on stderr whether it is right.
 
     Args:
-        rows: what was measured.
+        rows: what was measured, as ``table`` takes it.
         options: of the command.
         table: has ``render_json``, ``render_markdown`` and ``render_table``.
         wrong: what is not as it should be.

@@ -10,7 +10,7 @@ action and none between two.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -134,13 +134,20 @@ def make_optimizer(module: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3)
 
 
-def measure_rank(rank: int, world_size: int, case: Case, make: Callable[[], pl.LightningModule] = make_model) -> Row:
+def measure_rank(
+    rank: int,
+    world_size: int,
+    case: Case,
+    make: Callable[[], pl.LightningModule] = make_model,
+    foreseen: Sequence[RankMemory] | None = None,
+) -> Row:
     """Train two steps and count in the second. Collective over the world.
 
     Args:
         rank, world_size: of this process.
         case: the layout.
         make: the model; every rank makes the same.
+        foreseen: what to compare with, by pp coordinate; by default the forecast of the real plan.
     """
     warnings.simplefilter("ignore")  # a log without a Trainer
     schedule, layout = choose_schedule(case.schedule, parse_layout(case.word).resolve(world_size))
@@ -150,7 +157,9 @@ def measure_rank(rank: int, world_size: int, case: Case, make: Callable[[], pl.L
     plan = prepare_plan(module, batch, layout, lines, precision=precision)
     pieces = split_batch(batch, plan.layout.microbatches or 1)
     options = ZeroOptions(reduce=case.reduce)
-    expected = _forecast(module, pieces[0][0], plan, schedule, precision, options)[layout.coordinate_of(rank).pp]
+    if foreseen is None:
+        foreseen = _forecast(module, pieces[0][0], plan, schedule, precision, options)
+    expected = foreseen[layout.coordinate_of(rank).pp]
     engine = Engine(module, plan, Mesh(layout, timedelta(seconds=60)), torch.device("cpu"), schedule, precision=precision)
     states = engine.own_states([make_optimizer(module)], options)
     shapes = [("training_step", size) for _, size in pieces]

@@ -71,6 +71,10 @@ def _check(options: argparse.Namespace, config: DictConfig) -> None:
     from lightning_par.parity.check import STRATEGY_OPTIONS, TRAINER_OPTIONS, check_parity
     from lightning_par.parity.report import print_report
 
+    if config.parallel.get("auto"):
+        raise ConfigurationError(
+            "parallel=auto: check compares one layout with one process: name it, such as `lightning-par explain parallel=auto` says"
+        )
     quiet_lightning()
     trainer, module, data = build_run(config, STRATEGY_OPTIONS, **TRAINER_OPTIONS, callbacks=[], **_devices(config.trainer))
     again = partial(build_trainer, config, **TRAINER_OPTIONS)

@@ -8,6 +8,7 @@ A layout is written as one word, tokens joined by ``_`` in any order::
     pp4_vp2            8 stages, two on each of 4 ranks
     tp4_sp             4-way tensor parallel, hidden states between the blocks cut along the sequence
     single             one process
+    auto               whatever is quickest on the devices at hand, see `lightning_par.host.auto`
 
 Degrees left out are 1; ``dp`` left out is what is left of the devices. This module imports no torch.
 """
@@ -31,8 +32,9 @@ TOKENS = {
     "mb": "microbatches per batch",
 }
 FLAGS = {"sp": "sequence parallel: hidden states between the blocks are cut along the sequence, over tp"}
+AUTO = "auto"
 EXAMPLES = (
-    "single", "tp2", "tp4", "tp8", "tp2_sp", "pp2", "pp4", "dp2", "dp4_zero1", "dp4_zero2", "dp4_zero3", "tp2_pp2", "tp4_pp2",
+    "single", AUTO, "tp2", "tp4", "tp8", "tp2_sp", "pp2", "pp4", "dp2", "dp4_zero1", "dp4_zero2", "dp4_zero3", "tp2_pp2", "tp4_pp2",
     "tp2_zero1", "pp2_zero1", "pp2_mb8", "pp4_vp2", "tp2_pp2_zero1", "tp2_pp2_dp2_zero3", "tp8_pp4_zero1",
 )  # fmt: skip
 _TOKEN = re.compile(r"([a-z]+)(\d+)")
@@ -53,6 +55,7 @@ class Layout:
         sp: whether hidden states between the blocks are cut along the sequence over the tp ranks (sequence parallel).
         vp: stages on each pp rank (virtual stages).
         placement: which stages those are, see `pp_of_stage`; follows from the schedule.
+        auto: whether all that is still to be chosen.
     """
 
     tp: int = 1
@@ -63,8 +66,11 @@ class Layout:
     sp: bool = False
     vp: int = 1
     placement: Placement = "loop"
+    auto: bool = False
 
     def __post_init__(self) -> None:
+        if self.auto and replace(self, auto=False, dp=None) != Layout():
+            raise LayoutError(f"parallel={replace(self, auto=False)} with auto, which chooses the sizes: leave one of them out")
         for axis, size in (("tp", self.tp), ("pp", self.pp), ("vp", self.vp), ("dp", self.dp), ("mb", self.microbatches)):
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise LayoutError(f"{axis}{size}: {TOKENS[axis]} must be an integer of at least 1")
@@ -76,6 +82,8 @@ class Layout:
             raise LayoutError(f"vp{self.vp} gives each pipeline rank several stages, and pp is 1: add pp2 or more, or leave vp out")
 
     def __str__(self) -> str:
+        if self.auto:
+            return AUTO
         parts = [f"tp{self.tp}"] if self.tp > 1 else []
         parts += ["sp"] if self.sp else []
         parts += [f"{axis}{size}" for axis, size in (("pp", self.pp), ("vp", self.vp), ("dp", self.dp or 1)) if size > 1]
@@ -183,6 +191,8 @@ def parse_layout(word: str) -> Layout:
     """
     if word == "single":
         return Layout(dp=1)
+    if word == AUTO:
+        return Layout(auto=True)
     sizes: dict[str, int] = {}
     flags: set[str] = set()
     for token in word.split("_"):
@@ -241,6 +251,6 @@ def _unknown(word: str, token: str) -> str:
     known = ", ".join([*(f"{axis}N" for axis in TOKENS), *FLAGS])
     close = difflib.get_close_matches(word, EXAMPLES, n=3, cutoff=0.3) or list(EXAMPLES[:3])
     return (
-        f"parallel={word}: unknown token '{token}'; a layout is 'single' or tokens joined by '_' out of {known}. "
+        f"parallel={word}: unknown token '{token}'; a layout is 'single', 'auto' or tokens joined by '_' out of {known}. "
         f"Did you mean {', '.join(close)}?"
     )

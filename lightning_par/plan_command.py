@@ -27,6 +27,7 @@ keys:
   cluster.KEY=VALUE  one number of it, such as cluster.device.memory_gib=40
   num_nodes=N        nodes (default: 1)
   batch=N            samples of a step over all replicas (default: those of the first batch)
+  calibration=FILE   what `lightning-par calibrate` has measured, or none (default: what it has of this cluster)
 
 All other words are Hydra overrides, such as model=gpt or trainer.precision=bf16-true. The first line that is printed is what to
 type for the best layout.

@@ -17,6 +17,7 @@ from lightning_par.plan.caution import cautions
 from lightning_par.plan.compare import first_difference
 from lightning_par.plan.compiled import check_compilation, plan_compilation
 from lightning_par.plan.float8 import plan_float8
+from lightning_par.plan.nearest import tried_by
 from lightning_par.plan.operation import SHAPE
 from lightning_par.plan.reference import differences
 from lightning_par.plan.segments import SPLITS
@@ -53,6 +54,23 @@ def prepare_plan(
     Raises:
         ConfigurationError: the module, the batch or the plan section does not fit the layout.
     """
+
+    def plan(one: Layout) -> Plan:
+        return _plan(module, batch, one, overrides, step, counts_targets, precision)
+
+    with tried_by(plan):
+        return plan(layout)
+
+
+def _plan(
+    module: nn.Module,
+    batch: Any,
+    layout: Layout,
+    overrides: Mapping[str, Any] | None,
+    step: str,
+    counts_targets: bool,
+    precision: Precision,
+) -> Plan:
     chosen = Overrides.parse(overrides)
     size, is_cut = batch_size_of(batch), layout.model_size > 1 or chosen.compile is not None
     trace = trace_step(

@@ -59,8 +59,12 @@ def build(num_processes: int, preflight: Any = None, max_restarts: int = 0) -> A
     stand_in.share_threads = lambda root, num_processes: None  # type: ignore[attr-defined]
     launcher.lightning = stand_in  # type: ignore[assignment]
     layout = Layout(tp=num_processes, dp=1)
+
+    def describe(rank: int) -> str:
+        return f"rank {rank} ({layout.coordinate_of(rank)})"
+
     return launcher.launcher_class("stand_in")(
-        Environment(), num_processes, 1, layout=layout, preflight=preflight, max_restarts=max_restarts
+        Environment(), num_processes, 1, describe=describe, preflight=preflight, max_restarts=max_restarts
     )
 
 

@@ -33,7 +33,12 @@ GPU: dict[str, Any] = {"accelerator": "cuda", "devices": 1}
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90, have_workers: bool = False
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 90,
+    have_workers: bool = False,
+    collective_timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> list[Any]:
     """Run ``function(rank, world_size, *args)`` in ``world_size`` forked processes of one gloo group.
 
@@ -43,6 +48,7 @@ def run_ranks(
         *args: for the function.
         timeout: seconds until all must have returned.
         have_workers: whether ranks start processes of their own, such as a loader's.
+        collective_timeout: how long a rank may wait for the others in a collective.
 
     Returns:
         What each rank returned (picklable), by rank.
@@ -56,7 +62,9 @@ def run_ranks(
         rendezvous = os.path.join(folder, "rendezvous")
         processes = [
             context.Process(
-                target=_rank_main, args=(function, rank, world_size, rendezvous, results, args), daemon=not have_workers
+                target=_rank_main,
+                args=(function, rank, world_size, rendezvous, collective_timeout, results, args),
+                daemon=not have_workers,
             )
             for rank in range(world_size)
         ]
@@ -102,7 +110,13 @@ def _collect(processes: list[Any], results: Any, timeout: float) -> list[Any]:
 
 
 def _rank_main(
-    function: Callable[..., Any], rank: int, world_size: int, rendezvous: str, results: Any, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    collective_timeout: timedelta,
+    results: Any,
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
@@ -114,7 +128,7 @@ def _rank_main(
             backend = staged.NAME
             staged.register()
         dist.init_process_group(
-            backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+            backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=collective_timeout
         )
         value = function(rank, world_size, *args)
         results.put((rank, None, pickle.dumps(value)))  # by value: torch would share memory that dies with this process

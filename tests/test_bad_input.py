@@ -123,8 +123,8 @@ def test_key_heads_that_do_not_divide() -> None:
 class Plain(Chain):
     """No chain: one container is too short, the other does not run as a whole."""
 
-    def __init__(self) -> None:
-        super().__init__(Block, depth=1)
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__(lambda: Block(heads), depth=1)
         self.mixed = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -138,6 +138,14 @@ def test_no_chain() -> None:
     )
     with pytest.raises(ModelError, match=match):
         fit("pp2", Plain())
+
+
+def test_what_is_named_instead_has_been_tried_out() -> None:
+    """By the rule of the pipeline alone tp2_dp2 is near, too; two ranks cannot share one head."""
+    with pytest.raises(ModelError, match=r"with plan.chain=PATH, or use parallel=dp4$"):
+        fit("pp2", Plain(heads=1))
+    with pytest.raises(ModelError, match=r"tp 1 would work: use parallel=dp4 or parallel=pp2_dp2, or keep it whole"):
+        fit("tp2_dp2", Chain(lambda: Block(heads=1), depth=4))
 
 
 def test_blocks_that_do_not_run_in_order() -> None:

@@ -213,6 +213,20 @@ def test_words_that_cannot_work() -> None:
         fit(Chain(Block, depth=4), recompute="auto", memory_gib=1e-5)
 
 
+def test_what_fits_instead_is_named() -> None:
+    module, batch = Needy(torch.optim.Adam), tokens(8)
+
+    def most(word: str) -> int:
+        return max(
+            memory.total
+            for memory in Foresight(module, batch, [module.configure_optimizers()], "1f1b")(plan_of(module, word, batch))
+        )
+
+    assert most("dp2_zero1") < most("dp2")
+    with pytest.raises(ModelError, match=r"more microbatches \(mb\): use parallel=dp2_zero1 or parallel=pp2$"):
+        fit(module, "dp2", memory_gib=most("dp2_zero1") / 2**30)
+
+
 @pytest.mark.parametrize(("make", "name"), [(torch.optim.LBFGS, "LBFGS"), (lambda _: 1 / 0, "none before the training")])
 def test_an_optimizer_that_is_not_known(make: Callable[[Any], Any], name: str) -> None:
     with pytest.raises(ModelError, match=rf"cannot be foreseen: .* Needy.configure_optimizers gives {name}: say recompute=none"):

@@ -29,7 +29,10 @@ def test_every_example_is_a_layout_and_prints_as_it_was_typed(word: str) -> None
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("tp4_xx2", r"parallel=tp4_xx2: unknown token 'xx2'; a layout is 'single' or tokens .* tpN, ppN, .* Did you mean tp4"),
+        (
+            "tp4_xx2",
+            r"parallel=tp4_xx2: unknown token 'xx2'; a layout is 'single', 'auto' or tokens .* tpN, ppN, .* Did you mean tp4",
+        ),
         ("tp", "unknown token 'tp'"),
         ("", "unknown token ''"),
         ("single_tp2", "unknown token 'single'"),

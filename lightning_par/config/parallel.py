@@ -31,6 +31,7 @@ class ParallelConfig:
     offload_activations: bool = False
     compile: Any = False  # true, or the name of a backend
     fp8: str | None = None
+    auto: bool = False
 
     @classmethod
     def of(cls, layout: Layout) -> ParallelConfig:

@@ -12,7 +12,8 @@ from lightning_par.engine import Engine
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.precision import check_device
 from lightning_par.host.timeline import PipelineTimeline
-from lightning_par.layout import Coordinate, Layout, nearest_layouts
+from lightning_par.layout import Coordinate, Layout
+from lightning_par.plan.nearest import use_instead
 from lightning_par.runtime.parameter import has_spec
 from lightning_par.runtime.precision import Precision
 from lightning_par.tensor import check_float8
@@ -106,7 +107,7 @@ def check_manual(module: Any, layout: Layout) -> None:
     if not module.automatic_optimization and (layout.pp > 1 or layout.zero):
         raise ConfigurationError(
             f"parallel={layout}: {type(module).__name__} has automatic_optimization=False, and a pipeline or ZeRO runs the "
-            f"backward and the step itself: use {_without_pipeline(layout)}, or automatic optimization"
+            f"backward and the step itself: {_without_pipeline(layout)}, or automatic optimization"
         )
 
 
@@ -120,7 +121,7 @@ def check_optimization(module: Any, optimizers: list[Any], layout: Layout) -> No
     if len(optimizers) > 1 and (layout.pp > 1 or layout.zero):
         raise ConfigurationError(
             f"parallel={layout}: {type(module).__name__}.configure_optimizers returns {len(optimizers)} optimizers, and a "
-            f"pipeline or ZeRO steps one: put the parameters into groups of one optimizer, or use {_without_pipeline(layout)}"
+            f"pipeline or ZeRO steps one: put the parameters into groups of one optimizer, or {_without_pipeline(layout)}"
         )
 
 
@@ -138,5 +139,4 @@ def check_trainable(module: Any, coordinate: Coordinate, error: ValueError) -> N
 
 
 def _without_pipeline(layout: Layout) -> str:
-    near = nearest_layouts(replace(layout, zero=0, microbatches=None), layout.world_size, fits=lambda near: near.pp == 1)
-    return " or ".join(f"parallel={each}" for each in near)
+    return use_instead(replace(layout, zero=0, microbatches=None), lambda near: near.pp == 1)

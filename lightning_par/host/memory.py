@@ -13,6 +13,7 @@ from lightning_par.engine import traced_costs
 from lightning_par.errors import ConfigurationError, ModelError
 from lightning_par.host.batch import split_batch
 from lightning_par.host.loss import loss_of
+from lightning_par.layout import Layout
 from lightning_par.memory import fit_recompute, forecast, read_optimizer
 from lightning_par.pipeline.tables import Tables, splits_backward
 from lightning_par.plan import Overrides, Plan
@@ -113,7 +114,7 @@ def memory_budget(memory_gib: float | None, device: torch.device, overrides: Map
     )
 
 
-def fit_memory(plan: Plan, budget: int, overrides: Mapping[str, Any], foresee: Foresight) -> Plan:
+def fit_memory(plan: Plan, asked: Layout, budget: int, overrides: Mapping[str, Any], foresee: Foresight) -> Plan:
     """The plan with its memory, and with as few blocks recomputed as fit the budget, where it was left open.
 
     Raises:
@@ -122,7 +123,7 @@ def fit_memory(plan: Plan, budget: int, overrides: Mapping[str, Any], foresee: F
     blocks = () if plan.chain is None else plan.chain.blocks
     words = Overrides.parse(overrides).recomputed(blocks) if blocks else {}
     left_open = [index for index, path in enumerate(blocks) if words.get(path) == "auto"]
-    return fit_recompute(plan, left_open, budget, foresee)
+    return fit_recompute(plan, left_open, budget, foresee, asked)
 
 
 def with_memory(plan: Plan, foresee: Foresight) -> Plan:

@@ -31,6 +31,7 @@ class Options:
         detects_anomaly: whether a loss that is not finite ends the run.
         drift_guard: after how many steps the ranks compare what they hold; 0 for never.
         max_restarts: how often ranks are started again.
+        audit: whether trainings are compared with their forecast.
     """
 
     overrides: Mapping[str, Any]
@@ -45,6 +46,7 @@ class Options:
     detects_anomaly: bool
     drift_guard: int
     max_restarts: int
+    audit: bool
 
 
 def check_max_restarts(max_restarts: int) -> int:

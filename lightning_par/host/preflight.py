@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
@@ -19,8 +19,10 @@ from lightning_par.host.memory import Foresight, fit_memory, memory_budget, with
 from lightning_par.host.whole_parts import explain_sizes, note_whole_parts
 from lightning_par.layout import Layout
 from lightning_par.materialize import match_weights, materialize_attributes
-from lightning_par.pipeline.schedules import check_schedule
+from lightning_par.pipeline.schedules import check_schedule, default_schedule
+from lightning_par.pipeline.tables import choose_schedule
 from lightning_par.plan import Plan
+from lightning_par.plan.nearest import tried_by
 from lightning_par.prepare import prepare_plan
 from lightning_par.private.deepspeed import check_operator
 from lightning_par.runtime.generator import generators_put_back
@@ -32,7 +34,9 @@ _STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_s
 _LOADERS = {"fit": "train_dataloader", "validate": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
 
 
-def plan_from_trainer(trainer: Any, what: str, *args: Any, foresees: bool = False, **kwargs: Any) -> Plan:
+def plan_from_trainer(
+    trainer: Any, what: str, *args: Any, foresees: bool = False, keep: Callable[..., None] | None = None, **kwargs: Any
+) -> Plan:
     """The plan of the run that the Trainer is about to start.
 
     Works on copies: the user's module, its datamodule and all random states stay as they are.
@@ -41,6 +45,7 @@ def plan_from_trainer(trainer: Any, what: str, *args: Any, foresees: bool = Fals
         trainer: the Trainer; its strategy says the layout, dp resolved, and the options.
         what: the Trainer's verb: ``fit``, ``validate``, ``test`` or ``predict``.
         foresees: whether to find out what the ranks store even if nothing depends on it.
+        keep: given what `rehearsed` yields, in ``fit``.
         *args, **kwargs: what the Trainer's function was called with; the module first, then its data.
 
     Raises:
@@ -49,12 +54,29 @@ def plan_from_trainer(trainer: Any, what: str, *args: Any, foresees: bool = Fals
     strategy = trainer.strategy
     layout = strategy.layout
     with rehearsed(trainer, what, *args, **kwargs) as (twin, batch, optimizers):
-        plan = _plan_checked(twin, batch, strategy, _STEPS[what])
-        if what == "fit":
-            plan = _with_memory(plan, twin, batch, optimizers, strategy, foresees)
+
+        def decide(one: Layout, foresees: bool = False) -> Plan:
+            if one != layout:
+                one = _placed(one, layout, strategy.schedule)
+            plan = _plan_checked(twin, batch, one, strategy, _STEPS[what])
+            return _with_memory(plan, one, twin, batch, optimizers, strategy, foresees) if what == "fit" else plan
+
+        with tried_by(decide):
+            plan = decide(layout, foresees)
+        if keep is not None and what == "fit":
+            keep(twin, batch, optimizers)
     if what == "fit" and layout.pp > 1:
         check_schedule(strategy.schedule, layout.pp, layout.vp, plan.layout.microbatches)
     return plan
+
+
+def _placed(near: Layout, layout: Layout, schedule: str) -> Layout:
+    """Another layout than that of the run, with the stages where its schedule has them; the usual schedule follows the layout.
+
+    Raises:
+        ConfigurationError: the schedule cannot run it.
+    """
+    return choose_schedule(None if schedule == default_schedule(layout.vp) else schedule, near)[1]
 
 
 @contextmanager
@@ -123,11 +145,11 @@ def _converted_batch(loaders: Any, twin: Any, source: Any, what: str) -> Any:
     return batch
 
 
-def _plan_checked(twin: Any, batch: Any, strategy: Any, step: str) -> Plan:
+def _plan_checked(twin: Any, batch: Any, layout: Layout, strategy: Any, step: str) -> Plan:
     """The plan for a batch that can be cut as it says, its targets counted."""
     count, precision, overrides = strategy.options.loss_weight, strategy.precision, strategy.options.overrides
     try:
-        plan = prepare_plan(twin, batch, strategy.layout, overrides, step, counts_targets=count is not None, precision=precision)
+        plan = prepare_plan(twin, batch, layout, overrides, step, counts_targets=count is not None, precision=precision)
     except Exception as error:
         explain_sizes(batch, step, error)
         raise
@@ -136,7 +158,9 @@ def _plan_checked(twin: Any, batch: Any, strategy: Any, step: str) -> Plan:
     return replace(plan, notes=plan.notes + note_whole_parts(twin, batch, plan, step, precision))
 
 
-def _with_memory(plan: Plan, twin: Any, batch: Any, optimizers: Sequence[Any] | None, strategy: Any, foresees: bool) -> Plan:
+def _with_memory(
+    plan: Plan, asked: Layout, twin: Any, batch: Any, optimizers: Sequence[Any] | None, strategy: Any, foresees: bool
+) -> Plan:
     """The plan with the memory of its ranks, where somebody asks; it fits what they have."""
     options = strategy.options
     budget = memory_budget(options.memory_gib, strategy.root_device, options.overrides)
@@ -144,7 +168,7 @@ def _with_memory(plan: Plan, twin: Any, batch: Any, optimizers: Sequence[Any] | 
         if budget is not None or foresees:
             zero = options.zero if plan.layout.zero else None
             foresight = Foresight(twin, batch, optimizers, strategy.schedule, strategy.precision, zero)
-            return with_memory(plan, foresight) if budget is None else fit_memory(plan, budget, options.overrides, foresight)
+            return with_memory(plan, foresight) if budget is None else fit_memory(plan, asked, budget, options.overrides, foresight)
     return plan
 
 

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_par.host.data import DataResumption
 from lightning_par.host.namespace import worker_seeding
-from lightning_par.layout import Layout
+from lightning_par.layout import AUTO, Layout
 from lightning_par.runtime.mesh import Mesh, wait_for_all
 
 if TYPE_CHECKING:
@@ -101,7 +101,13 @@ class RankedStrategy(Host):
             if backend == "nccl":  # which complains of groups that outlive a program
                 atexit.register(_leave_group)
         if self._mesh is None:
+            if self._typed == AUTO:
+                self.agree_on_layout()
             self._mesh = Mesh(self.layout, self._timeout)
+
+    def agree_on_layout(self) -> None:
+        """Settle a layout that only rank 0 knows, on all ranks."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------------ what each rank reads
 

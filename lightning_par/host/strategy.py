@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_par.engine import Engine
 from lightning_par.host.anomaly import check_anomaly_word
+from lightning_par.host.audit import Audit, Forecast, forecast_later
+from lightning_par.host.auto import Choice, choose, with_recompute
 from lightning_par.host.check import check_optimization, check_run, check_split, check_trainable
-from lightning_par.host.checkpoints import RunCheckpoints
 from lightning_par.host.construction import check_init_word, configuring, guard_setup
 from lightning_par.host.data import DataResumption
 from lightning_par.host.launch.launcher import launcher_class
@@ -27,7 +29,7 @@ from lightning_par.host.option import Options, check_drift_guard, check_max_rest
 from lightning_par.host.plan_report import report_plan
 from lightning_par.host.precision import precision_class, read_precision, read_scale
 from lightning_par.host.preflight import leave_inference_mode, plan_from_trainer
-from lightning_par.host.ranks import RankedStrategy
+from lightning_par.host.saving import SavingStrategy
 from lightning_par.host.steps import StepRunner
 from lightning_par.host.stop import stop_politely
 from lightning_par.host.update import Updates
@@ -43,14 +45,15 @@ from lightning_par.zero.option import check_zero_options, partitions_late, read_
 from lightning_par.zero.states import OptimizerStates
 
 
-class HybridParallelStrategy(RankedStrategy):
+class HybridParallelStrategy(SavingStrategy):
     """Pipeline, tensor and ZeRO parallelism for an unmodified LightningModule.
 
     ``Trainer(strategy=HybridParallelStrategy("tp2_pp2_zero1"), accelerator="cpu", devices=8)``, with the Trainer of
     ``pytorch_lightning`` or of ``lightning.pytorch``.
 
     Args:
-        layout: a layout word, such as ``tp2_pp2_zero1``, or a `Layout`. dp left out is what is left of the devices.
+        layout: a layout word, such as ``tp2_pp2_zero1``, or a `Layout`. dp left out is what is left of the devices; ``auto`` is the
+            layout that the planner finds quickest for them, see `lightning_par.host.auto`.
         plan: lines that win over what the trace says, see `lightning_par.plan.override`.
         recompute: what of the blocks' activations the backward computes again: ``none``, ``selective`` (what is cheap to make)
             or ``full`` (all but their inputs); ``auto`` chooses for as few blocks as fit the memory. A line of ``plan`` says it for
@@ -82,6 +85,8 @@ class HybridParallelStrategy(RankedStrategy):
         print_plan: whether rank 0 prints the plan before the first step.
         max_restarts: how often all ranks are started again when one has failed, to go on from the newest good checkpoint of the
             run, see `lightning_par.host.launch.supervisor`. Under torchrun its own ``--max-restarts`` says it.
+        audit: whether a training of 10 seconds or more ends with its step time and memory beside their forecast, see
+            `lightning_par.host.audit`.
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
@@ -94,6 +99,7 @@ class HybridParallelStrategy(RankedStrategy):
         schedule: name of the pipeline's schedule.
         options: what the other arguments said.
         precision: of the run, once the Trainer is made.
+        choice: what ``auto`` stands for, on rank 0; None without it.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> HybridParallelStrategy:
@@ -123,8 +129,10 @@ class HybridParallelStrategy(RankedStrategy):
         drift_guard: int = 0,
         print_plan: bool = True,
         max_restarts: int = 0,
+        audit: bool = True,
     ) -> None:
         chosen, placed = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
+        self._asked_schedule = schedule
         super().__init__(placed, str(layout), timedelta(seconds=timeout_seconds))
         self.schedule = chosen
         self.options = Options(
@@ -140,14 +148,16 @@ class HybridParallelStrategy(RankedStrategy):
             detects_anomaly=check_anomaly_word(detect_anomaly),
             drift_guard=check_drift_guard(drift_guard),
             max_restarts=check_max_restarts(max_restarts),
+            audit=audit,
         )
-        check_zero_options(self.options.zero, placed, chosen, splits_backward(chosen, placed))
+        if not placed.auto:
+            check_zero_options(self.options.zero, placed, chosen, splits_backward(chosen, placed))
+        self.choice: Choice | None = None
         self._plan: Plan | None = None
-        self._engine: Engine | None = None
         self._steps: StepRunner | None = None
         self._updates: Updates | None = None
-        self._checkpoints: RunCheckpoints | None = None
-        self._trusts = False  # whether what is pickled in a checkpoint is read
+        self._forecast: Forecast | None = None  # of the training, on rank 0
+        self._audit: Audit | None = None  # there while fitting
 
     # ------------------------------------------------------------------ the parts that do the work
 
@@ -157,12 +167,6 @@ class HybridParallelStrategy(RankedStrategy):
         if self._plan is None:
             raise RuntimeError("the plan exists once trainer.fit, validate, test or predict has started")
         return self._plan
-
-    @property
-    def engine(self) -> Engine:
-        """The module in motion; there once the Trainer has set it up."""
-        assert self._engine is not None
-        return self._engine
 
     @property
     def states(self) -> OptimizerStates:
@@ -175,13 +179,6 @@ class HybridParallelStrategy(RankedStrategy):
         """Who reduces, clips and steps; there while fitting."""
         assert self._updates is not None
         return self._updates
-
-    @property
-    def checkpoints(self) -> RunCheckpoints:
-        """Who saves and loads; there once the Trainer has set the strategy up."""
-        if self._checkpoints is None or self._checkpoints.engine is not self.engine:
-            self._checkpoints = RunCheckpoints(self.engine, self.options.async_save)
-        return self._checkpoints
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
@@ -207,25 +204,65 @@ class HybridParallelStrategy(RankedStrategy):
             self.cluster_environment,
             self.num_processes,
             self._num_nodes,
-            layout=self.layout,
+            describe=lambda rank: f"rank {rank} ({self.layout.coordinate_of(rank)})",
             preflight=self._preflight,
             max_restarts=self.options.max_restarts,
         )
 
     def _preflight(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Everything that can be found wrong without other ranks, before they are started; the plan, on rank 0."""
-        check_run(trainer, [*args, *kwargs.values()])
-        leave_inference_mode(trainer)
         self._trusts = bool(args) and args[-1] is False  # weights_only, which Lightning 2.6 drops where ranks read after setup
         module = args[0] if args and args[0] is not None else trainer.lightning_module
+        if self.layout.auto:
+            materialize_attributes(module)
+            self.choose_layout(trainer, module, *args[1:], **kwargs)
+            if self.layout.auto:
+                return  # until the ranks meet
+        check_run(trainer, [*args, *kwargs.values()])
+        leave_inference_mode(trainer)
         materialize_attributes(module)
         engine = check_split(module, self.layout, self.precision)
         if engine is not None:
             self._engine, self._mesh, self._plan = engine, engine.mesh, engine.plan
             return
         if self.global_rank == 0:
-            self._plan = plan_from_trainer(trainer, trainer.state.fn.value, module, *args[1:], **kwargs)
+            plan = plan_from_trainer(trainer, trainer.state.fn.value, module, *args[1:], keep=self._keep, **kwargs)
+            self._plan = plan if self.choice is None else replace(plan, notes=self.choice.reasons + plan.notes)
         guard_setup(module)
+
+    def _keep(self, *rehearsed: Any) -> None:
+        if self.options.audit:
+            self._forecast = forecast_later(self, *rehearsed)
+
+    def choose_layout(self, trainer: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        """Find the layout that ``auto`` stands for: that of a module that is split already; else rank 0 chooses.
+
+        Args:
+            trainer: the Trainer.
+            module: the user's.
+            *args, **kwargs: its data, as the Trainer's function gets them.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        engine = Engine.of(module)
+        if engine is not None:
+            self.layout, self.schedule = engine.mesh.layout, engine.tables.schedule
+        elif self.global_rank == 0:
+            self.choice = choose(trainer, self._asked_schedule, module, *args, **kwargs)
+            self._take(self.choice)
+
+    def _take(self, choice: Choice) -> None:
+        self.schedule, self.layout = choose_schedule(choice.schedule, choice.layout)
+        self.options = with_recompute(self.options, choice)
+
+    def agree_on_layout(self) -> None:
+        """Tell the others what rank 0 has chosen. Collective over the world, before there are axes."""
+        choice = self.broadcast(self.choice)
+        if choice is not None and self.layout.auto:
+            self._take(choice)
+            leave_inference_mode(self.lightning_module.trainer)
+            guard_setup(self.lightning_module)
 
     # ------------------------------------------------------------------ setup
 
@@ -248,6 +285,7 @@ class HybridParallelStrategy(RankedStrategy):
             module.__dict__["optimizer_zero_grad"] = _do_nothing  # gradients are there before Lightning would clear them
             self.setup_optimizers(trainer)
             stop_politely(trainer, self.root)
+            self._audit = Audit(self._forecast) if self.options.audit else None
         self.setup_precision_plugin()
 
     def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
@@ -288,6 +326,18 @@ class HybridParallelStrategy(RankedStrategy):
         """The engine moves this rank's shards when it installs them."""
 
     # ------------------------------------------------------------------ steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._audit is not None:
+            self._audit.begin_batch()
+
+    def on_validation_start(self) -> None:
+        if self._audit is not None:
+            self._audit.interrupt()
+
+    def on_train_end(self) -> None:
+        if self._audit is not None:
+            self._audit.end(self.lightning_module.trainer)
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch through all stages; the mean loss, equal on every rank, without a graph."""
@@ -332,40 +382,10 @@ class HybridParallelStrategy(RankedStrategy):
         assert self._steps is not None, "steps run inside trainer.fit, validate, test or predict"
         return self._steps
 
-    # ------------------------------------------------------------------ checkpoints
-
-    restore_checkpoint_after_setup = True  # a rank reads its own shards, which exist after setup
-    lightning_restore_optimizer = False  # optimizer states are read with the shards
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: each rank's shards are written by `save_checkpoint`."""
-        return {}
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Nothing, as for the weights."""
-        return {}
-
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a folder: what Lightning gives, once, and every rank's shards. Collective over the world."""
-        data = None if self._data is None else self._data.state(checkpoint)
-        self.checkpoints.save(Path(self.broadcast(str(filepath))), checkpoint, data)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read what Lightning gave to `save_checkpoint`. The shards follow in `load_model_state_dict`."""
-        kept, data = self.checkpoints.open(Path(checkpoint_path), trust=self._trusts or weights_only is False)
-        if self._data is not None and data:
-            self._data.load(kept, data, self.dp_rank)
-        return kept
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self.checkpoints.restore(strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """The optimizer states came with the shards."""
-
-    def remove_checkpoint(self, filepath: Any) -> None:
-        if self.is_global_zero:
-            self.checkpoints.remove(Path(filepath))
+        if self._audit is not None:
+            self._audit.interrupt()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     # ------------------------------------------------------------------ teardown
 
@@ -374,8 +394,7 @@ class HybridParallelStrategy(RankedStrategy):
         if module is not None:
             for name in ("optimizer_zero_grad", "setup"):
                 module.__dict__.pop(name, None)
-        if self._checkpoints is not None:
-            self._checkpoints.wait()
+        self.finish_saving()
         if self._steps is not None:
             self.engine.watchdog.stop()
             self._steps.close()

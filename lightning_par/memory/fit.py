@@ -16,15 +16,17 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_par.errors import ModelError
+from lightning_par.layout import Layout
 from lightning_par.plan import Plan
 from lightning_par.plan.memory import RankMemory
+from lightning_par.plan.nearest import use_smaller
 from lightning_par.plan.plan import Recompute
 from lightning_par.plan.render import format_bytes
 
 Foresee = Callable[[Plan], tuple[RankMemory, ...]]
 
 
-def fit_recompute(plan: Plan, open_blocks: Collection[int], budget: int, foresee: Foresee) -> Plan:
+def fit_recompute(plan: Plan, open_blocks: Collection[int], budget: int, foresee: Foresee, asked: Layout | None = None) -> Plan:
     """The plan with `ChainPlan.recompute` decided for the blocks that are left open, and its `Plan.memory`.
 
     Args:
@@ -32,6 +34,7 @@ def fit_recompute(plan: Plan, open_blocks: Collection[int], budget: int, foresee
         open_blocks: their indices; none to check only.
         budget: bytes of each rank's device.
         foresee: what a plan's ranks store.
+        asked: the layout as the user typed it; by default the plan's.
 
     Raises:
         ModelError: a rank stores more even at the highest level; says by how much, and what would fit.
@@ -42,7 +45,7 @@ def fit_recompute(plan: Plan, open_blocks: Collection[int], budget: int, foresee
     if all(memory.total <= budget for memory in plain):
         return _noted(replace(plan, memory=plain), ranks, lowest, plain, budget)
     least = foresee(_at(plan, ranks, highest)) if any(highest) else plain
-    _check_fits(plan, least, budget, bool(open_blocks))
+    _check_fits(plan, least, budget, bool(open_blocks), asked or plan.layout)
     fitting = [0 if memory.total <= budget else level for memory, level in zip(plain, highest, strict=True)]
     while any(high - low > 1 for low, high in zip(lowest, fitting, strict=True)):
         tried = [(low + high) // 2 if high - low > 1 else high for low, high in zip(lowest, fitting, strict=True)]
@@ -119,16 +122,17 @@ def _noted(plan: Plan, ranks: Sequence[_Rank], levels: Sequence[int], plain: Seq
     return replace(plan, notes=(*plan.notes, *notes))
 
 
-def _check_fits(plan: Plan, least: Sequence[RankMemory], budget: int, is_auto: bool) -> None:
+def _check_fits(plan: Plan, least: Sequence[RankMemory], budget: int, is_auto: bool, asked: Layout) -> None:
     pp, most = max(enumerate(least), key=lambda entry: entry[1].total)
     if most.total <= budget:
         return
     kinds = ("parameters", "gradients", "states", "activations", "working", "gathered")
     parts = ", ".join(f"{kind} {format_bytes(size)}" for kind in kinds if (size := getattr(most, kind)))
     needed = -(-most.total * 1000 // 2**30) / 1000  # rounded up to thousandths
+    smaller = f": {use}" if (use := use_smaller(asked)) else ""
     how = "recompute=auto: with every open block recomputed in full, " if is_auto else ""
     raise ModelError(
         f"memory_gib={budget / 2**30:.4g}: {how}ranks at pp {pp} of {plan.layout} store {format_bytes(most.total)} ({parts}), "
         f"{format_bytes(most.total - budget)} more than they have: memory_gib={needed:g} would fit, "
-        "or give more ranks to tp or pp, or cut the batch into more microbatches (mb)"
+        f"or give more ranks to tp or pp, or cut the batch into more microbatches (mb){smaller}"
     )

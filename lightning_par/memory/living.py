@@ -48,6 +48,10 @@ class LivingTensors(TorchDispatchMode):
         self._most = sum(size for _, size in self._made.values())
         return self._most - sum(self._made[key][1] for key in self._made.keys() & set(leaving_out))
 
+    def alive(self) -> list[tuple[StorageWeakRef, int]]:
+        """What is alive now, with its bytes; a reference tells later whether it still is."""
+        return [entry for entry in self._made.values() if not entry[0].expired()]
+
     @property
     def peak_bytes(self) -> int:
         """The most bytes that were alive at once since `forget_peak`."""

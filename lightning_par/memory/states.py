@@ -20,9 +20,10 @@ are the partitions of gradients, which go with the states: it is not on the devi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from lightning_par.layout import Layout
 from lightning_par.memory.gathered import most_gathered
 from lightning_par.memory.optimizer import GroupForm, OptimizerForm
 from lightning_par.plan import Plan
@@ -58,15 +59,28 @@ def state_bytes(plan: Plan, pp: int, optimizer: OptimizerForm, options: ZeroOpti
         optimizer: what it keeps.
         options: the section ``zero``.
     """
-    layout = plan.layout
     held = [parameter for parameter in plan.parameters if any(pp in holders for _, holders in parameter.aliases)]
+    found = held_bytes(held, plan.layout, optimizer, options)
+    is_gathered = plan.layout.zero == 3 and (plan.layout.dp or 1) > 1
+    return replace(found, gathered=most_gathered(plan, pp, held)) if is_gathered else found
+
+
+def held_bytes(
+    held: Sequence[ParameterPlan], layout: Layout, optimizer: OptimizerForm, options: ZeroOptions | None = None
+) -> StateBytes:
+    """What a rank stores of the parameters that it holds, but for what is gathered.
+
+    Args:
+        held: they; each once.
+        layout: sizes of the axes.
+        optimizer: what it keeps.
+        options: the section ``zero``.
+    """
     count = _Count(held, layout.tp, layout.dp or 1, options or ZeroOptions())
     zero = layout.zero if count.dp > 1 else 0
     if zero == 0:
         return count.replicated(optimizer)
-    if zero < 3:
-        return count.partitioned_states(optimizer)
-    return replace(count.partitioned_parameters(optimizer), gathered=most_gathered(plan, pp, held))
+    return count.partitioned_states(optimizer) if zero < 3 else count.partitioned_parameters(optimizer)
 
 
 class _Count:
@@ -78,7 +92,7 @@ class _Count:
         options: the section ``zero``.
     """
 
-    def __init__(self, held: list[ParameterPlan], tp: int, dp: int, options: ZeroOptions) -> None:
+    def __init__(self, held: Sequence[ParameterPlan], tp: int, dp: int, options: ZeroOptions) -> None:
         self.held, self.tp, self.dp, self.options = held, tp, dp, options
 
     def replicated(self, optimizer: OptimizerForm) -> StateBytes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from lightning_par.errors import DataError, ModelError, PlanError
-from lightning_par.layout import Layout, nearest_layouts
+from lightning_par.layout import Layout
+from lightning_par.plan.nearest import use_instead
 from lightning_par.plan.segments import OutputUse
 from lightning_par.runtime.parameter import Split
 from lightning_par.trace import Layer, ParameterInfo, Trace
@@ -25,7 +26,7 @@ def check_chain(trace: Trace, layout: Layout, module: str) -> None:
         raise ModelError(
             f"parallel={layout} needs a chain of blocks, and {module} has none that the step runs in order "
             f"({looked(trace, module)}): name the container of the blocks with plan.chain=PATH, or "
-            f"{_use(layout, lambda near: near.pp == 1)}"
+            f"{use_instead(layout, lambda near: near.pp == 1)}"
         )
     if layout.num_stages > trace.num_blocks:
         product = f" (pp {layout.pp} x vp {layout.vp})" if layout.vp > 1 else ""
@@ -37,7 +38,7 @@ def check_chain(trace: Trace, layout: Layout, module: str) -> None:
         raise ModelError(
             f"parallel={layout}: {trace.step} of {module} calls the blocks of {trace.chain_name} again and again (model.generate "
             f"does, for each token), which a pipeline does in predict_step alone: generate there with trainer.predict, or "
-            f"{_use(layout, lambda near: near.pp == 1)}"
+            f"{use_instead(layout, lambda near: near.pp == 1)}"
         )
 
 
@@ -102,7 +103,7 @@ def check_divides(layer: Layer, use: OutputUse, layout: Layout, what: str, queri
         working = [tp for tp in range(1, max(bad[0], queries) + 1) if _indivisible(use, tp, what, queries) is None]
         raise ModelError(
             f"parallel={layout}: {layer.name} has {bad[0]} {bad[1]}, which {layout.tp} tensor-parallel ranks cannot share equally; "
-            f"tp {', '.join(map(str, working[:8]))} would work: {_use(layout, lambda near: near.tp in working)}, "
+            f"tp {', '.join(map(str, working[:8]))} would work: {use_instead(layout, lambda near: near.tp in working)}, "
             f"or keep it whole with plan.split={{{layer.name}: replicate}}"
         )
 
@@ -140,7 +141,7 @@ def check_second_derivatives(trace: Trace, layout: Layout) -> None:
     if found is not None and layout.tp > 1:
         raise ModelError(
             f"parallel={layout}: {found.module or 'the step'} calls torch.autograd.grad with create_graph=True, and tensor "
-            f"parallelism has no second derivatives: {_use(layout, lambda near: near.tp == 1)}"
+            f"parallelism has no second derivatives: {use_instead(layout, lambda near: near.tp == 1)}"
         )
 
 
@@ -184,13 +185,8 @@ def _fewer_stages(layout: Layout, num_blocks: int) -> str:
     """What to type instead where there are too few blocks: fewer stages on each rank where these suffice, else fewer ranks."""
     vp = num_blocks // layout.pp
     if vp == 0:
-        return _use(layout, lambda near: near.num_stages <= num_blocks)
-    return f"use parallel={replace(layout, vp=vp)}, or {_use(layout, lambda near: near.num_stages <= num_blocks)[4:]}"
-
-
-def _use(layout: Layout, fits: Callable[[Layout], bool]) -> str:
-    """What to type instead: the nearest layouts on the same devices that fit."""
-    return "use " + " or ".join(f"parallel={near}" for near in nearest_layouts(layout, layout.world_size, fits=fits))
+        return use_instead(layout, lambda near: near.num_stages <= num_blocks)
+    return f"use parallel={replace(layout, vp=vp)}, or {use_instead(layout, lambda near: near.num_stages <= num_blocks)[4:]}"
 
 
 def without_blocks(trace: Trace, module: str, what: str, instead: str) -> ModelError:

@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import NoReturn
 
 from lightning_par.errors import ModelError
-from lightning_par.layout import Layout, nearest_layouts
+from lightning_par.layout import Layout
+from lightning_par.plan.nearest import use_instead
 from lightning_par.plan.plan import CarriedPlan
 from lightning_par.plan.stream import hidden_values
 from lightning_par.runtime.template import find_type, types_in
@@ -96,7 +97,7 @@ class _Crossing:
         raise ModelError(
             f"parallel={self._layout}: {self._reader(number, first)} reads a tensor of shape {list(value.shape)} that {made} made "
             f"before {self._trace.blocks[first].path}, {_RULE}: make it in a module of its own that the step calls once and that "
-            f"returns it, or pass it to the blocks, or {_instead(self._layout)}"
+            f"returns it, or pass it to the blocks, or {use_instead(self._layout, _has_no_pipeline)}"
         )
 
     def _refuse_sequence(self, number: int, first: int) -> NoReturn:
@@ -120,7 +121,7 @@ class _Crossing:
                 raise ModelError(
                     f"parallel={self._layout}: {_place(op)} changes a tensor of shape {list(trace.values[written].shape)} in place "
                     f"that {self._maker(written)} made on an earlier stage: write it without changing that tensor, or "
-                    f"{_instead(self._layout)}"
+                    f"{use_instead(self._layout, _has_no_pipeline)}"
                 )
 
     def _reader(self, number: int, first: int) -> str:
@@ -169,7 +170,8 @@ def _check_types(trace: Trace, layout: Layout, num_passed: int) -> None:
                 kind = name.rpartition(":")[2]
                 raise ModelError(
                     f"parallel={layout}: {block.path} returns a {kind}, which a pipeline stage that does not run this block "
-                    f"has to build: define {kind.rpartition('.')[2]} at the top level of its file"
+                    f"has to build: define {kind.rpartition('.')[2]} at the top level of its file, or "
+                    f"{use_instead(layout, _has_no_pipeline)}"
                 ) from None
 
 
@@ -181,13 +183,12 @@ def _check_logs(trace: Trace, layout: Layout, last: int) -> None:
         raise ModelError(
             f"parallel={layout}: {trace.step} logs a tensor of shape {list(trace.values[early].shape)} that was computed with "
             f"parameters before {trace.blocks[last].path}, and what the last stage logs counts, which has placeholders until then: "
-            f"log it after the blocks, or {_instead(layout)}"
+            f"log it after the blocks, or {use_instead(layout, _has_no_pipeline)}"
         )
 
 
-def _instead(layout: Layout) -> str:
-    near = nearest_layouts(layout, layout.world_size, fits=lambda one: one.pp == 1)
-    return "use " + " or ".join(f"parallel={one}" for one in near)
+def _has_no_pipeline(layout: Layout) -> bool:
+    return layout.pp == 1
 
 
 def _place(op: Op) -> str:

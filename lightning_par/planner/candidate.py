@@ -32,6 +32,11 @@ class Candidate:
     recompute: Recompute = "none"
 
     @property
+    def samples(self) -> int:
+        """Of a step, over all replicas."""
+        return self.rows * (self.layout.microbatches or 1) * (self.layout.dp or 1)
+
+    @property
     def words(self) -> str:
         """What to type."""
         words = [f"parallel={replace(self.layout, dp=None)}" if self.layout.world_size > 1 else f"parallel={self._single}"]
@@ -65,26 +70,29 @@ def meshes(cluster: Cluster, num_blocks: int) -> Iterator[Layout]:
                     yield Layout(tp=tp, pp=pp, vp=vp, dp=count // tp // pp)
 
 
-def candidates(mesh: Layout, batch: int, sp: bool) -> Iterator[Candidate]:
+def candidates(mesh: Layout, batch: int, sp: bool, schedule: str | None = None) -> Iterator[Candidate]:
     """Every way to run on a mesh, none recomputed.
 
     Args:
         mesh: tp, pp, vp and dp.
-        batch: samples of a step over all replicas; a multiple of dp.
+        batch: samples of a step on each replica.
         sp: whether hidden states are cut along the sequence, where tp is more than 1.
+        schedule: the only one of a pipeline; None for all.
     """
     dp = mesh.dp or 1
-    for rows in _divisors(batch // dp):
+    for rows in _divisors(batch):
         if rows > MOST_ROWS:
             break
-        count = batch // dp // rows
-        for schedule in _schedules(mesh, count):
+        count = batch // rows
+        for name in _schedules(mesh, count):
+            if schedule not in (None, name) and mesh.pp > 1:
+                continue
             for zero in ZERO if dp > 1 else (0,):
-                if zero == 3 and SCHEDULES[schedule].splits_backward:
+                if zero == 3 and SCHEDULES[name].splits_backward:
                     continue  # the weights are gone when their gradients are computed
-                placement = SCHEDULES[schedule].placement if mesh.pp > 1 else "loop"
+                placement = SCHEDULES[name].placement if mesh.pp > 1 else "loop"
                 layout = replace(mesh, zero=zero, microbatches=count, sp=sp and mesh.tp > 1, placement=placement)
-                yield Candidate(layout, rows, schedule)
+                yield Candidate(layout, rows, name)
 
 
 def _schedules(mesh: Layout, count: int) -> Iterator[str]:

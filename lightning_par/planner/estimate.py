@@ -1,8 +1,8 @@
 """How long a step of a candidate takes and what its ranks store: the table of its schedule replayed with the times of its stages.
 
 A step is the pipeline; then gradients are reduced over dp; then the optimizer reads and writes its states; then weights that only
-one replica has stepped are gathered. Collectives over tp wait in the forward; in the backward they travel while weight gradients
-are computed. ZeRO-3 gathers a block while the one before it computes.
+one replica has stepped are gathered. Collectives over tp wait in the forward; in the backward they travel while the weight
+gradients of the layers that share them are computed. ZeRO-3 gathers a block while the one before it computes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from functools import cached_property
 import numpy as np
 
 from lightning_par.memory.profile import StageMemory
+from lightning_par.memory.states import StateBytes, held_bytes
 from lightning_par.pipeline.action import Table
 from lightning_par.pipeline.simulate import Costs, Timeline, simulate
 from lightning_par.plan.memory import RankMemory
 from lightning_par.plan.plan import Recompute
 from lightning_par.planner.anatomy import Anatomy, Body
 from lightning_par.planner.candidate import Candidate
+from lightning_par.planner.clock import Clock
 from lightning_par.planner.cluster import Cluster
 from lightning_par.planner.pipeline import Pipelines, Sizes
 from lightning_par.planner.stages import (
@@ -30,6 +32,7 @@ from lightning_par.planner.stages import (
     by_stage,
     cut,
     figures_of,
+    gathered_ahead,
     model_states,
     stage_memory,
 )
@@ -73,6 +76,11 @@ class Estimate:
         return None if self.replayed is None else simulate(*self.replayed)
 
     @property
+    def sample_seconds(self) -> float:
+        """Of a step, for each of its samples."""
+        return self.step_seconds / self.candidate.samples
+
+    @property
     def bubble(self) -> float:
         """The part of a step for which ranks wait for one another."""
         return self.parts["bubble"] / self.step_seconds
@@ -88,10 +96,12 @@ class Estimator:
 
     def __init__(self, anatomy: Anatomy, cluster: Cluster) -> None:
         self.anatomy, self.cluster = anatomy, cluster
+        self.clock = Clock(cluster, lambda: [w for block in anatomy.body(1, False, "none").blocks for w in block.work.values()])
         self._figures: dict[tuple[int, bool, Recompute, int], BlockFigures] = {}
         self._cuts: dict[int, list[range]] = {}
         self._holdings: dict[tuple[int, bool], Holdings] = {}
         self._weights: dict[tuple[int, bool, int, int, str], list[Weights]] = {}
+        self._states: dict[object, list[StateBytes]] = {}
         self._memories: dict[object, list[StageMemory]] = {}
         self._held: dict[object, int] = {}
         self._stage_costs: dict[object, Costs] = {}
@@ -120,10 +130,14 @@ class Estimator:
         blocks = blocks_of(layout, cuts, busiest)
         compute = count * float(figures.compute[blocks].sum())
         busy = count * self._busy(costs, candidate, busiest)
+        late = max(0.0, busy - compute)
+        waits = late
+        if layout.zero == 3:  # the rest is for parameters
+            waits = min(late, count * float((figures.waits_forward + figures.waits_backward)[blocks].sum()))
         idle = max(0.0, pipeline - busy)
         exposed = min(waited[busiest], idle)
         parts = {
-            "compute": compute, "tp": max(0.0, busy - compute), "pp": exposed, "bubble": idle - exposed, "dp": dp_seconds,
+            "compute": compute, "tp": waits, "pp": exposed, "bubble": idle - exposed, "dp": dp_seconds + late - waits,
             "optimizer": optimizer,
         }  # fmt: skip
         hidden = _hidden_bytes(figures, cuts)
@@ -149,16 +163,14 @@ class Estimator:
     def memory(self, candidate: Candidate) -> tuple[RankMemory, ...]:
         """What each pp coordinate stores."""
         layout = candidate.layout
-        cuts, dp, holdings = self.cuts(candidate), layout.dp or 1, self.holdings(candidate)
+        cuts, holdings = self.cuts(candidate), self.holdings(candidate)
         peaks = self._pipelines.peaks(_sizes(candidate), layout.microbatches or 1, self._stage_memories(candidate))
         found = []
-        for pp, ((held, peak), weights) in enumerate(zip(peaks, self.weights(candidate), strict=True)):
+        for pp, ((held, peak), states) in enumerate(zip(peaks, self.states(candidate), strict=True)):
             gathered = 0
             if layout.zero == 3:
                 gathered = 2 * max(holdings.alone[b].parameter_bytes for b in blocks_of(layout, cuts, pp))
-            found.append(
-                RankMemory(**model_states(weights, layout.zero, dp), activations=held, working=peak - held, gathered=gathered)
-            )
+            found.append(RankMemory(states.parameters, states.gradients, states.states, held, peak - held, gathered))
         return tuple(found)
 
     # ------------------------------------------------------------------ kept
@@ -169,7 +181,7 @@ class Estimator:
         key = layout.tp, layout.sp, candidate.recompute, candidate.rows
         if key not in self._figures:
             blocks, ring = self.body(candidate).blocks, tp_ring(layout, self.cluster)
-            self._figures[key] = figures_of(blocks, candidate.rows, self.cluster.device, ring)
+            self._figures[key] = figures_of(blocks, candidate.rows, self.clock, ring)
         return self._figures[key]
 
     def cuts(self, candidate: Candidate) -> list[range]:
@@ -194,6 +206,16 @@ class Estimator:
             holdings, cuts = self.holdings(candidate), self.cuts(candidate)
             self._weights[key] = [holdings.of(blocks_of(layout, cuts, pp)) for pp in range(layout.pp)]
         return self._weights[key]
+
+    def states(self, candidate: Candidate) -> list[StateBytes]:
+        """Of each pp coordinate, to the byte."""
+        layout = candidate.layout
+        key = layout.tp, layout.sp, layout.pp, layout.vp, layout.placement, layout.zero, layout.dp
+        if key not in self._states:
+            holdings, cuts = self.holdings(candidate), self.cuts(candidate)
+            held = (holdings.parameters(blocks_of(layout, cuts, pp)) for pp in range(layout.pp))
+            self._states[key] = [held_bytes(parameters, layout, self.anatomy.form) for parameters in held]
+        return self._states[key]
 
     def _stage_memories(self, candidate: Candidate) -> list[StageMemory]:
         """Of a microbatch on each stage."""
@@ -242,13 +264,10 @@ class Estimator:
             ring, sizes = dp_ring(layout, self.cluster), [each.parameter_bytes for each in self.holdings(candidate).alone]
             seconds = {size: ring.seconds("all_gather", size) for size in set(sizes)}
             gathers = np.array([seconds[size] for size in sizes])
-        forward = by_stage(np.maximum(figures.forward + figures.sent_forward, gathers), cuts)
-        inputs = by_stage(np.maximum(figures.input_gradient, gathers), cuts)
-        if candidate.splits_backward:  # nothing computes while they travel
-            inputs += by_stage(figures.sent_backward, cuts)
-            weights = by_stage(figures.weight_gradient, cuts)
-        else:
-            weights = by_stage(np.maximum(figures.weight_gradient, figures.sent_backward), cuts)
+        forward = gathered_ahead(figures.forward + figures.waits_forward, gathers, cuts)
+        backwards = figures.input_gradient + figures.weight_gradient + figures.waits(candidate.splits_backward)
+        weights = by_stage(figures.weight_gradient, cuts)
+        inputs = gathered_ahead(backwards, gathers, cuts, backward=True) - weights
         transfer = stage_link(layout, self.cluster).seconds(_hidden_bytes(figures, cuts)) if layout.pp > 1 else 0.0
         return Costs(tuple(forward.tolist()), tuple(inputs.tolist()), tuple(weights.tolist()), transfer)
 
@@ -273,9 +292,11 @@ class Estimator:
         gradients, parameters = 4.0 * weights.trained, float(weights.parameter_bytes)
         if layout.zero == 0:
             return ring.seconds("all_reduce", gradients), ring.sent_bytes("all_reduce", gradients)
-        seconds, sent = ring.seconds("reduce_scatter", gradients), ring.sent_bytes("reduce_scatter", gradients)
-        if layout.zero == 3:  # gathered for each forward and each backward, which costs time only where it takes longer than they
+        sent = ring.sent_bytes("reduce_scatter", gradients)
+        if layout.zero == 3:  # gathered for each forward and each backward, see `gathered_ahead`
+            seconds = ring.seconds("reduce_scatter", gradients)
             return seconds, sent + 2 * (layout.microbatches or 1) * ring.sent_bytes("all_gather", parameters)
+        seconds = ring.size * ring.seconds("reduce", gradients / ring.size)  # DeepSpeed's: to one rank after the other
         return seconds + ring.seconds("all_gather", parameters), sent + ring.sent_bytes("all_gather", parameters)
 
     def _optimizer_seconds(self, candidate: Candidate, weights: Weights) -> float:

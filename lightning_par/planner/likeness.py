@@ -51,7 +51,7 @@ class Likeness:
 
     @contextmanager
     def shortened(self, module: nn.Module) -> Iterator[None]:
-        """While it is entered, the module has no other blocks; names stay what they are."""
+        """While it is entered, the module has no other blocks; names stay what they are. May be entered again inside."""
         containers = {path.rpartition(".")[0]: None for path in self.paths}
         before = [(container := module.get_submodule(path), dict(container._modules)) for path in containers]
         kept = set(self.kept)
@@ -59,7 +59,7 @@ class Likeness:
             for index, path in enumerate(self.paths):
                 owner, _, name = path.rpartition(".")
                 if index not in kept:
-                    del module.get_submodule(owner)._modules[name]
+                    module.get_submodule(owner)._modules.pop(name, None)
             yield
         finally:
             for container, modules in before:

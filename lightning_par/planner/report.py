@@ -42,6 +42,8 @@ def print_outlook(outlook: Outlook, console: Console, tokens: int | None) -> Non
         console.print(f"- {words}", markup=False, highlight=False)
     for miss in nearest(outlook.misses):
         console.print(f"not {miss.words}: {miss.reason}", markup=False, highlight=False)
+    told = "; ".join(f"{what}: {words}" for what, words in where_from(outlook).items())
+    console.print(told, markup=False, highlight=False, soft_wrap=True)
     console.print(f"rates: {cluster.source}", markup=False, highlight=False, style="dim")
 
 
@@ -52,6 +54,7 @@ def outlook_json(outlook: Outlook, tokens: int | None) -> dict[str, Any]:
         "num_devices": outlook.cluster.num_devices,
         "batch": outlook.batch,
         "source": outlook.cluster.source,
+        "where_from": where_from(outlook),
         "best": [_json(estimate, outlook, tokens) for estimate in outlook.best],
         "alone": {name: _json(estimate, outlook, tokens) for name, estimate in outlook.alone},
         "misses": [{"words": miss.words, "reason": miss.reason} for miss in outlook.misses],
@@ -76,9 +79,24 @@ def _json(estimate: Estimate, outlook: Outlook, tokens: int | None) -> dict[str,
     }
 
 
+def where_from(outlook: Outlook) -> dict[str, str]:
+    """Which numbers were measured, and which are the datasheet's."""
+    calibration, (measured, count) = outlook.cluster.calibration, outlook.measured
+    words = {"compute": "datasheet"}
+    if calibration is not None and measured:
+        words["compute"] = f"measured on {calibration.device} on {calibration.date} for {measured} of {count} actions of blocks"
+        words["compute"] += ", the rest by the datasheet, scaled as those are to theirs" if measured < count else ""
+    elif calibration is not None and calibration.series:
+        words["compute"] = f"datasheet (of this model nothing is measured on {calibration.device})"
+    links = {} if calibration is None else calibration.links
+    for name, title in (("inside", "inside a node"), ("between", "between nodes")):
+        words[title] = "measured" if name in links else "datasheet"
+    return words
+
+
 def rate(estimate: Estimate, outlook: Outlook, tokens: int | None) -> float:
     """Tokens, or samples where there are none, of a device in a second."""
-    return outlook.batch * (tokens or 1) / estimate.step_seconds / outlook.cluster.num_devices
+    return (tokens or 1) / estimate.sample_seconds / outlook.cluster.num_devices
 
 
 def model_flops_utilization(estimate: Estimate, outlook: Outlook) -> tuple[float, float]:

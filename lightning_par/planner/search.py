@@ -24,6 +24,28 @@ _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a search does not choose.
+
+    Attributes:
+        per_replica: whether every replica trains on the batch, as on what a Trainer's loader gives it, so that more replicas train
+            on more samples; else they share it.
+        recompute: the words that are tried where memory lacks, in order.
+        schedule: the only one of a pipeline; None for all.
+    """
+
+    per_replica: bool = False
+    recompute: tuple[Recompute, ...] = _RECOMPUTE
+    schedule: str | None = None
+
+    def share(self, batch: int, dp: int) -> int | None:
+        """Samples of a step on each of dp replicas; None where the batch does not divide."""
+        if self.per_replica:
+            return batch
+        return None if batch % dp else batch // dp
+
+
+@dataclass(frozen=True)
 class Miss:
     """A way that is not among the best.
 
@@ -47,6 +69,7 @@ class Outlook:
         misses: the nearest others.
         num_considered: ways that divide and fit.
         alone: of each technique alone the estimate, by its name, where the module divides by it.
+        measured: of the different actions that were timed how many were measured, and how many there are.
     """
 
     cluster: Cluster
@@ -55,53 +78,56 @@ class Outlook:
     misses: tuple[Miss, ...]
     num_considered: int
     alone: tuple[tuple[str, Estimate], ...] = ()
+    measured: tuple[int, int] = (0, 0)
 
 
-def search(anatomy: Anatomy, cluster: Cluster, batch: int) -> Outlook:
-    """Find the best ways.
+def search(anatomy: Anatomy, cluster: Cluster, batch: int, limits: Limits = Limits()) -> Outlook:
+    """Find the best ways: the quickest for each sample.
 
     Args:
         anatomy: of the module.
         cluster: where it is to run, on all of its devices.
-        batch: samples of a step over all replicas.
+        batch: samples of a step over all replicas, or of each, as the limits say.
+        limits: what is not to be chosen.
 
     Raises:
         ConfigurationError: none divides and fits; says what is nearest.
     """
     estimator, misses = Estimator(anatomy, cluster), list[Miss]()
-    divided = _divided(anatomy, cluster, batch, misses)
+    divided = _divided(anatomy, cluster, batch, limits, misses)
     fitting = list[tuple[float, Candidate]]()
     least: tuple[int, Candidate] | None = None
-    for mesh, sp in divided:
+    for mesh, sp, samples in divided:
         short: tuple[int, Candidate] | None = None
         found = len(fitting)
-        for plain in candidates(mesh, batch, sp):
-            fits, lowest = _fit(estimator, plain)
+        for plain in candidates(mesh, samples, sp, limits.schedule):
+            fits, lowest = _fit(estimator, plain, limits.recompute)
             if fits is not None:
-                fitting.append((estimator.quick(fits)[0], fits))
+                fitting.append((estimator.quick(fits)[0] / fits.samples, fits))
             elif short is None or lowest < short[0]:
                 short = lowest, plain
         if short is not None and len(fitting) == found:
             lack = format_bytes(short[0] - cluster.device.usable_bytes)
             misses.append(Miss(short[1].words, f"does not fit: the fullest rank lacks {lack} even with every block recomputed"))
             least = min((short, least) if least is not None else (short,), key=lambda each: each[0])
-    best = _replayed(estimator, fitting, cluster)
+    best = _replayed(estimator, fitting, cluster, limits.recompute)
     if not best:
         raise _nothing(cluster, batch, misses, least)
     misses += _slower(best)
-    considered = len(fitting)
-    return Outlook(cluster, batch, tuple(best[:NUM_BEST]), tuple(misses), considered, _alone(estimator, cluster, batch))
+    alone = _alone(estimator, batch, limits)
+    return Outlook(cluster, batch, tuple(best[:NUM_BEST]), tuple(misses), len(fitting), alone, estimator.clock.coverage)
 
 
-def _divided(anatomy: Anatomy, cluster: Cluster, batch: int, misses: list[Miss]) -> list[tuple[Layout, bool]]:
-    """The meshes that the module and the batch divide by, with whether the sequence is cut over tp."""
-    found, refused = list[tuple[Layout, bool]](), set[int]()
+def _divided(anatomy: Anatomy, cluster: Cluster, batch: int, limits: Limits, misses: list[Miss]) -> list[tuple[Layout, bool, int]]:
+    """The meshes that the module and the batch divide by, whether the sequence is cut over tp, and a replica's samples."""
+    found, refused = list[tuple[Layout, bool, int]](), set[int]()
     for mesh in meshes(cluster, anatomy.num_blocks):
         if mesh.tp in refused:
             continue
         if mesh.pp > 1 and anatomy.pipeline_error is not None:
             continue
-        if batch % (mesh.dp or 1):
+        samples = limits.share(batch, mesh.dp or 1)
+        if samples is None:
             if mesh.vp == 1:
                 misses.append(
                     Miss(f"parallel={replace(mesh, dp=None)}", f"does not divide: {batch} samples over {mesh.dp} replicas")
@@ -111,7 +137,7 @@ def _divided(anatomy: Anatomy, cluster: Cluster, batch: int, misses: list[Miss])
             sp = mesh.tp > 1 and _has_sp(anatomy, mesh.tp)
             if mesh.tp > 1 and not any(parameter.spec.split for parameter in anatomy.plan(mesh.tp, sp).parameters):
                 raise ModelError("no layer can be split over tp")
-            found.append((mesh, sp))
+            found.append((mesh, sp, samples))
         except ConfigurationError as error:
             refused.add(mesh.tp)
             misses.append(Miss(f"parallel=tp{mesh.tp}", f"does not divide: {error}"))
@@ -134,11 +160,11 @@ def _has_sp(anatomy: Anatomy, tp: int) -> bool:
     return True
 
 
-def _fit(estimator: Estimator, plain: Candidate) -> tuple[Candidate | None, int]:
+def _fit(estimator: Estimator, plain: Candidate, words: Sequence[Recompute]) -> tuple[Candidate | None, int]:
     """The candidate with as little computed again as fits, and the least bytes of the fullest rank."""
     usable = estimator.cluster.device.usable_bytes
     lowest = 0
-    for word in _RECOMPUTE if estimator.anatomy.num_blocks else _RECOMPUTE[:1]:
+    for word in words if estimator.anatomy.num_blocks else _RECOMPUTE[:1]:
         tried = replace(plain, recompute=word)
         _, lowest = estimator.quick(tried)
         if lowest <= usable:
@@ -146,7 +172,9 @@ def _fit(estimator: Estimator, plain: Candidate) -> tuple[Candidate | None, int]
     return None, lowest
 
 
-def _replayed(estimator: Estimator, fitting: list[tuple[float, Candidate]], cluster: Cluster) -> list[Estimate]:
+def _replayed(
+    estimator: Estimator, fitting: list[tuple[float, Candidate]], cluster: Cluster, words: Sequence[Recompute]
+) -> list[Estimate]:
     """Of each mesh and ZeRO stage the best microbatches and schedule, replayed; the best first.
 
     What cannot be quicker than one of its kind that has been replayed is not, and no more kinds are than can be among the best.
@@ -157,13 +185,13 @@ def _replayed(estimator: Estimator, fitting: list[tuple[float, Candidate]], clus
         kinds.setdefault((layout.tp, layout.pp, layout.zero), []).append((least, candidate))
     found = list[Estimate]()
     for alike in kinds.values():
-        if len(found) >= _NUM_KINDS and alike[0][0] > sorted(found, key=_merit)[NUM_BEST - 1].step_seconds:
+        if len(found) >= _NUM_KINDS and alike[0][0] > sorted(found, key=_merit)[NUM_BEST - 1].sample_seconds:
             break
         best: Estimate | None = None
         for least, candidate in alike:
-            if best is not None and least > best.step_seconds:
+            if best is not None and least > best.sample_seconds:
                 break
-            tried = _fitted(estimator, candidate, cluster.device.usable_bytes)
+            tried = _fitted(estimator, candidate, cluster.device.usable_bytes, words)
             if tried is not None and (best is None or _merit(tried) < _merit(best)):
                 best = tried
         found += [] if best is None else [best]
@@ -171,13 +199,13 @@ def _replayed(estimator: Estimator, fitting: list[tuple[float, Candidate]], clus
 
 
 def _merit(estimate: Estimate) -> tuple[float, int]:
-    """The quicker, and of equal ones the one that stores less."""
-    return estimate.step_seconds, estimate.most_bytes
+    """The quicker for each sample, and of equal ones the one that stores less."""
+    return estimate.sample_seconds, estimate.most_bytes
 
 
-def _fitted(estimator: Estimator, candidate: Candidate, usable: int) -> Estimate | None:
+def _fitted(estimator: Estimator, candidate: Candidate, usable: int, words: Sequence[Recompute]) -> Estimate | None:
     """With more recomputation where the replay stores more than the closed form said."""
-    for word in _RECOMPUTE[_RECOMPUTE.index(candidate.recompute) :]:
+    for word in words[words.index(candidate.recompute) :] if candidate.recompute in words else words[:1]:
         estimate = estimator.estimate(replace(candidate, recompute=word))
         if estimate.most_bytes <= usable:
             return estimate
@@ -189,28 +217,31 @@ def _slower(best: Sequence[Estimate]) -> list[Miss]:
     found = []
     for estimate in best[NUM_BEST : 2 * NUM_BEST]:
         first = best[0]
-        part = max(estimate.parts, key=lambda name: estimate.parts[name] - first.parts[name])
-        share = estimate.step_seconds / first.step_seconds - 1
-        lost = estimate.parts[part] - first.parts[part]
+        scale = first.candidate.samples / estimate.candidate.samples
+        lost, part = max((seconds * scale - first.parts[name], name) for name, seconds in estimate.parts.items())
+        share = estimate.sample_seconds / first.sample_seconds - 1
         found.append(Miss(estimate.candidate.words, f"slower by {share:.1%}, {lost * 1e3:.3g} ms of it in {part}"))
     return found
 
 
-def _alone(estimator: Estimator, cluster: Cluster, batch: int) -> tuple[tuple[str, Estimate], ...]:
+def _alone(estimator: Estimator, batch: int, limits: Limits) -> tuple[tuple[str, Estimate], ...]:
     """Each technique alone on as many devices as it can use."""
     found = []
-    anatomy, count = estimator.anatomy, cluster.num_devices
+    anatomy, cluster = estimator.anatomy, estimator.cluster
+    count = cluster.num_devices
     shapes = {"data": Layout(dp=count), "zero1": Layout(dp=count, zero=1), "zero3": Layout(dp=count, zero=3)}
     shapes["tensor"] = Layout(tp=min(cluster.devices_per_node, count), dp=1)
     shapes["pipeline"] = Layout(pp=min(count, anatomy.num_blocks or 1), dp=1)
     for name, layout in shapes.items():
-        if batch % (layout.dp or 1) or layout.world_size == 1 or (layout.pp > 1 and anatomy.pipeline_error is not None):
+        samples = limits.share(batch, layout.dp or 1)
+        if samples is None or layout.world_size == 1 or (layout.pp > 1 and anatomy.pipeline_error is not None):
             continue
-        rows = max(1, batch // (layout.dp or 1) // max(1, 4 * layout.pp))
-        while batch // (layout.dp or 1) % rows:
+        rows = max(1, samples // max(1, 4 * layout.pp))
+        while samples % rows:
             rows -= 1
-        layout = replace(layout, microbatches=batch // (layout.dp or 1) // rows)
+        layout = replace(layout, microbatches=samples // rows)
         try:
+            layout = replace(layout, sp=layout.tp > 1 and _has_sp(anatomy, layout.tp))
             found.append((name, estimator.estimate(Candidate(layout, rows, "1f1b"))))
         except ConfigurationError:
             continue

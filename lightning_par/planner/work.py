@@ -7,7 +7,10 @@ written; a compiler that joins some of them saves reads and writes that are coun
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from lightning_par.planner.cluster import Device
 from lightning_par.private.torch import TorchDispatchMode, has_memory, storage_key
+from lightning_par.runtime.axis import Wait
 from lightning_par.runtime.nested import tensors_in
 
 _ATEN = torch.ops.aten
+_NUM_DIGITS = 16  # of a digest: of a million of them no two are equal by chance
 # attention on a CPU, where dry runs are, of which torch counts nothing: the counter, where the shapes begin, where is_causal is
 _ATTENTION: dict[Any, tuple[Any, int, int, int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: (sdpa_flop_count, 0, 3, 4),
@@ -35,11 +40,13 @@ class Work:
             bytes read and written, and which of `dtypes` it computes in.
         dtypes: names of dtypes.
         sent: for each collective over tp its kind and the bytes of the whole tensor.
+        spans: for each collective how many operations come before it begins, and before its result is waited for.
     """
 
     ops: list[tuple[float, float, float, int]] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
     sent: list[tuple[str, float]] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 class WorkCounter(TorchDispatchMode):
@@ -56,11 +63,20 @@ class WorkCounter(TorchDispatchMode):
             self._count(self.work, func, args, kwargs, output)
         return output
 
-    def saw(self, written: torch.Tensor, read: torch.Tensor) -> None:
+    def saw(self, written: torch.Tensor, read: torch.Tensor) -> Wait | None:
         """A collective; see `lightning_par.runtime.imagined.Watcher`."""
-        if self.work is not None:
-            kind = "all_reduce" if written is read else "all_gather" if written.nbytes > read.nbytes else "reduce_scatter"
-            self.work.sent.append((kind, float(max(written.nbytes, read.nbytes))))
+        work = self.work
+        if work is None:
+            return None
+        kind = "all_reduce" if written is read else "all_gather" if written.nbytes > read.nbytes else "reduce_scatter"
+        place, begin = len(work.spans), len(work.ops)
+        work.sent.append((kind, float(max(written.nbytes, read.nbytes))))
+        work.spans.append((begin, begin))
+
+        def wait() -> None:
+            work.spans[place] = begin, len(work.ops)
+
+        return wait
 
     def _count(self, work: Work, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         packet = getattr(func, "_overloadpacket", None)
@@ -95,16 +111,37 @@ class Line:
 
     def __init__(self, few: Work, more: Work, rows: tuple[int, int]) -> None:
         assert len(few.ops) == len(more.ops) and few.dtypes == more.dtypes, "the step does other operations with more rows"
-        self.dtypes, self.kinds, self._rows = few.dtypes, [kind for kind, _ in few.sent], rows
+        self.dtypes, self.kinds, self._rows, self._spans = few.dtypes, [kind for kind, _ in few.sent], rows, few.spans
         self._ops = tuple(np.array(work.ops, dtype=float).reshape(-1, 4) for work in (few, more))
         self._sent = tuple(np.array([size for _, size in work.sent]) for work in (few, more))
 
+    @cached_property
+    def digest(self) -> str:
+        """The same for the same operations in the same order, whatever module they are of."""
+        found = hashlib.sha256(repr((self.dtypes, self.kinds, self._rows)).encode())
+        for numbers in (*self._ops, *self._sent):
+            found.update(numbers.astype("<f8").tobytes())
+        return found.hexdigest()[:_NUM_DIGITS]
+
     def seconds(self, rows: int, device: Device) -> float:
         """On a device, without what is sent."""
-        ops = self._at(rows, *self._ops)
-        rates = np.array([rate_of(device, dtype) for dtype in self.dtypes] or [1.0])[ops[:, 3].round().astype(int)]
-        each = np.maximum(ops[:, 0] / rates, ops[:, 2] / device.memory_bandwidth)
-        return float(np.maximum(each, device.launch_seconds).sum())
+        return float(self._each(rows, device).sum())
+
+    def waits(self, rows: int, device: Device, seconds: Callable[[str, float], float], pace: float = 1.0) -> float:
+        """Seconds that nothing is computed because a collective over tp is not over.
+
+        Args:
+            rows: of the microbatch.
+            device: what computes meanwhile.
+            seconds: of a collective, from its kind and the bytes of the whole tensor.
+            pace: how many times longer than `seconds` the device takes.
+        """
+        if not self._spans:
+            return 0.0
+        computed = pace * np.concatenate(([0.0], np.cumsum(self._each(rows, device))))
+        travels = [seconds(*each) for each in self.sent(rows)]
+        pairs = zip(travels, self._spans, strict=True)
+        return float(sum(max(0.0, travel - (computed[end] - computed[begin])) for travel, (begin, end) in pairs))
 
     def flops(self, rows: int) -> tuple[float, float]:
         """Floating-point operations: with causal attention counted half, and whole."""
@@ -114,6 +151,13 @@ class Line:
     def sent(self, rows: int) -> list[tuple[str, float]]:
         """Kind and bytes of each collective over tp."""
         return list(zip(self.kinds, self._at(rows, *self._sent).tolist(), strict=True))
+
+    def _each(self, rows: int, device: Device) -> np.ndarray:
+        """Seconds of each operation."""
+        ops = self._at(rows, *self._ops)
+        rates = np.array([rate_of(device, dtype) for dtype in self.dtypes] or [1.0])[ops[:, 3].round().astype(int)]
+        each: np.ndarray = np.maximum(ops[:, 0] / rates, ops[:, 2] / device.memory_bandwidth)
+        return np.maximum(each, device.launch_seconds)
 
     def _at(self, rows: int, few: np.ndarray, more: np.ndarray) -> np.ndarray:
         return few + (rows - self._rows[0]) / (self._rows[1] - self._rows[0]) * (more - few)

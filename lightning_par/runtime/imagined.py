@@ -8,7 +8,8 @@ import torch
 
 from lightning_par.runtime.axis import LocalAxis, Wait
 
-Watcher = Callable[[torch.Tensor, torch.Tensor], None]  # of what a collective has written and what it has read
+# told what a collective writes and what it reads; what it returns is called when the result is waited for
+Watcher = Callable[[torch.Tensor, torch.Tensor], Wait | None]
 
 
 class ImaginedAxis(LocalAxis):
@@ -23,23 +24,23 @@ class ImaginedAxis(LocalAxis):
         self.watchers: list[Watcher] = []
 
     def begin_all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> Wait:
-        self._tell(tensor, tensor)
-        return super().begin_all_reduce(tensor, op)
+        return self._tell(tensor, tensor)
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         gathered = tensor.new_empty((self.size * tensor.numel(),))
-        self._tell(gathered, tensor)
+        self._tell(gathered, tensor)()
         return list(gathered.view(self.size, *tensor.shape).unbind(0))
 
     def begin_reduce_scatter(self, parts: torch.Tensor) -> tuple[torch.Tensor, Wait]:
         mine = parts.new_empty(parts.shape[1:])
-        self._tell(mine, parts)
-        return mine, _is_done
+        return mine, self._tell(mine, parts)
 
-    def _tell(self, written: torch.Tensor, read: torch.Tensor) -> None:
-        for watcher in self.watchers:
-            watcher(written, read)
+    def _tell(self, written: torch.Tensor, read: torch.Tensor) -> Wait:
+        told = [watcher(written, read) for watcher in self.watchers]
 
+        def wait() -> None:
+            for each in told:
+                if each is not None:
+                    each()
 
-def _is_done() -> None:
-    """Nothing to wait for."""
+        return wait

@@ -23,7 +23,6 @@ from lightning_par.host.launch.link import Unlinked, join_parent, report_failure
 from lightning_par.host.launch.processes import RankProcesses
 from lightning_par.host.launch.restart import this_run
 from lightning_par.host.launch.supervisor import RunSupervisor
-from lightning_par.layout import Layout
 from lightning_par.private import lightning
 from lightning_par.runtime.watchdog import Supervisor
 
@@ -49,6 +48,7 @@ class _RankLauncher(_Base):
 
     root: ClassVar[str]
     cluster_environment: Any
+    describe: Callable[[int], str]
     num_processes: int
     num_nodes: int
     # The ranks of this process's current job. They outlive the Trainer that started them: the next Trainer of the same
@@ -61,7 +61,7 @@ class _RankLauncher(_Base):
         num_processes: int,
         num_nodes: int,
         *,
-        layout: Layout,
+        describe: Callable[[int], str],
         preflight: Callable[..., None] | None = None,
         max_restarts: int = 0,
     ) -> None:
@@ -69,13 +69,13 @@ class _RankLauncher(_Base):
         cluster_environment: Lightning's `ClusterEnvironment`.
         num_processes: ranks on this machine.
         num_nodes: machines.
-        layout: names a rank's coordinate in messages.
+        describe: a rank's name for messages.
         preflight: called as ``preflight(trainer, *args, **kwargs)`` with what `launch` hands to its function, in every process,
             before any other process is started and before the ranks meet. What it raises ends the run.
         max_restarts: how often the ranks of this machine are started again when one has failed.
         """
         super().__init__(cluster_environment, num_processes, num_nodes)
-        self._layout = layout
+        self.describe = describe
         self._preflight = preflight
         self._max_restarts = max_restarts
         _end_earlier_job()
@@ -119,10 +119,6 @@ class _RankLauncher(_Base):
     def supervisor(self) -> Supervisor:
         """Who ends the run where this rank hangs. After `launch` has begun."""
         return join_parent() or (_RankLauncher._current.ranks if _RankLauncher._current is not None else Unlinked())
-
-    def describe(self, rank: int) -> str:
-        """A rank's name for messages."""
-        return f"rank {rank} ({self._layout.coordinate_of(rank)})"
 
     def kill(self, signum: signal.Signals) -> None:
         """End the ranks that were started here; called by Lightning's handlers of signals.
