@@ -16,7 +16,7 @@ from benchmarks.published_forecast import h100_nodes, take_apart
 from lightning_par.errors import ConfigurationError
 from lightning_par.planner import Anatomy, Cluster, search
 
-_LENGTH, _REPEATS = 8192, 5
+_LENGTH, _REPEATS = 8192, 3
 SIZES = ((4, 512), (128, 1024), (2048, 2048))  # nodes of 8, samples of a step
 MODELS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("1.3B", {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16,

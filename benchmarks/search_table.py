@@ -19,7 +19,7 @@ _SECTION = """\
 ## Search
 
 How long `lightning-par plan` takes: a Llama-shaped model is taken apart once (analysis: of each row what those above it have not
-needed), then every layout of the cluster is searched (the median of five); seconds of one core. 405 billion parameters do not fit
+needed), then every layout of the cluster is searched (the median of three); seconds of one core. 405 billion parameters do not fit
 on 32 devices: there the search says so, and what comes nearest.
 
 Made by `python -m benchmarks.search --markdown`.
