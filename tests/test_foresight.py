@@ -60,6 +60,8 @@ def test_a_process_sleeps_for_the_products_that_it_computes(monkeypatch: pytest.
     product = rows * LENGTH * 2 * WIDTH * 4 * WIDTH / 2.0
     assert slept[:forward] == [product] * 16 and block_flops(rows) == 2 * 2.0 * product
     assert slept[forward:] == [product] * 31, "of the input of all nothing has a gradient"
+    torch.ones(2, 2) @ torch.ones(2, 2)
+    assert len(slept) == 47, "it is over"
 
 
 def test_sleeping_includes_the_product() -> None:
