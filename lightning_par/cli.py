@@ -3,6 +3,7 @@
     lightning-par explain parallel=tp2_pp2             # what would run where, and why; nothing is trained or started
     lightning-par explain -cd recipes -cn demo --output mesh    # the same for a recipe, and its ranks drawn
     lightning-par plan cluster=h100_8x num_nodes=4     # the best layouts for the machines, and why not the others
+    lightning-par calibrate cluster=h100_8x            # seconds of the model's blocks on this device, for plan
     lightning-par check parallel=tp2_pp2               # does the layout train as one process does? on a CPU
     lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved       # when each rank of a pipeline would do what
     lightning-par checkpoint show last.ckpt            # what is in a checkpoint; also verify, export, import, prune
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_par import __version__
+from lightning_par.calibrate_command import add_calibrate_command
 from lightning_par.check_command import add_check_command
 from lightning_par.checkpoint_command import add_checkpoint_command
 from lightning_par.config.command import add_config_words, quiet_lightning, run_composed, written
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--output", metavar="FOLDER", help="where to draw the device mesh, as a page and a PNG (default: nowhere)")
     explain.set_defaults(run=_explain)
     add_plan_command(commands)
+    add_calibrate_command(commands)
     simulate = commands.add_parser(
         "simulate",
         help="draw a pipeline schedule: a table here, and a page, a PNG and a Chrome trace in a folder",

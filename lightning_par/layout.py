@@ -107,7 +107,8 @@ class Layout:
 
     def stages_of(self, pp: int) -> tuple[int, ...]:
         """The stages that run at a pp coordinate, ascending."""
-        return tuple(stage for stage in range(self.num_stages) if self.pp_of(stage) == pp)
+        turns = range(0, self.num_stages, self.pp)
+        return tuple(first + self.pp_of(first + pp) for first in turns)  # in a turn back and forth are the same
 
     @property
     def last_pp(self) -> int:

@@ -27,6 +27,7 @@ keys:
   cluster.KEY=VALUE  one number of it, such as cluster.device.memory_gib=40
   num_nodes=N        nodes (default: 1)
   batch=N            samples of a step over all replicas (default: those of the first batch)
+  calibration=FILE   what `lightning-par calibrate` has measured, or none (default: what it has of this cluster)
 
 All other words are Hydra overrides, such as model=gpt or trainer.precision=bf16-true. The first line that is printed is what to
 type for the best layout.
@@ -49,7 +50,9 @@ def add_plan_command(commands: Any) -> None:
     )
     add_config_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--output", metavar="FOLDER", help="draw the best layout there: plan.png, and a pipeline's timeline")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="draw the best layouts there: plan.html, plan.png, and a pipeline's timeline"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the machines and Hydra overrides, see below")
     parser.set_defaults(run=_plan)
 
@@ -87,5 +90,5 @@ def _print(config: DictConfig, cluster: Any, batch: int | None, options: argpars
         from lightning_par.planner.drawing import write_pictures
 
         folder = Path(options.output)
-        drawn = written(folder, lambda: write_pictures(outlook, folder))
+        drawn = written(folder, lambda: write_pictures(outlook, folder, tokens))
         print(f"drawn: {', '.join(map(str, drawn))}", file=sys.stderr if options.json else sys.stdout)

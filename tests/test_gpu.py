@@ -19,13 +19,18 @@ from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
 from lightning_par import HybridParallelStrategy, PipelineTimeline
 from lightning_par.demo.gpt import GPT
+from lightning_par.host.loss import loss_of
 from lightning_par.layout import parse_layout
+from lightning_par.memory.optimizer import GroupForm, OptimizerForm
+from lightning_par.planner import Anatomy
+from lightning_par.planner.timing import Bench
+from lightning_par.runtime.precision import PRECISIONS
 from lightning_par.tensor import Float8Arithmetic, multiply_in_float8
 from tests import test_randomness
-from tests.models import VOCABULARY, ByteModel, gpt, gpt2, llama
+from tests.models import VOCABULARY, ByteModel, gpt, gpt2, llama, make_batch
 from tests.parity import Steps, check_parity, fit, train_rank
 from tests.plain import check_precisions, frozen_block
-from tests.ranks import DEVICE, machines, run_ranks
+from tests.ranks import DEVICE, in_one_process, machines, run_ranks
 from tests.test_float8 import RECIPES, passed
 from tests.test_offload import offloaded_and_kept
 
@@ -189,3 +194,20 @@ def most_memory(rank: int, world_size: int) -> dict[str, int]:
 def test_recomputed_and_offloaded_activations_do_not_stay_on_the_gpu() -> None:
     (found,) = run_ranks(most_memory, 1)
     assert found["full"] < 0.5 * found["none"] and found["offload"] < 0.5 * found["none"], found
+
+
+# ---------------------------------------------------------------------- calibration
+
+
+def timed_blocks(precision: str) -> list[float]:
+    module = gpt()
+    form = OptimizerForm((GroupForm(frozenset(name for name, _ in module.named_parameters()), 8, 4),))
+    anatomy = Anatomy(module, (make_batch(0, 2), make_batch(0, 3)), loss_of, form, PRECISIONS[precision])
+    bench = Bench(anatomy, torch.device("cuda", 0), 2**30, lambda rows: make_batch(0, rows), lambda words: None)
+    return [seconds for series in bench.time(2, 10.0).series.values() for seconds in series.seconds.values()]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_blocks_are_timed(precision: str) -> None:
+    found = in_one_process(timed_blocks, precision)
+    assert found and all(0 < seconds < 1 for seconds in found)

@@ -15,6 +15,11 @@ from lightning_par.planner.cluster import shipped_cluster
 GIB = 2**30
 
 
+@pytest.fixture(autouse=True)
+def _uncalibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 def test_processes_on_a_cpu_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(here, "_LIMIT", limit)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -30,8 +31,9 @@ from lightning_par.planner import Anatomy, Cluster, Device, Link, read_cluster, 
 from lightning_par.planner.advice import advise
 from lightning_par.planner.candidate import Candidate, candidates, meshes
 from lightning_par.planner.drawing import write_pictures
-from lightning_par.planner.estimate import Estimator, gathered_ahead
+from lightning_par.planner.estimate import Estimator
 from lightning_par.planner.search import Outlook
+from lightning_par.planner.stages import gathered_ahead
 from lightning_par.planner.traffic import Ring, dp_ring, stage_link, tp_ring
 from lightning_par.planner.work import Line, Work
 from lightning_par.prepare import prepare_plan
@@ -257,8 +259,9 @@ def test_an_all_reduce_of_the_backward_is_hidden_by_the_weight_gradients_of_its_
 
 
 def test_zero3_computes_nothing_before_its_first_block_is_there(demo: Anatomy) -> None:
-    assert gathered_ahead([5.0, 5.0, 5.0], [2.0, 2.0, 7.0]) == 2 + 5 + 7 + 5
-    assert gathered_ahead([5.0], [2.0]) == 7
+    computes, gathers = np.array([5.0, 5.0, 5.0, 4.0]), np.array([2.0, 2.0, 7.0, 6.0])
+    assert gathered_ahead(computes, gathers, [range(3), range(3, 4)]).tolist() == [2 + 5 + 7 + 5, 6 + 4]
+    assert gathered_ahead(computes, gathers, [range(3), range(3, 4)], backward=True).tolist() == [7 + 5 + 5 + 5, 6 + 4]
 
 
 def test_zero1_reduces_to_one_rank_after_the_other(demo: Anatomy) -> None:
@@ -405,7 +408,7 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_best_layout_is_drawn(demo: Anatomy, tmp_path: Path) -> None:
     tight = found_by(demo, cluster(per_node=2, nodes=2, between=1e6))  # a pipeline, see above
     written = write_pictures(tight, tmp_path / "drawn")
-    assert [path.name for path in written] == ["plan.png", "timeline.html", "timeline.png", "trace.json"]
+    assert [path.name for path in written] == ["plan.html", "plan.png", "timeline.html", "timeline.png", "trace.json"]
     assert all(path.stat().st_size > 500 for path in written)
     assert tight.best[0].candidate.words in (tmp_path / "drawn" / "timeline.html").read_text()
 

@@ -37,7 +37,10 @@ def test_the_wheel_holds_configs_pages_and_the_plugin_once(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))
     assert {"lightning_par/conf/train.yaml", "lightning_par/conf/__init__.py", "lightning_par/recipes/demo.yaml"} <= set(names)
-    assert {f"lightning_par/picture/page/{name}" for name in ("page.html", "mesh.html", "page.css", "draw.js")} <= set(names)
+    assert {
+        f"lightning_par/picture/page/{name}"
+        for name in ("frame.html", "timeline.html", "page.html", "mesh.html", "plan.html", "page.css", "draw.js", "plan.js")
+    } <= set(names)
     assert "hydra_plugins/lightning_par_plugin/__init__.py" in names
     assert "hydra_plugins/__init__.py" not in names, "it is a namespace that other packages add to"
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lightning_par", "hydra_plugins"}

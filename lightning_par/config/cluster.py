@@ -1,10 +1,10 @@
-"""The words of `lightning-par plan` that are about the machines: which cluster, how many nodes, how many samples."""
+"""The words of commands that are about the machines: which cluster, how many nodes and samples, what was measured of it."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from lightning_par.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from lightning_par.planner import Cluster
+    from lightning_par.planner.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Question:
         changes: words that change single numbers of it, such as ``device.memory_gib=40``.
         num_nodes: nodes.
         batch: samples of a step; None for those of the first batch.
+        calibration: a file of what was measured, or ``none``; None for the one that is cached.
         overrides: words about the rest of the run.
     """
 
@@ -30,11 +32,16 @@ class Question:
     changes: tuple[str, ...]
     num_nodes: int
     batch: int | None
+    calibration: str | None
     overrides: tuple[str, ...]
 
 
-def read_question(words: Sequence[str]) -> Question:
+def read_question(words: Sequence[str], command: str = "plan") -> Question:
     """Sort the words of a command line.
+
+    Args:
+        words: the line.
+        command: whose it is, for messages.
 
     Raises:
         ConfigurationError: no cluster is named, a number is none, or a layout is given.
@@ -43,25 +50,27 @@ def read_question(words: Sequence[str]) -> Question:
     changes, overrides = list[str](), list[str]()
     for word in words:
         key, _, value = word.partition("=")
-        if key in ("cluster", "num_nodes", "batch"):
+        if key in ("cluster", "num_nodes", "batch", "calibration"):
             values[key] = value
         elif key.startswith("cluster."):
             changes.append(word.removeprefix("cluster."))
         elif key == "parallel":
-            raise ConfigurationError(f"{word}: plan finds the layout: leave the word out, or see `lightning-par explain {word}`")
+            does = "finds the layout" if command == "plan" else "times all layouts of a node"
+            raise ConfigurationError(f"{word}: {command} {does}: leave the word out, or see `lightning-par explain {word}`")
         else:
             overrides.append(word)
     if "cluster" not in values:
-        raise ConfigurationError(f"plan needs the machines: add cluster=NAME; there are {', '.join(sorted(_names(())))}")
+        raise ConfigurationError(f"{command} needs the machines: add cluster=NAME; there are {', '.join(sorted(_names(())))}")
     numbers = {key: _whole(key, values[key]) for key in ("num_nodes", "batch") if key in values}
-    return Question(values["cluster"], tuple(changes), numbers.get("num_nodes", 1), numbers.get("batch"), tuple(overrides))
+    nodes, batch, calibration = numbers.get("num_nodes", 1), numbers.get("batch"), values.get("calibration")
+    return Question(values["cluster"], tuple(changes), nodes, batch, calibration, tuple(overrides))
 
 
 def load_cluster(question: Question, config_dir: str | None) -> Cluster:
-    """The cluster that is asked for; a folder ``cluster/`` of the user's wins over what is shipped.
+    """The cluster that is asked for, with what was measured of it; a folder ``cluster/`` of the user's wins over what is shipped.
 
     Raises:
-        ConfigurationError: there is no such file, or a number in it cannot be.
+        ConfigurationError: there is no such file, a number in it cannot be, or what was measured cannot be read.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -81,7 +90,30 @@ def load_cluster(question: Question, config_dir: str | None) -> Cluster:
         plain: Any = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigurationError(f"cluster={question.cluster}: {path} cannot be read: {error}") from None
-    return read_cluster(plain, path.stem, question.num_nodes)
+    cluster = read_cluster(plain, path.stem, question.num_nodes)
+    calibration = None if question.calibration == "none" else _calibration(question, cluster.name)
+    return cluster if calibration is None else cluster.calibrated(calibration)
+
+
+def _calibration(question: Question, cluster: str) -> Calibration | None:
+    """What was measured, without the numbers in whose place the user has typed others.
+
+    Raises:
+        ConfigurationError: a file cannot be read, or several devices were measured for this cluster.
+    """
+    from lightning_par.planner.calibration import cached_of_cluster, read_calibration
+
+    paths = cached_of_cluster(cluster) if question.calibration is None else [Path(question.calibration)]
+    if len(paths) > 1:
+        files = " or ".join(f"calibration={path}" for path in paths)
+        raise ConfigurationError(f"cluster={cluster} was calibrated with {len(paths)} devices: say {files}, or calibration=none")
+    if not paths:
+        return None
+    found = read_calibration(paths[0])
+    typed = {change.partition("=")[0] for change in question.changes}
+    links = {name: link for name, link in found.links.items() if not any(word.startswith(f"{name}.") for word in typed)}
+    rates = {word for word in typed if word.startswith("device.")} - {"device.memory_gib", "device.reserve", "device.name"}
+    return replace(found, links=links, series={} if rates else found.series)
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:

@@ -72,6 +72,16 @@ def first_samples(batch: Any, count: int) -> Any:
     return batch if size <= count else _split(batch, [count, size - count], "batch")[0]
 
 
+def repeat_samples(batch: Any, count: int) -> Any:
+    """A batch of ``count`` samples, those of ``batch`` again and again, of what `split_batch` cuts.
+
+    Raises:
+        DataError: a batch without a batch dim.
+    """
+    size = batch_size(batch)
+    return _repeat(batch, size, [index % size for index in range(count)])
+
+
 def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int], weights: Sequence[float] | None = None) -> Any:
     """The output that a step would have returned for the whole batch, from those it returned for its microbatches.
 
@@ -117,6 +127,13 @@ def _split(node: Any, sizes: list[int], path: str) -> list[Any]:
         return [node] * len(sizes)
     pieces = [_split(child, sizes, path_to(path, node, key)) for key, child in items]
     return [rebuild(node, [piece[index] for piece in pieces]) for index in range(len(sizes))]
+
+
+def _repeat(node: Any, size: int, rows: list[int]) -> Any:
+    if _is_cut(node, size):
+        return node[rows] if isinstance(node, (torch.Tensor, np.ndarray)) else type(node)(node[row] for row in rows)
+    items = children(node)
+    return node if items is None else rebuild(node, [_repeat(child, size, rows) for _, child in items])
 
 
 def _is_cut(node: Any, size: int) -> bool:

@@ -3,45 +3,64 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from lightning_par.planner.calibration import cached_of_device, read_calibration
 from lightning_par.planner.cluster import Cluster, shipped_cluster
 
 _FILES = {"H100": "h100_8x", "H200": "h100_8x", "A100": "a100_8x"}  # by what is in a GPU's name; of others we know no rates
-_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+_LIMIT, _CPU = Path("/sys/fs/cgroup/memory.max"), Path("/proc/cpuinfo")  # the first of a container
 
 
 def cluster_here(device: torch.device, num_nodes: int, devices_per_node: int) -> Cluster:
-    """The machines that a run is on.
+    """The machines that a run is on, with what `lightning-par calibrate` has measured of such a device, if it has.
 
     Args:
         device: of this process; those of the others are equal.
         num_nodes: nodes of the run.
         devices_per_node: its devices, or on a CPU its processes, on each of them.
+
+    Raises:
+        ConfigurationError: the file of the calibration is damaged.
     """
+    name, memory = device_name(device), device_bytes(device)
+    file, whose = "laptop", "this CPU"
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        file = next((file for word, file in _FILES.items() if word in name), "your_own")
-        memory = torch.cuda.get_device_properties(device).total_memory
-        source = f"{name}, whose rates are those of conf/cluster/{file}.yaml"
+        file, whose = next((file for word, file in _FILES.items() if word in name), "your_own"), name
     else:
-        file, memory = "laptop", _host_bytes() // devices_per_node
-        source = "this CPU, whose rates are those of conf/cluster/laptop.yaml"
+        memory //= devices_per_node
     shipped = shipped_cluster(file, num_nodes)
-    return replace(
+    here = replace(
         shipped,
         name="here",
         devices_per_node=devices_per_node,
         device=replace(shipped.device, memory_bytes=memory),
-        source=f"{source}: {shipped.source}",
+        source=f"{whose}, whose rates are those of conf/cluster/{file}.yaml: {shipped.source}",
     )
+    measured = cached_of_device(name)
+    if not measured:
+        return here
+    found = read_calibration(measured[-1])
+    return replace(here.calibrated(found), source=f"measured on {found.date} as far as they were, else of {here.source}")
 
 
-def _host_bytes() -> int:
-    """Of this host's memory, or of this container's where that may have less."""
+def device_name(device: torch.device) -> str:
+    """What a device calls itself, such as ``NVIDIA H100 80GB HBM3`` or ``CPU AMD EPYC 9654``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"model name\s*: (.*)", _CPU.read_text()) if _CPU.is_file() else None
+    return f"CPU {found[1] if found else platform.processor() or platform.machine()}"
+
+
+def device_bytes(device: torch.device) -> int:
+    """Of a device's memory; of a CPU that of this host, or of this container where it may have less."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _LIMIT.read_text().strip() if _LIMIT.is_file() else "max"
     return min(whole, int(limit)) if limit.isdecimal() else whole

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_par.errors import DataError, ModelError
-from lightning_par.host.batch import batch_size, first_samples, merge_outputs
+from lightning_par.errors import ModelError
+from lightning_par.host.batch import batch_size, repeat_samples
 from lightning_par.host.loss import loss_of
 from lightning_par.host.preflight import rehearsed
 from lightning_par.memory import read_optimizer
@@ -86,7 +86,7 @@ class Subject:
         """From what `rehearsed` yields.
 
         Raises:
-            ConfigurationError: the batch or the optimizer cannot be planned for.
+            ConfigurationError: the batch has no samples, or the optimizer cannot be planned for.
         """
         form = read_optimizer(optimizers[0], dict(twin.named_parameters())) if optimizers and len(optimizers) == 1 else None
         if form is None:
@@ -95,8 +95,7 @@ class Subject:
                 f"the planner takes one optimizer that keeps so much for each element, and {type(twin).__name__}."
                 f"configure_optimizers gives {names}: plan with AdamW"
             )
-        enough = _enlarged(first)
-        few, more = (first_samples(enough, count) for count in ROWS)
+        few, more = (repeat_samples(first, count) for count in ROWS)
         return cls(twin, (few, more), form, strategy.precision, strategy.options.overrides, batch_size(first))
 
     def take_apart(self, say: Say) -> Anatomy:
@@ -133,23 +132,6 @@ def values_unknown(module: Any) -> Iterator[None]:
         raise ModelError(
             f"{type(module).__name__}.training_step needs values of tensors, which a dry run does not have: the planner cannot "
             "time it"
-        ) from error
-
-
-def _enlarged(batch: Any) -> Any:
-    """A batch of more samples than the planner looks at: a small one, again and again.
-
-    Raises:
-        DataError: it cannot be put together with itself.
-    """
-    size = batch_size(batch)
-    times = max(ROWS) // size + 1
-    try:
-        return merge_outputs([batch] * times, [size] * times)
-    except DataError as error:
-        raise DataError(
-            f"a batch of {size} samples that does not fit together with itself: the planner looks at {ROWS[0]} and at {ROWS[1]} "
-            f"samples, so give it at least {max(ROWS) + 1}"
         ) from error
 
 

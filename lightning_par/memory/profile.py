@@ -2,7 +2,7 @@
 
 Each stage is installed as on its rank, on a copy of the module without memory, and runs by the same executor: recomputation,
 sequence parallelism, what is received and the notes of deferred weight gradients are in it because they happen. tp axes send
-nothing there and give tensors of the right sizes.
+nothing there and give tensors of the right sizes. The same rank runs on real tensors where it is to be timed.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from torch import nn
 
 from lightning_par.install import install
 from lightning_par.memory.living import LivingTensors
+from lightning_par.memory.matter import Fakes, Matter
 from lightning_par.pipeline.action import Action, Kind
 from lightning_par.pipeline.executor import Executor
 from lightning_par.pipeline.transport import Like, Transport
 from lightning_par.plan import Plan
 from lightning_par.private.saved import Part, cast_parameter, saving
 from lightning_par.private.torch import FakeTensorMode, StorageWeakRef, place_of
+from lightning_par.runtime.axis import Axis
 from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.generator import generators_put_back
 from lightning_par.runtime.imagined import ImaginedAxis
 from lightning_par.runtime.nested import map_tensors, tensors_in
 from lightning_par.runtime.precision import FULL, Precision
-from lightning_par.trace.tracer import fake_of, silent_copy
+from lightning_par.trace.tracer import silent_copy
 from lightning_par.zero.bucket import gradient_dtype
 from lightning_par.zero.masters import accumulate_in_float32
 
-_CPU = torch.device("cpu")
 Loss = Callable[[Any], torch.Tensor]
 
 
@@ -79,8 +80,8 @@ def profile_stages(
     """
     layout, sent = plan.layout, dict[Action, list[Like]]()
     with generators_put_back(), torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        made = (module, batch, plan), fake, sent, loss_of, splits_backward, precision, step
-        ranks = [ImaginedRank(pp, *made) for pp in range(layout.pp)]
+        made = (module, batch, plan), Fakes(fake, precision), sent, loss_of, splits_backward, precision, step
+        ranks = [ImaginedRank(pp, ImaginedAxis("tp", layout.tp, 0), *made) for pp in range(layout.pp)]
         if not (plan.chain is None or plan.chain.keeps_shape) or any(plan.boundaries):
             for stage in range(layout.num_stages):  # what is sent says what the next one receives
                 ranks[layout.pp_of(stage)].run(Action("F", stage, 0))
@@ -92,10 +93,20 @@ def profile_stages(
 
 
 class ImaginedRank:
-    """One pp coordinate on fake tensors.
+    """One pp coordinate of a run, alone.
+
+    Args:
+        pp: the coordinate.
+        tp: the axis of its split layers, which talks to nobody.
+        run: the user's module, a microbatch, and all decisions.
+        matter: makes its tensors.
+        sent: what stages have sent, filled by those that run.
+        loss_of: the loss in what the step returns.
+        splits_backward: whether weight gradients are computed apart.
+        precision: of the run.
+        step: the hook that trains.
 
     Attributes:
-        tp: the axis of its split layers.
         batch: the microbatch of the next `run`.
         observers: of the actions.
         shared_bytes: of what the last `profile` has found that a stage makes before it receives, as masks, and keeps: as much, and
@@ -105,8 +116,9 @@ class ImaginedRank:
     def __init__(
         self,
         pp: int,
+        tp: Axis,
         run: tuple[nn.Module, Any, Plan],
-        fake: FakeTensorMode,
+        matter: Matter,
         sent: dict[Action, list[Like]],
         loss_of: Loss,
         splits_backward: bool,
@@ -114,17 +126,19 @@ class ImaginedRank:
         step: str,
     ) -> None:
         module, batch, plan = run
-        twin = silent_copy(module, lambda tensor: precision.convert(fake_of(fake, tensor)))
-        self.batch = map_tensors(lambda tensor: fake.from_tensor(tensor.detach()), batch)
-        deferred, self.tp = DeferredGradients(), ImaginedAxis("tp", plan.layout.tp, 0)
-        stages = install(twin, plan, pp, self.tp, _CPU, deferred if splits_backward else None)
+        twin = silent_copy(module, matter.state)
+        self.batch = map_tensors(matter.given, batch)
+        deferred = DeferredGradients()
+        stages = install(twin, plan, pp, tp, matter.device, deferred if splits_backward else None)
+        matter.settle(twin)
         twin.train()
         accumulate_in_float32(twin.parameters())
         for parameter in twin.parameters():  # as they are from the second microbatch on
             dtype = gradient_dtype(parameter)
             parameter.grad = torch.zeros_like(parameter, dtype=dtype) if parameter.requires_grad else None
-        self._executor = Executor(stages, _Imagined(sent), None, deferred)
+        self._executor = Executor(stages, _Imagined(sent, matter), None, deferred)
         self.observers = self._executor.observers
+        self._device = matter.device.type
         self._twin, self._step, self._loss_of, self._precision = twin, step, loss_of, precision
         recasts = plan.layout.zero == 3 and plan.layout.dp != 1  # `lightning_par.private.deepspeed.gathered`
         self._saving: Callable[[], AbstractContextManager[object]] = partial(saving, _as_part) if recasts else nullcontext
@@ -136,7 +150,7 @@ class ImaginedRank:
         step: Any = getattr(self._twin, self._step)
 
         def program(index: int) -> Any:
-            with self._precision.computing(_CPU.type), self._saving():
+            with self._precision.computing(self._device), self._saving():
                 return step(self.batch, 0)
 
         self._executor.run(row, program, self._loss_of, [1.0])
@@ -196,8 +210,8 @@ class _Watch:
 class _Imagined(Transport):
     """Gives tensors of the shapes that were sent, or that the receiver expects where nothing was."""
 
-    def __init__(self, sent: dict[Action, list[Like]]) -> None:
-        self._sent = sent
+    def __init__(self, sent: dict[Action, list[Like]], matter: Matter) -> None:
+        self._sent, self._matter = sent, matter
 
     def is_remote(self, message: Action) -> bool:
         return False
@@ -206,7 +220,7 @@ class _Imagined(Transport):
         self._sent[message] = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
 
     def receive(self, message: Action, likes: Sequence[Like]) -> list[torch.Tensor]:
-        return [torch.empty(shape, dtype=dtype) for shape, dtype in self._sent.get(message, likes)]
+        return [self._matter.received(like) for like in self._sent.get(message, likes)]
 
     def flush(self) -> None:
         """Nothing travels."""

@@ -26,12 +26,13 @@ _TURN_SECONDS = 0.5
 Answer = tuple[str, Any]  # how a function ended: "returned", "misconfigured" or "raised"; and what it returned, or words
 
 
-def run_forked(functions: Sequence[Callable[[], Any]], names: Sequence[str]) -> list[Any]:
+def run_forked(functions: Sequence[Callable[[], Any]], names: Sequence[str], method: str = "fork") -> list[Any]:
     """Run each function in a process of its own, all at once.
 
     Args:
         functions: what they return can be pickled; what they print goes to standard error.
         names: of the processes, for messages.
+        method: how they start; ``spawn``, which takes seconds, where they use GPUs: a process that has used one cannot fork.
 
     Returns:
         What each returned, in order.
@@ -40,7 +41,7 @@ def run_forked(functions: Sequence[Callable[[], Any]], names: Sequence[str]) -> 
         ConfigurationError: one of them raised it; its words.
         ProcessError: one raised something else, with its traceback, or was killed. The others are ended.
     """
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context(method)
     sys.stdout.flush()
     sys.stderr.flush()
     threads = max(1, (os.cpu_count() or 1) // len(functions))

@@ -12,35 +12,37 @@ from lightning_par.picture.bubble import MEANINGS
 from lightning_par.picture.colour import COLOURS, LIGHTEST, NAMES
 from lightning_par.picture.picture import Lane, Panel, Picture
 
-_SCRIPTS = ("data.js", "scale.js", "draw.js", "control.js")
+SCRIPTS = ("data.js", "scale.js", "draw.js", "control.js")  # of a timeline
 _KINDS = tuple(COLOURS)
 
 
 def html_page(picture: Picture) -> str:
     """The page's text. It shows every panel, one at a time."""
-    return fill_page("page.html", picture.title, _data(picture), _SCRIPTS)
+    return fill_page("page.html", picture.title, picture_data(picture), SCRIPTS)
 
 
 def fill_page(template: str, title: str, data: Any, scripts: Sequence[str]) -> str:
     """A page of the folder ``page`` with its data, the style and its scripts inside.
 
     Args:
-        template: name of the page's file.
+        template: name of the file of its body; ``@TIMELINE@`` in it is where the scripts of a timeline draw.
         title: of the page.
         data: for JSON; the scripts read it from the element ``data``.
         scripts: names of files, in order.
     """
     folder = files("lightning_par.picture") / "page"
     parts = {
+        "@BODY@": (folder / template).read_text(encoding="utf-8"),
+        "@TIMELINE@": (folder / "timeline.html").read_text(encoding="utf-8"),
         "@TITLE@": html.escape(title),
         "@STYLE@": (folder / "page.css").read_text(encoding="utf-8"),
         "@DATA@": _embedded(data),
         "@SCRIPT@": "\n".join((folder / name).read_text(encoding="utf-8") for name in scripts),
     }
-    page = (folder / template).read_text(encoding="utf-8")
+    page = (folder / "frame.html").read_text(encoding="utf-8")
     for mark, text in parts.items():
-        before, _, after = page.partition(mark)
-        page = before + text + after
+        before, found, after = page.partition(mark)
+        page = before + text + after if found else page
     return page
 
 
@@ -49,7 +51,8 @@ def _embedded(data: Any) -> str:
     return json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
 
 
-def _data(picture: Picture) -> dict[str, Any]:
+def picture_data(picture: Picture) -> dict[str, Any]:
+    """What the scripts of a timeline read."""
     return {
         "title": picture.title,
         "hasSeconds": picture.has_seconds,

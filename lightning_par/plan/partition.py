@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+import numpy as np
+
+_MOST = 2**62  # of a whole number in an array
+
 
 def partition_blocks(costs: Sequence[float], num_stages: int, first: float = 0, last: float = 0) -> list[int]:
     """Blocks on each stage, so that the dearest stage is as cheap as possible; every stage has at least one.
@@ -17,22 +21,19 @@ def partition_blocks(costs: Sequence[float], num_stages: int, first: float = 0, 
         num_stages: stages, at most ``len(costs)``.
         first, last: cost of what comes before the blocks, on the first stage, and after them, on the last.
     """
-    prefix = [0.0, *accumulate(costs)]
+    sums = [0, *accumulate(costs)]
+    prefix = np.array(sums, dtype=object if sums[-1] >= _MOST else None)  # whole numbers stay exact
     n = len(costs)
-    best: list[list[tuple[float, int]]] = [[(float("inf"), 0)] * (n + 1) for _ in range(num_stages + 1)]
-    best[0][0] = (0.0, 0)
-    for stage in range(1, num_stages + 1):
-        extra = (first if stage == 1 else 0) + (last if stage == num_stages else 0)
-        for end in range(stage, n + 1):
-            options = (
-                (max(best[stage - 1][start][0], prefix[end] - prefix[start] + extra), -start)
-                for start in range(stage - 1, end)
-                if best[stage - 1][start][0] < float("inf")
-            )
-            cost, negative = min(options)
-            best[stage][end] = (cost, -negative)
-    cuts = [n]
-    for stage in range(num_stages, 0, -1):
-        cuts.append(best[stage][cuts[-1]][1])
-    cuts.reverse()
-    return [b - a for a, b in pairwise(cuts)]
+    length = prefix[None, :] - prefix[:, None]  # of blocks from a row's to a column's
+    best, cuts = length[0] + first, []  # the dearest of one stage and of more, by where the last of them ends
+    for stage in range(2, num_stages + 1):
+        starts = np.arange(n - 1, stage - 2, -1)  # of equally good ones argmin takes that with most before it
+        dearest = np.maximum(best[starts, None], length[starts] + (last if stage == num_stages else 0))
+        dearest[starts[:, None] >= np.arange(n + 1)] = _MOST if dearest.dtype == int else np.inf  # a stage without blocks is none
+        chosen = dearest.argmin(axis=0)
+        best = dearest[chosen, np.arange(n + 1)]
+        cuts.append(starts[chosen])
+    ends = [n]
+    for before in reversed(cuts):
+        ends.append(int(before[ends[-1]]))
+    return [b - a for a, b in pairwise([0, *reversed(ends)])]

@@ -3,7 +3,7 @@
 A cluster is a YAML file of the config group ``cluster``::
 
     devices_per_node: 8
-    device: {memory_gib: 80, reserve: 0.08, memory_gb_per_s: 3350, attained_memory: 0.8,
+    device: {name: H100, memory_gib: 80, reserve: 0.08, memory_gb_per_s: 3350, attained_memory: 0.8,
              tflops: {float32: 60, bfloat16: 989}, attained: 0.7, launch_us: 4}
     inside: {gb_per_s: 450, latency_us: 3}     # each device to the others of its node, one way
     between: {gb_per_s: 50, latency_us: 8}     # each device to other nodes
@@ -13,35 +13,21 @@ A cluster is a YAML file of the config group ``cluster``::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_par.errors import ConfigurationError
+from lightning_par.planner.calibration import LINKS, Calibration
+from lightning_par.planner.link import Link
 
 SHIPPED = Path(__file__).parents[1] / "conf" / "cluster"  # the files that come with this package
-_DEVICE = {"memory_gib", "reserve", "memory_gb_per_s", "attained_memory", "tflops", "attained", "launch_us"}
+_MAY_LACK = {"name"}
+_DEVICE = {"memory_gib", "reserve", "memory_gb_per_s", "attained_memory", "tflops", "attained", "launch_us", *_MAY_LACK}
 _LINK = {"gb_per_s", "latency_us"}
 _KEYS = {"devices_per_node", "device", "inside", "between", "source"}
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a device sends to another one.
-
-    Attributes:
-        bytes_per_second: one way.
-        latency_seconds: of each message.
-    """
-
-    bytes_per_second: float
-    latency_seconds: float
-
-    def seconds(self, num_bytes: float) -> float:
-        """Of one message."""
-        return self.latency_seconds + num_bytes / self.bytes_per_second
 
 
 @dataclass(frozen=True)
@@ -55,6 +41,7 @@ class Device:
         flops: operations per second of products, as far as they attain them, by dtype.
         peak_flops: by its datasheet.
         launch_seconds: the least that an operation takes.
+        name: what is in the name by which such a device calls itself; empty for any.
     """
 
     memory_bytes: int
@@ -63,6 +50,7 @@ class Device:
     flops: Mapping[str, float]
     peak_flops: Mapping[str, float]
     launch_seconds: float
+    name: str = ""
 
     @property
     def usable_bytes(self) -> int:
@@ -82,6 +70,7 @@ class Cluster:
         inside: from a device to another one of its node.
         between: from a device to another node; every device has a way of its own.
         source: where the numbers are from.
+        calibration: what was measured of it; its links are in the place of those above.
     """
 
     name: str
@@ -91,10 +80,16 @@ class Cluster:
     inside: Link
     between: Link
     source: str
+    calibration: Calibration | None = None
 
     @property
     def num_devices(self) -> int:
         return self.num_nodes * self.devices_per_node
+
+    def calibrated(self, calibration: Calibration) -> Cluster:
+        """The cluster with what was measured of it."""
+        inside, between = (calibration.links.get(name, link) for name, link in zip(LINKS, (self.inside, self.between), strict=True))
+        return replace(self, calibration=calibration, inside=inside, between=between)
 
 
 def read_cluster(config: Mapping[str, Any], name: str, num_nodes: int) -> Cluster:
@@ -111,11 +106,11 @@ def read_cluster(config: Mapping[str, Any], name: str, num_nodes: int) -> Cluste
     _check_keys(config, _KEYS, f"cluster={name}")
     device, links = config["device"], {}
     _check_keys(device, _DEVICE, f"cluster={name}: device")
-    for key in ("inside", "between"):
+    for key in LINKS:
         _check_keys(config[key], _LINK, f"cluster={name}: {key}")
         rate, latency = (_positive(config[key][word], f"cluster.{key}.{word}") for word in ("gb_per_s", "latency_us"))
         links[key] = Link(rate * 1e9, latency * 1e-6)
-    numbers = {key: _positive(value, f"cluster.device.{key}") for key, value in device.items() if key != "tflops"}
+    numbers = {key: _positive(value, f"cluster.device.{key}") for key, value in device.items() if key not in ("tflops", "name")}
     peaks = {dtype: _positive(rate, f"cluster.device.tflops.{dtype}") * 1e12 for dtype, rate in device["tflops"].items()}
     per_node, nodes = config["devices_per_node"], num_nodes
     for value, word in ((per_node, "cluster.devices_per_node"), (nodes, "num_nodes")):
@@ -132,6 +127,7 @@ def read_cluster(config: Mapping[str, Any], name: str, num_nodes: int) -> Cluste
             {dtype: peak * numbers["attained"] for dtype, peak in peaks.items()},
             peaks,
             numbers["launch_us"] * 1e-6,
+            str(device.get("name") or ""),
         ),
         links["inside"],
         links["between"],
@@ -146,7 +142,7 @@ def shipped_cluster(name: str, num_nodes: int) -> Cluster:
 
 def _check_keys(config: Any, expected: set[str], where: str) -> None:
     found = set(config) if isinstance(config, Mapping) else set()
-    if missing := sorted(expected - found):
+    if missing := sorted(expected - found - _MAY_LACK):
         raise ConfigurationError(f"{where} has no {missing[0]}: add it; conf/cluster/h100_8x.yaml is a whole one")
     if unknown := sorted(found - expected):
         raise ConfigurationError(f"{where} has no key {unknown[0]}: its keys are {', '.join(sorted(expected))}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_par.picture import Lane, Panel, Picture, write_picture
+from lightning_par.picture import write_picture
 from lightning_par.plan.memory import RankMemory
 from lightning_par.planner.estimate import Estimate
+from lightning_par.planner.page import PARTS, STORED, plan_page, timeline_picture
+from lightning_par.planner.report import where
 from lightning_par.planner.search import Outlook
 
 if TYPE_CHECKING:
@@ -15,39 +17,27 @@ if TYPE_CHECKING:
 
 _SIZE, _DPI = (13.0, 7.5), 160  # inches, dots per inch
 _TEXT, _FAINT = "#222222", "#666666"
-# Okabe and Ito, as in `lightning_par.picture.colour`
-_KINDS = {
-    "parameters": "#0072B2", "gradients": "#56B4E9", "states": "#009E73", "activations": "#E69F00", "working": "#F0E442",
-    "gathered": "#CC79A7",
-}  # fmt: skip
-_PARTS = {
-    "compute": "#0072B2", "tp": "#E69F00", "pp": "#F0E442", "bubble": "#bbbbbb", "dp": "#D55E00", "optimizer": "#009E73",
-}  # fmt: skip
 
 
-def write_pictures(outlook: Outlook, folder: Path) -> list[Path]:
+def write_pictures(outlook: Outlook, folder: Path, tokens: int | None = None) -> list[Path]:
     """Draw the best layout into ``folder``, which is made where there is none.
 
+    Args:
+        outlook: what was found.
+        folder: where to.
+        tokens: of a sample; None where samples have none.
+
     Returns:
-        ``plan.png``, and of a pipeline its timeline as a page, a PNG and a Chrome trace.
+        ``plan.html``, ``plan.png``, and of a pipeline its timeline as a page, a PNG and a Chrome trace.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "plan.png"]
-    _write_png(outlook, written[0])
+    written = [folder / "plan.html", folder / "plan.png"]
+    written[0].write_text(plan_page(outlook, tokens), encoding="utf-8")
+    _write_png(outlook, written[1])
     best = outlook.best[0]
     if best.timeline is not None:
-        written += write_picture(_timeline(best), folder)
+        written += write_picture(timeline_picture(best), folder)
     return written
-
-
-def _timeline(best: Estimate) -> Picture:
-    """The replayed microbatches."""
-    assert best.timeline is not None
-    lanes = tuple(Lane(f"pp {pp}", pp, spans) for pp, spans in enumerate(best.timeline.rows))
-    few, count = 1 + max(span.action.microbatch for lane in lanes for span in lane.spans), best.candidate.layout.microbatches or 1
-    step = "forecast" if few == count else f"forecast, {few} of {count} microbatches"
-    panel = Panel(step, "dp 0, tp 0", lanes, {"simulated": best.timeline.idle_fraction})
-    return Picture(best.candidate.words, (panel,))
 
 
 def _write_png(outlook: Outlook, path: Path) -> None:
@@ -71,7 +61,7 @@ def _write_png(outlook: Outlook, path: Path) -> None:
 def _memory(axes: Axes, memory: tuple[RankMemory, ...], usable: int) -> None:
     """A bar for each pp coordinate."""
     places, bottoms = range(len(memory)), [0.0] * len(memory)
-    for kind, colour in _KINDS.items():
+    for kind, colour in STORED.items():
         sizes = [getattr(each, kind) / 2**30 for each in memory]
         if any(sizes):
             axes.bar(places, sizes, 0.8, bottoms, color=colour, label=kind)
@@ -90,10 +80,9 @@ def _traffic(axes: Axes, best: Estimate) -> None:
     """A bar for each axis."""
     axis_names = [axis for axis, size in best.sent_bytes.items() if size]
     sizes = [best.sent_bytes[axis] / 2**30 for axis in axis_names]
-    axes.bar(axis_names, sizes, 0.5, color=[_PARTS[axis] for axis in axis_names])
+    axes.bar(axis_names, sizes, 0.5, color=[PARTS[axis] for axis in axis_names])
     for place, (axis, size) in enumerate(zip(axis_names, sizes, strict=True)):
-        where = "in a node" if best.links[axis] else "between nodes"
-        axes.annotate(f"{size:.3g} GiB\n{where}", (place, size), ha="center", va="bottom", fontsize=8, color=_TEXT)
+        axes.annotate(f"{size:.3g} GiB\n{where(best, axis)}", (place, size), ha="center", va="bottom", fontsize=8, color=_TEXT)
     if not axis_names:
         axes.annotate("nothing travels", (0.5, 0.5), xycoords="axes fraction", ha="center", color=_FAINT)
     axes.margins(y=0.25)
@@ -103,7 +92,7 @@ def _traffic(axes: Axes, best: Estimate) -> None:
 def _steps(axes: Axes, outlook: Outlook) -> None:
     """A bar for each of the best layouts, the best on top."""
     places, lefts = range(len(outlook.best)), [0.0] * len(outlook.best)
-    for part, colour in _PARTS.items():
+    for part, colour in PARTS.items():
         seconds = [estimate.parts[part] * 1e3 for estimate in outlook.best]
         if any(seconds):
             axes.barh(places, seconds, 0.7, lefts, color=colour, label=part)
@@ -112,7 +101,7 @@ def _steps(axes: Axes, outlook: Outlook) -> None:
     axes.invert_yaxis()
     _finish(axes, "Where the time of a step goes, of the best layouts", "")
     axes.set_xlabel("ms", color=_FAINT)
-    axes.legend(frameon=False, fontsize=8, ncols=len(_PARTS), loc="upper right", bbox_to_anchor=(1.0, 1.12))
+    axes.legend(frameon=False, fontsize=8, ncols=len(PARTS), loc="upper right", bbox_to_anchor=(1.0, 1.12))
 
 
 def _finish(axes: Axes, title: str, unit: str) -> None:

@@ -3,8 +3,6 @@
 A step is the pipeline; then gradients are reduced over dp; then the optimizer reads and writes its states; then weights that only
 one replica has stepped are gathered. Collectives over tp wait in the forward; in the backward they travel while the weight
 gradients of the layers that share them are computed. ZeRO-3 gathers a block while the one before it computes.
-
-Of many microbatches the middle ones repeat: the table is replayed with a few and with a few more, and the rest follows.
 """
 
 from __future__ import annotations
@@ -13,20 +11,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lightning_par.memory.forecast import peak_bytes
+import numpy as np
+
+from lightning_par.memory.profile import StageMemory
 from lightning_par.memory.states import StateBytes, held_bytes
-from lightning_par.pipeline.schedules import build_schedule
+from lightning_par.pipeline.action import Table
 from lightning_par.pipeline.simulate import Costs, Timeline, simulate
 from lightning_par.plan.memory import RankMemory
 from lightning_par.plan.plan import Recompute
 from lightning_par.planner.anatomy import Anatomy, Body
 from lightning_par.planner.candidate import Candidate
+from lightning_par.planner.clock import Clock
 from lightning_par.planner.cluster import Cluster
-from lightning_par.planner.stages import BlockTime, Holdings, Weights, blocks_of, cut, model_states, stage_memory, time_block
+from lightning_par.planner.pipeline import Pipelines, Sizes
+from lightning_par.planner.stages import (
+    BlockFigures,
+    Holdings,
+    Weights,
+    blocks_of,
+    by_stage,
+    cut,
+    figures_of,
+    gathered_ahead,
+    model_states,
+    stage_memory,
+)
 from lightning_par.planner.traffic import dp_ring, stage_link, tp_ring
 
 _STEP_PASSES = 3  # over the elements of what is stepped: weight, gradient and states read, weight and states written
-_ROUNDS = 2  # replayed are so many microbatches for each rank
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Estimate:
         sent_bytes: that a rank sends in a step over each axis.
         links: for each axis whether it stays inside a node.
         flops: of a step over all devices, as the textbook counts: with causal attention counted half, and whole.
-        timeline: of the pipeline; None of one stage. Where there are many microbatches, of the first ones.
+        replayed: of a pipeline its table, of the first microbatches where there are many, and its costs; None of one stage.
     """
 
     candidate: Candidate
@@ -51,12 +63,17 @@ class Estimate:
     sent_bytes: Mapping[str, float]
     links: Mapping[str, bool]
     flops: tuple[float, float]
-    timeline: Timeline | None = None
+    replayed: tuple[Table, Costs] | None = None
 
     @cached_property
     def most_bytes(self) -> int:
         """Of the fullest rank."""
         return max(memory.total for memory in self.memory)
+
+    @cached_property
+    def timeline(self) -> Timeline | None:
+        """Of what was replayed."""
+        return None if self.replayed is None else simulate(*self.replayed)
 
     @property
     def sample_seconds(self) -> float:
@@ -79,12 +96,17 @@ class Estimator:
 
     def __init__(self, anatomy: Anatomy, cluster: Cluster) -> None:
         self.anatomy, self.cluster = anatomy, cluster
-        self._times: dict[tuple[int, bool, Recompute, int], list[BlockTime]] = {}
-        self._cuts: dict[tuple[int, bool, int], list[range]] = {}
+        self.clock = Clock(cluster, lambda: [w for block in anatomy.body(1, False, "none").blocks for w in block.work.values()])
+        self._figures: dict[tuple[int, bool, Recompute, int], BlockFigures] = {}
+        self._cuts: dict[int, list[range]] = {}
         self._holdings: dict[tuple[int, bool], Holdings] = {}
         self._weights: dict[tuple[int, bool, int, int, str], list[Weights]] = {}
         self._states: dict[object, list[StateBytes]] = {}
+        self._memories: dict[object, list[StageMemory]] = {}
+        self._held: dict[object, int] = {}
         self._stage_costs: dict[object, Costs] = {}
+        self._flops: dict[int, tuple[float, float]] = {}
+        self._pipelines = Pipelines()
 
     def body(self, candidate: Candidate) -> Body:
         """The module, taken apart as a candidate has it."""
@@ -96,89 +118,78 @@ class Estimator:
         Raises:
             ConfigurationError: the module cannot be split so.
         """
-        layout, rows, count = candidate.layout, candidate.rows, candidate.layout.microbatches or 1
-        cuts, times = self.cuts(candidate), self.times(candidate)
+        layout, count = candidate.layout, candidate.layout.microbatches or 1
+        cuts, figures = self.cuts(candidate), self.figures(candidate)
         costs = self._costs(candidate)
-        pipeline, timeline = self._replay(candidate, costs)
-        weights = self.weights(candidate)
-        most = max(weights, key=lambda each: each.trained)
+        pipeline, waited = self._replay(candidate, costs)
+        most = _most(self.weights(candidate))
         dp_seconds, dp_bytes = self._reduction(candidate, most)
         optimizer = self._optimizer_seconds(candidate, most)
         step = pipeline + dp_seconds + optimizer
         busiest = max(range(layout.pp), key=lambda pp: self._busy(costs, candidate, pp))
         blocks = blocks_of(layout, cuts, busiest)
-        compute = count * sum(times[b].forward + times[b].input_gradient + times[b].weight_gradient for b in blocks)
+        compute = count * float(figures.compute[blocks].sum())
         busy = count * self._busy(costs, candidate, busiest)
         late = max(0.0, busy - compute)
         waits = late
         if layout.zero == 3:  # the rest is for parameters
-            waits = min(late, count * sum(times[b].waits_forward + times[b].waits_backward for b in blocks))
-        exposed = timeline.exposed_transfer_seconds[busiest] if timeline is not None else 0.0
+            waits = min(late, count * float((figures.waits_forward + figures.waits_backward)[blocks].sum()))
         idle = max(0.0, pipeline - busy)
+        exposed = min(waited[busiest], idle)
         parts = {
-            "compute": compute, "tp": waits, "pp": min(exposed, idle), "bubble": idle - min(exposed, idle),
-            "dp": dp_seconds + late - waits, "optimizer": optimizer,
+            "compute": compute, "tp": waits, "pp": exposed, "bubble": idle - exposed, "dp": dp_seconds + late - waits,
+            "optimizer": optimizer,
         }  # fmt: skip
-        body = self.body(candidate)
-        hidden = max((body.blocks[stage[-1]].sent(rows) for stage in cuts[:-1]), default=0.0)
+        hidden = _hidden_bytes(figures, cuts)
         num_sends = 2 * count * layout.vp if layout.pp > 1 else 0
-        sent = {"tp": count * sum(times[b].sent_bytes for b in blocks), "pp": num_sends * hidden, "dp": dp_bytes}
+        sent = {"tp": count * float(figures.sent_bytes[blocks].sum()), "pp": num_sends * hidden, "dp": dp_bytes}
         rings = {"tp": tp_ring(layout, self.cluster), "dp": dp_ring(layout, self.cluster)}
         links = {axis: ring.is_inside for axis, ring in rings.items()}
         links["pp"] = stage_link(layout, self.cluster) is self.cluster.inside
-        return Estimate(candidate, step, parts, self.memory(candidate), sent, links, self._flops(candidate), timeline)
+        replayed = None if layout.pp == 1 else (self._pipelines.table(_sizes(candidate), count), costs)
+        return Estimate(candidate, step, parts, self.memory(candidate), sent, links, self._flops_of(candidate), replayed)
 
     def quick(self, candidate: Candidate) -> tuple[float, int]:
-        """About the seconds of a step, and the least that the fullest rank stores: in microseconds, to sort thousands by."""
+        """What the seconds of a step do not fall below, and the least that the fullest rank stores: to sort thousands by."""
         layout, count = candidate.layout, candidate.layout.microbatches or 1
-        cuts, costs = self.cuts(candidate), self._costs(candidate)
-        per_rank = max(self._busy(costs, candidate, pp) for pp in {0, layout.pp - 1})
         weights = self.weights(candidate)
-        idle = (layout.pp - 1) / layout.vp * (per_rank if not candidate.splits_backward else per_rank / 3)
-        dp_seconds, _ = self._reduction(candidate, weights[0])
-        seconds = count * per_rank + idle + dp_seconds + self._optimizer_seconds(candidate, weights[0])
+        most = _most(weights)
+        pipeline = self._pipelines.least_seconds(_sizes(candidate), count, self._costs(candidate))
+        seconds = pipeline + self._reduction(candidate, most)[0] + self._optimizer_seconds(candidate, most)
         in_flight = min(count, layout.pp) if layout.pp > 1 else 1
-        body = self.body(candidate)
-        held = sum(body.blocks[b].stored("F", candidate.rows).after for b in blocks_of(layout, cuts, 0))
         states = sum(model_states(weights[0], layout.zero, layout.dp or 1).values())
-        return seconds, states + in_flight * held
+        return seconds, states + in_flight * self._held_first(candidate)
 
     def memory(self, candidate: Candidate) -> tuple[RankMemory, ...]:
         """What each pp coordinate stores."""
-        layout, rows = candidate.layout, candidate.rows
-        body, cuts = self.body(candidate), self.cuts(candidate)
-        stages = [stage_memory([body.blocks[b] for b in blocks], rows) for blocks in cuts]
-        table = build_schedule(candidate.schedule, layout.pp, layout.vp, self._few(candidate))
+        layout = candidate.layout
+        cuts, holdings = self.cuts(candidate), self.holdings(candidate)
+        peaks = self._pipelines.peaks(_sizes(candidate), layout.microbatches or 1, self._stage_memories(candidate))
         found = []
-        for pp, (row, states) in enumerate(zip(table, self.states(candidate), strict=True)):
-            held, peak = peak_bytes(row, stages)
+        for pp, ((held, peak), states) in enumerate(zip(peaks, self.states(candidate), strict=True)):
             gathered = 0
             if layout.zero == 3:
-                gathered = 2 * max(self.holdings(candidate).of([b]).parameter_bytes for b in blocks_of(layout, cuts, pp))
+                gathered = 2 * max(holdings.alone[b].parameter_bytes for b in blocks_of(layout, cuts, pp))
             found.append(RankMemory(states.parameters, states.gradients, states.states, held, peak - held, gathered))
         return tuple(found)
 
     # ------------------------------------------------------------------ kept
 
-    def times(self, candidate: Candidate) -> list[BlockTime]:
+    def figures(self, candidate: Candidate) -> BlockFigures:
         """Of every block."""
         layout = candidate.layout
         key = layout.tp, layout.sp, candidate.recompute, candidate.rows
-        if key not in self._times:
-            ring, known = tp_ring(layout, self.cluster), dict[int, BlockTime]()
-            for block in self.body(candidate).blocks:
-                if id(block) not in known:
-                    known[id(block)] = time_block(block, candidate.rows, self.cluster.device, ring)
-            self._times[key] = [known[id(block)] for block in self.body(candidate).blocks]
-        return self._times[key]
+        if key not in self._figures:
+            blocks, ring = self.body(candidate).blocks, tp_ring(layout, self.cluster)
+            self._figures[key] = figures_of(blocks, candidate.rows, self.clock, ring)
+        return self._figures[key]
 
     def cuts(self, candidate: Candidate) -> list[range]:
-        """The blocks of each stage."""
-        layout = candidate.layout
-        key = layout.tp, layout.sp, layout.num_stages
-        if key not in self._cuts:
-            self._cuts[key] = cut(self.body(candidate), layout.num_stages)
-        return self._cuts[key]
+        """The blocks of each stage; the same for every tp."""
+        num_stages = candidate.layout.num_stages
+        if num_stages not in self._cuts:
+            self._cuts[num_stages] = cut(self.body(candidate), num_stages)
+        return self._cuts[num_stages]
 
     def holdings(self, candidate: Candidate) -> Holdings:
         """The parameters of each block."""
@@ -206,6 +217,24 @@ class Estimator:
             self._states[key] = [held_bytes(parameters, layout, self.anatomy.form) for parameters in held]
         return self._states[key]
 
+    def _stage_memories(self, candidate: Candidate) -> list[StageMemory]:
+        """Of a microbatch on each stage."""
+        layout, rows = candidate.layout, candidate.rows
+        key = layout.tp, layout.sp, candidate.recompute, rows, layout.num_stages
+        if key not in self._memories:
+            blocks = self.body(candidate).blocks
+            self._memories[key] = [stage_memory([blocks[b] for b in stage], rows) for stage in self.cuts(candidate)]
+        return self._memories[key]
+
+    def _held_first(self, candidate: Candidate) -> int:
+        """What a microbatch leaves on the first rank."""
+        layout, rows = candidate.layout, candidate.rows
+        key = layout.tp, layout.sp, candidate.recompute, rows, layout.pp, layout.vp, layout.placement
+        if key not in self._held:
+            first = blocks_of(layout, self.cuts(candidate), 0)
+            self._held[key] = int(self.figures(candidate).held_bytes[first].sum())
+        return self._held[key]
+
     # ------------------------------------------------------------------ seconds
 
     def _costs(self, candidate: Candidate) -> Costs:
@@ -228,48 +257,32 @@ class Estimator:
         return self._stage_costs[key]
 
     def _find_costs(self, candidate: Candidate) -> Costs:
-        layout, body = candidate.layout, self.body(candidate)
-        cuts, times = self.cuts(candidate), self.times(candidate)
-        gathers = [0.0] * len(times)
+        layout = candidate.layout
+        cuts, figures = self.cuts(candidate), self.figures(candidate)
+        gathers = np.zeros(len(figures.forward))
         if layout.zero == 3:
-            ring, holdings = dp_ring(layout, self.cluster), self.holdings(candidate)
-            gathers = [ring.seconds("all_gather", holdings.of([b]).parameter_bytes) for b in range(len(times))]
-        forward, inputs, weights = [], [], []
-        for blocks in cuts:
-            forwards = [times[b].forward + times[b].waits_forward for b in blocks]
-            weights.append(sum(times[b].weight_gradient for b in blocks))
-            backwards = [
-                times[b].input_gradient + times[b].weight_gradient + times[b].waits(candidate.splits_backward) for b in blocks
-            ]
-            own = [gathers[b] for b in blocks]
-            forward.append(gathered_ahead(forwards, own))
-            inputs.append(gathered_ahead(backwards[::-1], own[::-1]) - weights[-1])
-        hidden = max((body.blocks[stage[-1]].sent(candidate.rows) for stage in cuts[:-1]), default=0.0)
-        transfer = stage_link(layout, self.cluster).seconds(hidden) if layout.pp > 1 else 0.0
-        return Costs(forward, inputs, weights, transfer)
+            ring, sizes = dp_ring(layout, self.cluster), [each.parameter_bytes for each in self.holdings(candidate).alone]
+            seconds = {size: ring.seconds("all_gather", size) for size in set(sizes)}
+            gathers = np.array([seconds[size] for size in sizes])
+        forward = gathered_ahead(figures.forward + figures.waits_forward, gathers, cuts)
+        backwards = figures.input_gradient + figures.weight_gradient + figures.waits(candidate.splits_backward)
+        weights = by_stage(figures.weight_gradient, cuts)
+        inputs = gathered_ahead(backwards, gathers, cuts, backward=True) - weights
+        transfer = stage_link(layout, self.cluster).seconds(_hidden_bytes(figures, cuts)) if layout.pp > 1 else 0.0
+        return Costs(tuple(forward.tolist()), tuple(inputs.tolist()), tuple(weights.tolist()), transfer)
 
     def _busy(self, costs: Costs, candidate: Candidate, pp: int) -> float:
         """Seconds of a rank with one microbatch."""
         stages = candidate.layout.stages_of(pp)
         return sum(costs.forward[s] + costs.input_gradient[s] + costs.weight_gradient[s] for s in stages)
 
-    def _few(self, candidate: Candidate) -> int:
-        """Microbatches that are replayed: a multiple of the ranks, or all."""
-        layout = candidate.layout
-        return min(layout.microbatches or 1, _ROUNDS * layout.pp)
-
-    def _replay(self, candidate: Candidate, costs: Costs) -> tuple[float, Timeline | None]:
-        layout, count = candidate.layout, candidate.layout.microbatches or 1
-        if layout.pp == 1:
-            return count * self._busy(costs, candidate, 0), None
-        few = self._few(candidate)
-        timeline = simulate(build_schedule(candidate.schedule, layout.pp, layout.vp, few), costs)
-        seconds = timeline.makespan_seconds
-        if few < count:  # a period of the middle
-            period = layout.pp if layout.vp > 1 else 1
-            more = simulate(build_schedule(candidate.schedule, layout.pp, layout.vp, few + period), costs)
-            seconds += (more.makespan_seconds - seconds) / period * (count - few)
-        return seconds, timeline
+    def _replay(self, candidate: Candidate, costs: Costs) -> tuple[float, Sequence[float]]:
+        """Seconds of the pipeline, and of each rank how long it waits for what travels."""
+        count = candidate.layout.microbatches or 1
+        if candidate.layout.pp == 1:
+            return count * self._busy(costs, candidate, 0), (0.0,)
+        pace = self._pipelines.pace(_sizes(candidate), count, costs)
+        return pace.makespan_seconds, pace.exposed_transfer_seconds
 
     def _reduction(self, candidate: Candidate, weights: Weights) -> tuple[float, float]:
         """Seconds after the backward, and bytes that a rank sends in a step, over dp."""
@@ -290,19 +303,26 @@ class Estimator:
         states = model_states(weights, candidate.layout.zero, candidate.layout.dp or 1)["states"]
         return _STEP_PASSES * states / self.cluster.device.memory_bandwidth
 
-    def _flops(self, candidate: Candidate) -> tuple[float, float]:
+    def _flops_of(self, candidate: Candidate) -> tuple[float, float]:
         """Of a step: three times the forward of every sample, as one device would compute it."""
-        alone = self.anatomy.body(1, False, "none")
-        pairs = [block.work["F"].flops(candidate.rows) for block in alone.blocks]
-        scale = 3 * candidate.samples / candidate.rows
-        return scale * sum(pair[0] for pair in pairs), scale * sum(pair[1] for pair in pairs)
+        rows = candidate.rows
+        if rows not in self._flops:
+            pairs = [block.work["F"].flops(rows) for block in self.anatomy.body(1, False, "none").blocks]
+            self._flops[rows] = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+        causal, whole = self._flops[rows]
+        scale = 3 * (candidate.layout.microbatches or 1) * (candidate.layout.dp or 1)
+        return scale * causal, scale * whole
 
 
-def gathered_ahead(computes: Sequence[float], gathers: Sequence[float]) -> float:
-    """Seconds of blocks of which each is gathered while the one before it computes; nothing computes before the first is there.
+def _hidden_bytes(figures: BlockFigures, cuts: Sequence[range]) -> float:
+    """The most that a stage sends to the next one."""
+    return float(figures.hidden_bytes[[stage[-1] for stage in cuts[:-1]]].max(initial=0.0))
 
-    Args:
-        computes: seconds of each block, in the order in which they run.
-        gathers: of its parameters.
-    """
-    return gathers[0] + sum(max(each, coming) for each, coming in zip(computes, [*gathers[1:], 0.0], strict=True))
+
+def _most(weights: Sequence[Weights]) -> Weights:
+    """Of the rank that steps most."""
+    return max(weights, key=lambda each: each.trained)
+
+
+def _sizes(candidate: Candidate) -> Sizes:
+    return candidate.schedule, candidate.layout.pp, candidate.layout.vp

@@ -12,7 +12,7 @@ from lightning_par.planner.advice import advise
 from lightning_par.planner.estimate import Estimate
 from lightning_par.planner.search import Miss, Outlook
 
-_AXES = ("tp", "pp", "dp")
+AXES = ("tp", "pp", "dp")
 _NUM_MISSES = 12
 _BEST = (
     "rate: {unit} of a device in a second; MFU: with causal attention counted half (and whole); memory: of the fullest rank; "
@@ -40,8 +40,10 @@ def print_outlook(outlook: Outlook, console: Console, tokens: int | None) -> Non
     console.print(_techniques(outlook))
     for words in advise(outlook):
         console.print(f"- {words}", markup=False, highlight=False)
-    for miss in _nearest(outlook.misses):
+    for miss in nearest(outlook.misses):
         console.print(f"not {miss.words}: {miss.reason}", markup=False, highlight=False)
+    told = "; ".join(f"{what}: {words}" for what, words in where_from(outlook).items())
+    console.print(told, markup=False, highlight=False, soft_wrap=True)
     console.print(f"rates: {cluster.source}", markup=False, highlight=False, style="dim")
 
 
@@ -52,6 +54,7 @@ def outlook_json(outlook: Outlook, tokens: int | None) -> dict[str, Any]:
         "num_devices": outlook.cluster.num_devices,
         "batch": outlook.batch,
         "source": outlook.cluster.source,
+        "where_from": where_from(outlook),
         "best": [_json(estimate, outlook, tokens) for estimate in outlook.best],
         "alone": {name: _json(estimate, outlook, tokens) for name, estimate in outlook.alone},
         "misses": [{"words": miss.words, "reason": miss.reason} for miss in outlook.misses],
@@ -76,6 +79,21 @@ def _json(estimate: Estimate, outlook: Outlook, tokens: int | None) -> dict[str,
     }
 
 
+def where_from(outlook: Outlook) -> dict[str, str]:
+    """Which numbers were measured, and which are the datasheet's."""
+    calibration, (measured, count) = outlook.cluster.calibration, outlook.measured
+    words = {"compute": "datasheet"}
+    if calibration is not None and measured:
+        words["compute"] = f"measured on {calibration.device} on {calibration.date} for {measured} of {count} actions of blocks"
+        words["compute"] += ", the rest by the datasheet, scaled as those are to theirs" if measured < count else ""
+    elif calibration is not None and calibration.series:
+        words["compute"] = f"datasheet (of this model nothing is measured on {calibration.device})"
+    links = {} if calibration is None else calibration.links
+    for name, title in (("inside", "inside a node"), ("between", "between nodes")):
+        words[title] = "measured" if name in links else "datasheet"
+    return words
+
+
 def rate(estimate: Estimate, outlook: Outlook, tokens: int | None) -> float:
     """Tokens, or samples where there are none, of a device in a second."""
     return (tokens or 1) / estimate.sample_seconds / outlook.cluster.num_devices
@@ -93,7 +111,7 @@ def model_flops_utilization(estimate: Estimate, outlook: Outlook) -> tuple[float
 
 def _best(outlook: Outlook, tokens: int | None) -> Table:
     table = Table("what to type", caption=_BEST.format(unit="samples" if tokens is None else "tokens"), caption_justify="left")
-    for heading in ("step", "rate", "MFU", "memory", "bubble", *(f"{axis} waits" for axis in _AXES)):
+    for heading in ("step", "rate", "MFU", "memory", "bubble", *(f"{axis} waits" for axis in AXES)):
         table.add_column(heading, justify="right", no_wrap=True)
     for estimate in outlook.best:
         causal, whole = model_flops_utilization(estimate, outlook)
@@ -104,7 +122,7 @@ def _best(outlook: Outlook, tokens: int | None) -> Table:
             f"{causal:.1%} ({whole:.1%})",
             format_bytes(estimate.most_bytes),
             f"{estimate.bubble:.1%}",
-            *(f"{estimate.parts[axis] / estimate.step_seconds:.1%}" for axis in _AXES),
+            *(f"{estimate.parts[axis] / estimate.step_seconds:.1%}" for axis in AXES),
         )
     return table
 
@@ -131,14 +149,15 @@ def _techniques(outlook: Outlook) -> Table:
 
 def _sends(estimate: Estimate) -> list[str]:
     """``1.5 GiB tp in a node``."""
-    return [
-        f"{format_bytes(size)} {axis} {'in a node' if estimate.links[axis] else 'between nodes'}"
-        for axis, size in estimate.sent_bytes.items()
-        if size
-    ]
+    return [f"{format_bytes(size)} {axis} {where(estimate, axis)}" for axis, size in estimate.sent_bytes.items() if size]
 
 
-def _nearest(misses: tuple[Miss, ...]) -> list[Miss]:
+def where(estimate: Estimate, axis: str) -> str:
+    """Over which links an axis sends."""
+    return "in a node" if estimate.links[axis] else "between nodes"
+
+
+def nearest(misses: tuple[Miss, ...]) -> list[Miss]:
     """A few of each reason."""
     kinds: dict[str, list[Miss]] = {}
     for miss in misses:

@@ -1,7 +1,7 @@
 """The best ways to run a module on a cluster, and why not the others.
 
-All meshes are cut down in three passes: what divides, what fits (as little as needed computed again), and of what is left the
-quickest by a closed form are replayed.
+All meshes are cut down in three passes: what divides, what fits (as little as needed computed again), and what may be among the
+quickest by what its step cannot fall below. That is replayed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_par.planner.cluster import Cluster
 from lightning_par.planner.estimate import Estimate, Estimator
 
 NUM_BEST = 10
-_NUM_KINDS, _NUM_REPLAYED = 2 * NUM_BEST, 2  # meshes with a ZeRO stage that are replayed, and ways of each
+_NUM_KINDS = 2 * NUM_BEST  # meshes with a ZeRO stage that are replayed at least
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
@@ -69,6 +69,7 @@ class Outlook:
         misses: the nearest others.
         num_considered: ways that divide and fit.
         alone: of each technique alone the estimate, by its name, where the module divides by it.
+        measured: of the different actions that were timed how many were measured, and how many there are.
     """
 
     cluster: Cluster
@@ -77,6 +78,7 @@ class Outlook:
     misses: tuple[Miss, ...]
     num_considered: int
     alone: tuple[tuple[str, Estimate], ...] = ()
+    measured: tuple[int, int] = (0, 0)
 
 
 def search(anatomy: Anatomy, cluster: Cluster, batch: int, limits: Limits = Limits()) -> Outlook:
@@ -112,8 +114,8 @@ def search(anatomy: Anatomy, cluster: Cluster, batch: int, limits: Limits = Limi
     if not best:
         raise _nothing(cluster, batch, misses, least)
     misses += _slower(best)
-    considered = len(fitting)
-    return Outlook(cluster, batch, tuple(best[:NUM_BEST]), tuple(misses), considered, _alone(estimator, batch, limits))
+    alone = _alone(estimator, batch, limits)
+    return Outlook(cluster, batch, tuple(best[:NUM_BEST]), tuple(misses), len(fitting), alone, estimator.clock.coverage)
 
 
 def _divided(anatomy: Anatomy, cluster: Cluster, batch: int, limits: Limits, misses: list[Miss]) -> list[tuple[Layout, bool, int]]:
@@ -173,16 +175,26 @@ def _fit(estimator: Estimator, plain: Candidate, words: Sequence[Recompute]) -> 
 def _replayed(
     estimator: Estimator, fitting: list[tuple[float, Candidate]], cluster: Cluster, words: Sequence[Recompute]
 ) -> list[Estimate]:
-    """Of each mesh and ZeRO stage the best microbatches and schedule, replayed; the best first."""
-    kinds: dict[object, list[Candidate]] = {}
-    for _, candidate in sorted(fitting, key=lambda each: each[0]):
+    """Of each mesh and ZeRO stage the best microbatches and schedule, replayed; the best first.
+
+    What cannot be quicker than one of its kind that has been replayed is not, and no more kinds are than can be among the best.
+    """
+    kinds: dict[object, list[tuple[float, Candidate]]] = {}
+    for least, candidate in sorted(fitting, key=lambda each: each[0]):
         layout = candidate.layout
-        kinds.setdefault((layout.tp, layout.pp, layout.zero), []).append(candidate)
-    found = []
-    for alike in list(kinds.values())[:_NUM_KINDS]:
-        tried = (_fitted(estimator, candidate, cluster.device.usable_bytes, words) for candidate in alike[:_NUM_REPLAYED])
-        fits = [estimate for estimate in tried if estimate is not None]
-        found += sorted(fits, key=_merit)[:1]
+        kinds.setdefault((layout.tp, layout.pp, layout.zero), []).append((least, candidate))
+    found = list[Estimate]()
+    for alike in kinds.values():
+        if len(found) >= _NUM_KINDS and alike[0][0] > sorted(found, key=_merit)[NUM_BEST - 1].sample_seconds:
+            break
+        best: Estimate | None = None
+        for least, candidate in alike:
+            if best is not None and least > best.sample_seconds:
+                break
+            tried = _fitted(estimator, candidate, cluster.device.usable_bytes, words)
+            if tried is not None and (best is None or _merit(tried) < _merit(best)):
+                best = tried
+        found += [] if best is None else [best]
     return sorted(found, key=_merit)
 
 

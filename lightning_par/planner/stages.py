@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
 
 from lightning_par.layout import Layout
 from lightning_par.memory.optimizer import OptimizerForm
@@ -14,66 +17,94 @@ from lightning_par.pipeline.action import Kind
 from lightning_par.plan.partition import partition_blocks
 from lightning_par.plan.plan import ParameterPlan
 from lightning_par.planner.anatomy import Block, Body
-from lightning_par.planner.cluster import Device
+from lightning_par.planner.clock import Clock
 from lightning_par.planner.traffic import Ring
 
+_KINDS: tuple[Kind, ...] = ("F", "I", "W")
 _BACKWARDS: tuple[Kind, ...] = ("B", "I", "W")
 
 
 @dataclass(frozen=True)
-class BlockTime:
-    """Seconds of one block with one microbatch on a tp rank.
+class BlockFigures:
+    """What every block does with one microbatch on a tp rank, each an array by block.
 
     Attributes:
-        forward, input_gradient, weight_gradient: of computation.
-        waits_forward, waits_input_gradient: that it waits for collectives over tp.
+        forward, input_gradient, weight_gradient: seconds of computation.
+        waits_forward, waits_input_gradient: seconds for which it waits for collectives over tp.
         waits_backward: the same of a backward that is not split: weight gradients are computed meanwhile.
         sent_bytes: that the rank sends over tp, forward and backward.
+        held_bytes: that a forward leaves for the backward, without what other blocks of the stage store too.
+        hidden_bytes: that go to the next block.
     """
 
-    forward: float
-    input_gradient: float
-    weight_gradient: float
-    waits_forward: float
-    waits_input_gradient: float
-    waits_backward: float
-    sent_bytes: float
+    forward: np.ndarray
+    input_gradient: np.ndarray
+    weight_gradient: np.ndarray
+    waits_forward: np.ndarray
+    waits_input_gradient: np.ndarray
+    waits_backward: np.ndarray
+    sent_bytes: np.ndarray
+    held_bytes: np.ndarray
+    hidden_bytes: np.ndarray
 
-    def waits(self, splits_backward: bool) -> float:
+    @property
+    def compute(self) -> np.ndarray:
+        """Seconds of all computation."""
+        return self.forward + self.input_gradient + self.weight_gradient
+
+    def waits(self, splits_backward: bool) -> np.ndarray:
         """Of a backward, in halves or not."""
         return self.waits_input_gradient if splits_backward else self.waits_backward
 
 
-def time_block(block: Block, rows: int, device: Device, ring: Ring) -> BlockTime:
-    """How long a block takes."""
-    sent = {kind: block.work[kind].sent(rows) for kind in ("F", "I", "W")}
-    waits = {kind: work.waits(rows, device, ring.seconds) for kind, work in block.work.items()}
+def figures_of(blocks: Sequence[Block], rows: int, clock: Clock, ring: Ring) -> BlockFigures:
+    """What blocks do; equal ones are asked once."""
+    known = {id(block): block for block in blocks}
+    found = {key: _figures(block, rows, clock, ring) for key, block in known.items()}
+    return BlockFigures(*np.array([found[id(block)] for block in blocks]).T)
+
+
+def _figures(block: Block, rows: int, clock: Clock, ring: Ring) -> tuple[float, ...]:
+    work, device = block.work, clock.device
+    paces = {kind: clock.pace(work[kind], rows) for kind in _KINDS}
+    computed = [pace * work[kind].seconds(rows, device) for kind, pace in paces.items()]
+    paces["B"] = paces["I"]
+    waits = {kind: each.waits(rows, device, ring.seconds, paces[kind]) for kind, each in work.items()}
     split = waits["I"] + waits["W"]
-    forward, input_gradient, weight_gradient = (block.work[kind].seconds(rows, device) for kind in ("F", "I", "W"))
-    return BlockTime(
-        forward,
-        input_gradient,
-        weight_gradient,
-        waits["F"],
-        split,
-        waits.get("B", split),
-        sum(ring.sent_bytes(*each) for each in (*sent["F"], *sent["I"], *sent["W"])),
-    )
+    sent_bytes = sum(ring.sent_bytes(*each) for kind in _KINDS for each in work[kind].sent(rows))
+    held = block.stored("F", rows).after - block.shared(rows)
+    return *computed, waits["F"], split, waits.get("B", split), sent_bytes, held, block.sent(rows)
+
+
+def by_stage(of_blocks: np.ndarray, cuts: Sequence[range]) -> np.ndarray:
+    """The sum of each stage's blocks."""
+    sums: np.ndarray = np.add.reduceat(of_blocks, [stage.start for stage in cuts])
+    return sums
+
+
+def gathered_ahead(computes: np.ndarray, gathers: np.ndarray, cuts: Sequence[range], backward: bool = False) -> np.ndarray:
+    """Seconds of stages: each block is gathered while the one before it computes; nothing computes before the first is there.
+
+    Args:
+        computes: seconds of each block.
+        gathers: of its parameters.
+        cuts: the blocks of each stage.
+        backward: whether they run in the opposite order.
+    """
+    firsts, lasts = [stage[0] for stage in cuts], [stage[-1] for stage in cuts]
+    if backward:
+        firsts, lasts = lasts, firsts
+    coming = np.roll(gathers, 1 if backward else -1)
+    coming[lasts] = 0.0
+    return gathers[firsts] + by_stage(np.maximum(computes, coming), cuts)
 
 
 def cut(body: Body, num_stages: int) -> list[range]:
     """The blocks of each stage, as `lightning_par.plan.cut` has them: by the floating-point operations of the dry run."""
     if num_stages == 1:
         return [range(len(body.blocks))]
-    counts = _partition(tuple(stage.flops for stage in body.plan.stages), num_stages)
-    ends = list(accumulate(counts))
+    ends = list(accumulate(counts := partition_blocks(body.flops, num_stages)))
     return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
-
-
-@cache
-def _partition(flops: tuple[int, ...], num_stages: int) -> list[int]:
-    """The same for every tp, and dear for many blocks."""
-    return partition_blocks(flops, num_stages)
 
 
 def stage_memory(blocks: Sequence[Block], rows: int) -> StageMemory:
@@ -105,8 +136,7 @@ def _chained(actions: Sequence[ActionMemory]) -> ActionMemory:
     return ActionMemory(before, held, peak)
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """The parameters of some blocks on one tp rank.
 
     Attributes:
@@ -125,9 +155,6 @@ class Weights:
     state_bytes: int = 0
     master_bytes: int = 0
 
-    def __add__(self, other: Weights) -> Weights:
-        return Weights(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
-
 
 class Holdings:
     """The parameters of a body by block; one that several blocks use is held once by a rank.
@@ -140,34 +167,42 @@ class Holdings:
     def __init__(self, body: Body, form: OptimizerForm) -> None:
         kept = {name: group.element_bytes for group in form.groups for name in group.names}
         count = len(body.blocks)
-        self._own = [Weights()] * count
+        own: list[list[Weights]] = [[] for _ in range(count)]
         self._shared: list[tuple[frozenset[int], Weights]] = []
         self._parameters: list[list[ParameterPlan]] = [[] for _ in range(count)]
-        for parameter in body.plan.parameters:
+        for parameter in body.parameters:
             holders = frozenset(block for _, blocks in parameter.aliases for block in blocks) if count > 1 else frozenset([0])
             for block in holders:
                 self._parameters[block].append(parameter)
             weights = _weights(
-                parameter.local_numel(body.plan.layout.tp),
+                parameter.local_numel(body.tp),
                 parameter.itemsize,
                 parameter.requires_grad,
                 kept.get(parameter.spec.name, 0),
             )
             if len(holders) == 1:
-                block = next(iter(holders))
-                self._own[block] += weights
+                own[next(iter(holders))].append(weights)
             else:
                 self._shared.append((holders, weights))
+        self._own = [_total(each) for each in own]
 
     def of(self, blocks: Sequence[int]) -> Weights:
         """Of a rank with some blocks."""
-        there = set(blocks)
-        total = sum((self._own[block] for block in blocks), Weights())
-        return sum((weights for holders, weights in self._shared if holders & there), total)
+        shared = [weights for holders, weights in self._shared if not holders.isdisjoint(blocks)]
+        return _total([*(self._own[block] for block in blocks), *shared])
 
     def parameters(self, blocks: Sequence[int]) -> list[ParameterPlan]:
         """Of a rank with some blocks, each once."""
         return list({parameter.spec.name: parameter for block in blocks for parameter in self._parameters[block]}.values())
+
+    @cached_property
+    def alone(self) -> list[Weights]:
+        """Of a rank with each block alone."""
+        return [self.of([block]) for block in range(len(self._own))]
+
+
+def _total(each: Iterable[Weights]) -> Weights:
+    return Weights(*map(sum, zip(*each, strict=True)))
 
 
 def _weights(elements: int, itemsize: int, is_trained: bool, kept: int) -> Weights:

@@ -9,10 +9,16 @@ With d ranks and a whole tensor of n bytes each of them sends::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from lightning_par.layout import Layout
-from lightning_par.planner.cluster import Cluster, Link
+from lightning_par.planner.cluster import Cluster
+from lightning_par.planner.link import Link
+
+_LEAST = 1e-12  # seconds of a message or of a byte: noise can make a fit negative
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,19 @@ class Ring:
             return 0.0
         messages = (2 if kind == "all_reduce" else 1) * (self.size - 1)
         return messages * self.link.latency_seconds + self.sent_bytes(kind, num_bytes) / self.link.bytes_per_second
+
+
+def fit_link(size: int, times: Sequence[tuple[float, float]]) -> Link:
+    """The link with which a ring comes nearest to what was measured, in the least squares of relative errors.
+
+    Args:
+        size: ranks.
+        times: of all-reduces, the bytes of the whole tensor and the seconds.
+    """
+    by_latency, by_byte = Ring(size, Link(np.inf, 1.0), True), Ring(size, Link(1.0, 0.0), True)
+    columns = [[ring.seconds("all_reduce", num_bytes) / seconds for ring in (by_latency, by_byte)] for num_bytes, seconds in times]
+    latency, per_byte = np.linalg.lstsq(np.array(columns), np.ones(len(times)), rcond=None)[0]
+    return Link(1 / max(float(per_byte), _LEAST), max(float(latency), _LEAST))
 
 
 def tp_ring(layout: Layout, cluster: Cluster) -> Ring:

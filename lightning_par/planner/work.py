@@ -7,8 +7,10 @@ written; a compiler that joins some of them saves reads and writes that are coun
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from lightning_par.runtime.axis import Wait
 from lightning_par.runtime.nested import tensors_in
 
 _ATEN = torch.ops.aten
+_NUM_DIGITS = 16  # of a digest: of a million of them no two are equal by chance
 # attention on a CPU, where dry runs are, of which torch counts nothing: the counter, where the shapes begin, where is_causal is
 _ATTENTION: dict[Any, tuple[Any, int, int, int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: (sdpa_flop_count, 0, 3, 4),
@@ -112,21 +115,30 @@ class Line:
         self._ops = tuple(np.array(work.ops, dtype=float).reshape(-1, 4) for work in (few, more))
         self._sent = tuple(np.array([size for _, size in work.sent]) for work in (few, more))
 
+    @cached_property
+    def digest(self) -> str:
+        """The same for the same operations in the same order, whatever module they are of."""
+        found = hashlib.sha256(repr((self.dtypes, self.kinds, self._rows)).encode())
+        for numbers in (*self._ops, *self._sent):
+            found.update(numbers.astype("<f8").tobytes())
+        return found.hexdigest()[:_NUM_DIGITS]
+
     def seconds(self, rows: int, device: Device) -> float:
         """On a device, without what is sent."""
         return float(self._each(rows, device).sum())
 
-    def waits(self, rows: int, device: Device, seconds: Callable[[str, float], float]) -> float:
+    def waits(self, rows: int, device: Device, seconds: Callable[[str, float], float], pace: float = 1.0) -> float:
         """Seconds that nothing is computed because a collective over tp is not over.
 
         Args:
             rows: of the microbatch.
             device: what computes meanwhile.
             seconds: of a collective, from its kind and the bytes of the whole tensor.
+            pace: how many times longer than `seconds` the device takes.
         """
         if not self._spans:
             return 0.0
-        computed = np.concatenate(([0.0], np.cumsum(self._each(rows, device))))
+        computed = pace * np.concatenate(([0.0], np.cumsum(self._each(rows, device))))
         travels = [seconds(*each) for each in self.sent(rows)]
         pairs = zip(travels, self._spans, strict=True)
         return float(sum(max(0.0, travel - (computed[end] - computed[begin])) for travel, (begin, end) in pairs))
