@@ -22,8 +22,11 @@ are those of `conf/cluster`. What the sources say is in `benchmarks/published_ru
 
 - the runs are of other programs, with kernels that join operations and reductions that travel during the backward; the forecast
   is of this one, with operations as transformers writes them
-- of arXiv 2205.05198 all four sizes, of torchtitan the rows without torch.compile, float8 and context parallelism; rows in FP8, as
-  NVIDIA's for H100, are not among them: the planner has no rate for float8 yet
+- of arXiv 2205.05198 all four sizes; of torchtitan the rows without torch.compile, float8 and context parallelism; of
+  arXiv 2104.04473 all of table 1, which says neither the samples of a microbatch nor the stages of a rank: taken are those that are
+  forecast to be quickest and fit
+- Megatron-Bridge's dense rows for H100 (its performance summary of 25.11: Llama 3 8B, 70B, 405B) are all in FP8, for which the
+  planner has no rate yet, so that none of them is here
 
 Made by `python -m benchmarks.published --markdown`.
 """
@@ -32,7 +35,7 @@ Made by `python -m benchmarks.published --markdown`.
 def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """What stands under `HEADINGS`."""
     return [
-        (row.run.source, row.run.name, str(row.run.layout), f"{row.run.seconds:.3g}", f"{row.seconds:.3g}", f"{row.error:+.1%}")
+        (row.run.source, row.run.name, str(row.layout), f"{row.run.seconds:.3g}", f"{row.seconds:.3g}", f"{row.error:+.1%}")
         for row in rows
     ]
 

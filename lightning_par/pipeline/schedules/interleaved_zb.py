@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from lightning_par.pipeline.action import Action, Kind, Table, source_of
+from typing import TypeAlias
+
+from lightning_par.pipeline.action import Action, Table
 from lightning_par.pipeline.schedules.rounds import rounds
+
+_Ends: TypeAlias = list[list[int]]
+_NEVER = 2**62  # a slot that does not come
 
 
 def interleaved_zb(num_ranks: int, num_chunks: int, num_microbatches: int) -> Table:
@@ -22,44 +27,57 @@ def interleaved_zb(num_ranks: int, num_chunks: int, num_microbatches: int) -> Ta
     all its stages. It holds at most the activations of p microbatches, counted to the end of W. Of another number the last
     round is short, and ranks may wait a little in it.
     """
-    ranks = [_Rank(rank, num_ranks, num_chunks, num_microbatches) for rank in range(num_ranks)]
-    ended: dict[Action, int] = {}  # the slot from which on others can take its result
+    forward_ends, input_ends = ([[_NEVER] * num_microbatches for _ in range(num_ranks * num_chunks)] for _ in range(2))
+    ranks = [_Rank(rank, num_ranks, num_chunks, num_microbatches, forward_ends, input_ends) for rank in range(num_ranks)]
     slot = 0
     while not all(rank.has_ended for rank in ranks):
         for rank in ranks:
-            rank.step(slot, ended)
+            rank.step(slot)
         slot += 1
     return tuple(tuple(rank.row) for rank in ranks)
 
 
 class _Rank:
-    """One rank on the way to its row: what it has run, and what it may run next."""
+    """One rank on the way to its row: what it has run, and what it may run next.
 
-    def __init__(self, rank: int, num_ranks: int, num_chunks: int, num_microbatches: int) -> None:
+    Args:
+        rank, num_ranks, num_chunks, num_microbatches: where it is.
+        forward_ends, input_ends: by stage and microbatch the slot from which on others can take the result, of all ranks.
+    """
+
+    def __init__(
+        self, rank: int, num_ranks: int, num_chunks: int, num_microbatches: int, forward_ends: _Ends, input_ends: _Ends
+    ) -> None:
         num_whole, rest = divmod(num_microbatches, num_ranks)
         order = rounds([*[num_ranks] * num_whole, rest], num_chunks)
-        self._num_stages, self._most_held = num_ranks * num_chunks, num_ranks * num_chunks
-        self._forwards = [Action("F", chunk * num_ranks + rank, i) for chunk, i in order]
-        backwards = [((num_chunks - 1 - chunk) * num_ranks + rank, i) for chunk, i in order]
-        self._input_gradients = [Action("I", stage, i) for stage, i in backwards]
-        self._weight_gradients = [Action("W", stage, i) for stage, i in backwards]
-        self._num_done: dict[Kind, int] = {"F": 0, "I": 0, "W": 0}
+        self._num_stages = self._most_held = num_ranks * num_chunks
+        self._forwards = [(chunk * num_ranks + rank, i) for chunk, i in order]
+        self._backwards = [((num_chunks - 1 - chunk) * num_ranks + rank, i) for chunk, i in order]
+        self._forward_ends, self._input_ends = forward_ends, input_ends
+        self._num_forwards = self._num_inputs = self._num_weights = 0
         self.row: list[Action] = []
 
     @property
     def has_ended(self) -> bool:
-        return len(self.row) == 3 * len(self._forwards)
+        return self._num_weights == len(self._forwards)
 
-    def step(self, slot: int, ended: dict[Action, int]) -> None:
+    def step(self, slot: int) -> None:
         """Run the first action that can run in this slot, if any."""
-        f, i, w = self._num_done["F"], self._num_done["I"], self._num_done["W"]
-        candidates = self._input_gradients[i : i + 1]
-        candidates += self._forwards[f : f + 1] if f - w < self._most_held else []
-        candidates += self._weight_gradients[w : w + 1]
-        for action in candidates:
-            source = source_of(action, self._num_stages)
-            if source is None or ended.get(source, slot + 1) <= slot:
-                self._num_done[action.kind] += 1
-                self.row.append(action)
-                ended[action] = slot + 1
+        if self._num_inputs < len(self._backwards):
+            stage, i = self._backwards[self._num_inputs]
+            is_last = stage == self._num_stages - 1
+            if (self._forward_ends[stage][i] if is_last else self._input_ends[stage + 1][i]) <= slot:
+                self._num_inputs += 1
+                self._input_ends[stage][i] = slot + 1
+                self.row.append(Action("I", stage, i))
                 return
+        if self._num_forwards < len(self._forwards) and self._num_forwards - self._num_weights < self._most_held:
+            stage, i = self._forwards[self._num_forwards]
+            if stage == 0 or self._forward_ends[stage - 1][i] <= slot:
+                self._num_forwards += 1
+                self._forward_ends[stage][i] = slot + 1
+                self.row.append(Action("F", stage, i))
+                return
+        if self._num_weights < self._num_inputs:
+            self.row.append(Action("W", *self._backwards[self._num_weights]))
+            self._num_weights += 1
