@@ -182,7 +182,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(3.6 * len(worlds) + 0.4, 4.2), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(worlds), squeeze=False)[0]
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.13, top=0.78, wspace=0.24)
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.12, top=0.8, wspace=0.24)
     kinds = list(dict.fromkeys(_kind(row.words) for row in rows))
     for axes, (world, its) in zip(panels, worlds.items(), strict=True):
         most = 1.06 * max(max(row.forecast, row.measured) for row in its)
@@ -203,8 +203,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.tick_params(labelsize=8, labelcolor=_FAINT, color="#bbbbbb")
         for side, spine in axes.spines.items():
             spine.set(visible=side in ("left", "bottom"), color="#bbbbbb")
-    figure.text(0.02, 0.94, "A step of every layout", fontsize=13, fontweight="bold", color=_TEXT, va="center")
-    figure.legend(ncols=len(kinds), loc="center right", bbox_to_anchor=(0.99, 0.94), frameon=False, fontsize=9, handletextpad=0.2)
+    figure.text(0.02, 0.95, "A step of every layout", fontsize=13, fontweight="bold", color=_TEXT, va="center")
+    figure.legend(ncols=len(kinds), loc="center left", bbox_to_anchor=(0.01, 0.89), frameon=False, fontsize=9, handletextpad=0.2)
     figure.savefig(path, metadata={"Software": None})
 
 

@@ -83,7 +83,7 @@ def ways(cluster: Cluster) -> Iterator[Candidate]:
     """
     for mesh in meshes(cluster, NUM_BLOCKS):
         for sp in (True, False) if mesh.tp > 1 else (False,):
-            for candidate in candidates(mesh, BATCH, sp):
+            for candidate in candidates(mesh, BATCH // (mesh.dp or 1), sp):
                 layout, is_usual = candidate.layout, sp == (mesh.tp > 1)
                 if layout.microbatches == 2 * mesh.pp and (is_usual or layout.zero == 0):
                     yield candidate

@@ -21,12 +21,15 @@ from lightning_par.errors import ConfigurationError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from lightning_par.config.cluster import Question
+
 _EPILOG = """\
 keys:
   cluster=NAME       the machines: a file of conf/cluster, of cluster/ in --config-dir, or a path
   cluster.KEY=VALUE  one number of it, such as cluster.device.memory_gib=40
   num_nodes=N        nodes (default: 1)
   batch=N            samples of a step over all replicas (default: those of the first batch)
+  parallel=WORD      a layout of yours: whether it divides and fits, and by how much it is slower than the best, and why
   calibration=FILE   what `lightning-par calibrate` has measured, or none (default: what it has of this cluster)
 
 All other words are Hydra overrides, such as model=gpt or trainer.precision=bf16-true. The first line that is printed is what to
@@ -68,10 +71,10 @@ def _plan(options: argparse.Namespace) -> None:
         raise SystemExit(2) from None
 
     options.overrides = [*question.overrides, "parallel=single"]
-    run_composed(lambda config: _print(config, cluster, question.batch, options), options)
+    run_composed(lambda config: _print(config, cluster, question, options), options)
 
 
-def _print(config: DictConfig, cluster: Any, batch: int | None, options: argparse.Namespace) -> None:
+def _print(config: DictConfig, cluster: Any, question: Question, options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from lightning_par.config.run import build_run
@@ -81,7 +84,7 @@ def _print(config: DictConfig, cluster: Any, batch: int | None, options: argpars
     quiet_lightning()
     trainer, module, data = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
     with Console(stderr=True).status("building the model") as status:
-        outlook, tokens = outlook_of(trainer, module, data, cluster, batch, status.update)
+        outlook, tokens = outlook_of(trainer, module, data, cluster, question.batch, status.update, question.layout)
     if options.json:
         print(json.dumps(outlook_json(outlook, tokens)))
     else:

@@ -18,6 +18,7 @@ from benchmarks.foresight_memory import Peak, activation_errors, foresee, inexac
 from benchmarks.foresight_memory import Row as Memory
 from benchmarks.foresight_table import Findings, draw, render_json, render_markdown, render_table, wrong
 from benchmarks.foresight_time import (
+    BATCH,
     Row,
     make_cluster,
     make_estimator,
@@ -59,6 +60,8 @@ def test_a_process_sleeps_for_the_products_that_it_computes(monkeypatch: pytest.
     product = rows * LENGTH * 2 * WIDTH * 4 * WIDTH / 2.0
     assert slept[:forward] == [product] * 16 and block_flops(rows) == 2 * 2.0 * product
     assert slept[forward:] == [product] * 31, "of the input of all nothing has a gradient"
+    torch.ones(2, 2) @ torch.ones(2, 2)
+    assert len(slept) == 47, "it is over"
 
 
 def test_sleeping_includes_the_product() -> None:
@@ -210,6 +213,7 @@ def test_layouts_are_all_meshes_with_every_zero_and_schedule() -> None:
     found = list(ways(make_cluster(8)))
     layouts = [candidate.layout for candidate in found]
     assert len(set(found)) == len(found) > 100 and {layout.world_size for layout in layouts} == {8}
+    assert {candidate.samples for candidate in found} == {BATCH}
     assert {layout.zero for layout in layouts} == {0, 1, 2, 3} and {layout.tp for layout in layouts} == {1, 2, 4}
     assert {candidate.schedule for candidate in found} == {"1f1b", "zb-h1", "interleaved", "interleaved-zb", "zb-v"}
     assert {(layout.tp, layout.pp, layout.vp) for layout in layouts} >= {(1, 8, 1), (1, 2, 4), (2, 2, 2), (4, 2, 4)}

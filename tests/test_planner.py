@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +30,11 @@ from lightning_par.memory.optimizer import GroupForm, OptimizerForm
 from lightning_par.pipeline.tables import Tables, choose_schedule, splits_backward
 from lightning_par.planner import Anatomy, Cluster, Device, Link, read_cluster, search
 from lightning_par.planner.advice import advise
+from lightning_par.planner.asked import judge
 from lightning_par.planner.candidate import Candidate, candidates, meshes
 from lightning_par.planner.drawing import write_pictures
 from lightning_par.planner.estimate import Estimator
-from lightning_par.planner.search import Outlook
+from lightning_par.planner.search import Miss, Outlook
 from lightning_par.planner.stages import gathered_ahead
 from lightning_par.planner.traffic import Ring, dp_ring, stage_link, tp_ring
 from lightning_par.planner.work import Line, Work
@@ -83,10 +85,7 @@ def test_every_cluster_file_can_be_read(path: Path) -> None:
         (["cluster=x/y.yaml"], r"cluster=x/y.yaml: there is no such file: there are a100_8x, .*"),
         (["cluster=laptop", "num_nodes=0"], "num_nodes=0: it must be a whole number of at least 1"),
         (["cluster=laptop", "batch=many"], "batch=many: it must be a whole number of at least 1"),
-        (
-            ["cluster=laptop", "parallel=tp2"],
-            "parallel=tp2: plan finds the layout: leave the word out, or see .*explain parallel=tp2",
-        ),
+        (["cluster=laptop", "parallel=tp2_xx2"], "parallel=tp2_xx2: unknown token 'xx2'"),
         (["cluster=laptop", "cluster.device.memory_gib=-1"], "cluster.device.memory_gib=-1: it must be a positive number"),
         (["cluster=laptop", "cluster.device.memory=1"], "cluster=laptop: device has no key memory: its keys are attained, .*"),
         (["cluster=laptop", "cluster.devices_per_node=1.5"], "cluster.devices_per_node=1.5: it must be a whole number"),
@@ -374,6 +373,32 @@ def test_heads_that_do_not_divide_are_a_miss() -> None:
     assert reasons and "does not divide: " in reasons[0]
 
 
+def test_a_layout_that_is_asked_for_is_held_against_the_best(demo: Anatomy) -> None:
+    def asked(word: str, where: Cluster, batch: int = 16) -> Miss:
+        return judge(Estimator(demo, where), search(demo, where, batch), parse_layout(word))
+
+    roomy = cluster()
+    best = search(demo, roomy, 16).best
+    assert asked(best[0].candidate.words.removeprefix("parallel=").split()[0], roomy).reason.startswith(
+        "as quick as the best: a step in"
+    )
+    worst = asked("tp4_mb16", roomy)
+    assert worst.words == "parallel=tp4_mb16" and re.match(
+        r"slower by [\d.]+%, .* ms of it in \w+: a step in .* rank$", worst.reason
+    )
+    for word, reason in (
+        ("tp3", r"does not divide: parallel=tp3 needs a multiple of 3 processes .* has 4 processes: use"),
+        ("tp4_sp_mb5", r"does not divide: 16 samples of a replica into 5 microbatches"),
+        ("pp4_vp4", r"does not divide: 16 stages, and the model has 8 blocks"),
+    ):
+        assert re.match(reason, asked(word, roomy).reason), word
+    assert re.match("does not divide: 6 samples over 4 replicas", asked("dp4", roomy, 6).reason)
+    states = min(m.parameters + m.gradients + m.states for m in dict(search(demo, roomy, 16).alone)["data"].memory)
+    tight = cluster(memory=0.5 * states / GIB)
+    assert re.match(r"does not fit: the fullest rank lacks .* even so", asked("dp4", tight).reason)
+    assert asked("zero2", roomy).words.startswith("parallel=zero1")
+
+
 # ---------------------------------------------------------------------- the command
 
 
@@ -393,6 +418,13 @@ def test_the_command_prints_what_to_type_first(capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("parallel=") and "8 samples a step on 1 x 4 devices of laptop" in lines[1]
     assert any(line.startswith("not parallel=") for line in lines) and lines[-1].startswith("rates: ")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_command_says_why_not_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--json", "cluster=laptop", "parallel=tp3", *SMALL])
+    asked = json.loads(capsys.readouterr().out)["asked"]
+    assert asked["words"] == "parallel=tp3" and asked["reason"].startswith("does not divide: parallel=tp3 needs a multiple of 3")
 
 
 @pytest.mark.usefixtures("elsewhere")

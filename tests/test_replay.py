@@ -18,7 +18,7 @@ from lightning_par.planner import Anatomy, Cluster, pipeline
 from lightning_par.planner.candidate import candidates
 from lightning_par.planner.estimate import Estimate, Estimator
 from lightning_par.planner.pipeline import Pipelines
-from lightning_par.planner.search import NUM_BEST, _divided, _fit, _fitted, _merit
+from lightning_par.planner.search import NUM_BEST, Limits, _divided, _fit, _fitted, _merit
 from tests.test_planner import GPT, LanguageModel, cluster, found_by, take_apart
 
 SIZES = [
@@ -118,10 +118,11 @@ def exhaustive(anatomy: Anatomy, where: Cluster, batch: int) -> list[Estimate]:
     """Of each mesh and ZeRO stage the best of every way that fits, each replayed."""
     estimator = Estimator(anatomy, where)
     best: dict[object, Estimate] = {}
-    for mesh, sp in _divided(anatomy, where, batch, []):
-        for plain in candidates(mesh, batch, sp):
-            fits, _ = _fit(estimator, plain)
-            tried = None if fits is None else _fitted(estimator, fits, where.device.usable_bytes)
+    words = Limits().recompute
+    for mesh, sp, samples in _divided(anatomy, where, batch, Limits(), []):
+        for plain in candidates(mesh, samples, sp):
+            fits, _ = _fit(estimator, plain, words)
+            tried = None if fits is None else _fitted(estimator, fits, where.device.usable_bytes, words)
             kind = mesh.tp, mesh.pp, plain.layout.zero
             if tried is not None and (kind not in best or _merit(tried) < _merit(best[kind])):
                 best[kind] = tried

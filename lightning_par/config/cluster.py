@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_par.errors import ConfigurationError
+from lightning_par.layout import Layout, parse_layout
 
 if TYPE_CHECKING:
     from lightning_par.planner import Cluster
@@ -25,6 +26,7 @@ class Question:
         num_nodes: nodes.
         batch: samples of a step; None for those of the first batch.
         calibration: a file of what was measured, or ``none``; None for the one that is cached.
+        layout: whose place among the others is asked for, if any.
         overrides: words about the rest of the run.
     """
 
@@ -33,6 +35,7 @@ class Question:
     num_nodes: int
     batch: int | None
     calibration: str | None
+    layout: Layout | None
     overrides: tuple[str, ...]
 
 
@@ -44,10 +47,10 @@ def read_question(words: Sequence[str], command: str = "plan") -> Question:
         command: whose it is, for messages.
 
     Raises:
-        ConfigurationError: no cluster is named, a number is none, or a layout is given.
+        ConfigurationError: no cluster is named, a number is none, the layout is none, or is given to calibrate.
     """
     values: dict[str, str] = {}
-    changes, overrides = list[str](), list[str]()
+    changes, overrides, layout = list[str](), list[str](), None
     for word in words:
         key, _, value = word.partition("=")
         if key in ("cluster", "num_nodes", "batch", "calibration"):
@@ -55,15 +58,16 @@ def read_question(words: Sequence[str], command: str = "plan") -> Question:
         elif key.startswith("cluster."):
             changes.append(word.removeprefix("cluster."))
         elif key == "parallel":
-            does = "finds the layout" if command == "plan" else "times all layouts of a node"
-            raise ConfigurationError(f"{word}: {command} {does}: leave the word out, or see `lightning-par explain {word}`")
+            if command != "plan":
+                raise ConfigurationError(f"{word}: {command} times all layouts of a node: leave the word out")
+            layout = parse_layout(value)
         else:
             overrides.append(word)
     if "cluster" not in values:
         raise ConfigurationError(f"{command} needs the machines: add cluster=NAME; there are {', '.join(sorted(_names(())))}")
     numbers = {key: _whole(key, values[key]) for key in ("num_nodes", "batch") if key in values}
     nodes, batch, calibration = numbers.get("num_nodes", 1), numbers.get("batch"), values.get("calibration")
-    return Question(values["cluster"], tuple(changes), nodes, batch, calibration, tuple(overrides))
+    return Question(values["cluster"], tuple(changes), nodes, batch, calibration, layout, tuple(overrides))
 
 
 def load_cluster(question: Question, config_dir: str | None) -> Cluster:

@@ -14,17 +14,22 @@ from lightning_par.errors import ModelError
 from lightning_par.host.batch import batch_size, repeat_samples
 from lightning_par.host.loss import loss_of
 from lightning_par.host.preflight import rehearsed
+from lightning_par.layout import Layout
 from lightning_par.memory import read_optimizer
 from lightning_par.memory.optimizer import OptimizerForm
 from lightning_par.planner import Anatomy, Cluster, Outlook, search
 from lightning_par.planner.anatomy import ROWS, Say
+from lightning_par.planner.asked import judge
+from lightning_par.planner.estimate import Estimator
 from lightning_par.private.torch import is_data_dependent
 from lightning_par.runtime.nested import tensors_in
 from lightning_par.runtime.precision import Precision
 from lightning_par.trace.copying import copy_module
 
 
-def outlook_of(trainer: Any, module: Any, data: Any, cluster: Cluster, batch: int | None, say: Say) -> tuple[Outlook, int | None]:
+def outlook_of(
+    trainer: Any, module: Any, data: Any, cluster: Cluster, batch: int | None, say: Say, layout: Layout | None = None
+) -> tuple[Outlook, int | None]:
     """Search the layouts of a run. One process; nothing is trained, and the module is not changed.
 
     Args:
@@ -34,6 +39,7 @@ def outlook_of(trainer: Any, module: Any, data: Any, cluster: Cluster, batch: in
         cluster: where it is to run.
         batch: samples of a step over all replicas; by default those of the module's first batch.
         say: told what is being done.
+        layout: whose place among the others is asked for.
 
     Returns:
         What was found, and the tokens of a sample; None where samples have none.
@@ -42,7 +48,10 @@ def outlook_of(trainer: Any, module: Any, data: Any, cluster: Cluster, batch: in
         ConfigurationError: the module, its batch or its optimizer cannot be planned for, or nothing fits.
     """
     with taken_apart(trainer, say, module, data) as (anatomy, first):
-        return search(anatomy, cluster, batch or batch_size(first)), tokens_of(first)
+        found = search(anatomy, cluster, batch or batch_size(first))
+        if layout is not None:
+            found = replace(found, asked=judge(Estimator(anatomy, cluster), found, layout))
+        return found, tokens_of(first)
 
 
 @contextmanager

@@ -36,6 +36,8 @@ def print_outlook(outlook: Outlook, console: Console, tokens: int | None) -> Non
         f"(the first one with batches of {outlook.batch // (outlook.best[0].candidate.layout.dp or 1)}):",
         highlight=False,
     )
+    if outlook.asked is not None:
+        console.print(f"asked for: {outlook.asked.words}: {outlook.asked.reason}", markup=False, highlight=False, soft_wrap=True)
     console.print(_best(outlook, tokens))
     console.print(_techniques(outlook))
     for words in advise(outlook):
@@ -59,6 +61,7 @@ def outlook_json(outlook: Outlook, tokens: int | None) -> dict[str, Any]:
         "alone": {name: _json(estimate, outlook, tokens) for name, estimate in outlook.alone},
         "misses": [{"words": miss.words, "reason": miss.reason} for miss in outlook.misses],
         "advice": advise(outlook),
+        "asked": None if outlook.asked is None else {"words": outlook.asked.words, "reason": outlook.asked.reason},
     }
 
 

@@ -70,6 +70,7 @@ class Outlook:
         num_considered: ways that divide and fit.
         alone: of each technique alone the estimate, by its name, where the module divides by it.
         measured: of the different actions that were timed how many were measured, and how many there are.
+        asked: what was found of a layout that the user named, if any.
     """
 
     cluster: Cluster
@@ -79,6 +80,7 @@ class Outlook:
     num_considered: int
     alone: tuple[tuple[str, Estimate], ...] = ()
     measured: tuple[int, int] = (0, 0)
+    asked: Miss | None = None
 
 
 def search(anatomy: Anatomy, cluster: Cluster, batch: int, limits: Limits = Limits()) -> Outlook:
@@ -214,14 +216,15 @@ def _fitted(estimator: Estimator, candidate: Candidate, usable: int, words: Sequ
 
 def _slower(best: Sequence[Estimate]) -> list[Miss]:
     """Of the replayed ones those after the best, each with what it loses by."""
-    found = []
-    for estimate in best[NUM_BEST : 2 * NUM_BEST]:
-        first = best[0]
-        scale = first.candidate.samples / estimate.candidate.samples
-        lost, part = max((seconds * scale - first.parts[name], name) for name, seconds in estimate.parts.items())
-        share = estimate.sample_seconds / first.sample_seconds - 1
-        found.append(Miss(estimate.candidate.words, f"slower by {share:.1%}, {lost * 1e3:.3g} ms of it in {part}"))
-    return found
+    return [Miss(estimate.candidate.words, slower_by(estimate, best[0])) for estimate in best[NUM_BEST : 2 * NUM_BEST]]
+
+
+def slower_by(estimate: Estimate, first: Estimate) -> str:
+    """By how much of the best one's time for a sample, and what most of that is."""
+    scale = first.candidate.samples / estimate.candidate.samples
+    lost, part = max((seconds * scale - first.parts[name], name) for name, seconds in estimate.parts.items())
+    share = estimate.sample_seconds / first.sample_seconds - 1
+    return f"slower by {share:.1%}, {lost * 1e3:.3g} ms of it in {part}"
 
 
 def _alone(estimator: Estimator, batch: int, limits: Limits) -> tuple[tuple[str, Estimate], ...]:
