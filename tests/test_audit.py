@@ -23,6 +23,11 @@ from tests.planning import quiet_trainer
 from tests.ranks import run_ranks
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_par.host.here.cached_of_device", lambda name: [])
+
+
 class Logger:
     def __init__(self) -> None:
         self.logged: list[tuple[dict[str, float], int]] = []

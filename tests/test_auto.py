@@ -27,6 +27,12 @@ from tests.parity import STEPS, Run, Steps, compare, fit, kept, machines
 from tests.planning import Block, Chain, quiet_trainer, tokens
 from tests.ranks import run_ranks
 
+
+@pytest.fixture(autouse=True)
+def _nothing_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_par.host.here.cached_of_device", lambda name: [])
+
+
 LITTLE = 2.1e-5  # GiB: less than one rank needs for the whole model
 
 # ---------------------------------------------------------------------- the word
