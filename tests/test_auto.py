@@ -95,7 +95,7 @@ def test_check_wants_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
 def test_replicas_have_a_batch_each() -> None:
     """Samples add up over replicas, and what counts is the time for one."""
     trainer = quiet_trainer("single", 1)
-    with taken_apart(trainer, lambda words: None, gpt(), loader_of(make_batch(0, 8))) as (anatomy, _):
+    with taken_apart(trainer, lambda words: None, Chain(Block, depth=4), loader_of(tokens(8))) as (anatomy, _):
         cluster = cluster_here(torch.device("cpu"), 1, 4)
         shared, each = (search(anatomy, cluster, 8, Limits(per_replica)) for per_replica in (False, True))
         only = search(anatomy, cluster, 8, Limits(recompute=("full",), schedule="gpipe"))

@@ -295,6 +295,7 @@ def of_body(anatomy: Anatomy, tp: int, sp: bool, word: Any = "none") -> set[str]
     return {block.work[kind].digest for block in anatomy.body(tp, sp, word).blocks for kind in ("F", "I", "W")}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("briefly")
 def test_every_action_of_every_split_is_timed_and_the_module_stays(demo: Anatomy) -> None:
     before = {name: tensor.clone() for name, tensor in demo._module.state_dict().items()}

@@ -242,6 +242,7 @@ def measure_as_if_on_gpu(rank: int, world_size: int) -> list[Peak]:
     return foresight_memory.measure_on_gpu(rank, world_size)
 
 
+@pytest.mark.slow
 def test_what_it_does_on_a_gpu() -> None:
     """On a CPU, which counts nothing: that it trains, and what it compares with."""
     (peaks,) = run_ranks(measure_as_if_on_gpu, 1)

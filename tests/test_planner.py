@@ -175,7 +175,7 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.slow), "full"])
 @pytest.mark.parametrize(("word", "schedule"), WORDS)
 def test_memory_is_that_of_the_forecast_of_the_real_plan(word: str, schedule: str | None, recompute: Any, demo: Anatomy) -> None:
     """The forecast is proven against real runs (tests/test_memory.py); the search adds blocks up.

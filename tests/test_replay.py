@@ -131,7 +131,13 @@ def exhaustive(anatomy: Anatomy, where: Cluster, batch: int) -> list[Estimate]:
 
 @pytest.mark.parametrize(
     ("per_node", "nodes", "memory", "between", "batch"),
-    [(4, 2, 1.0, 1e8, 32), (4, 4, 0.02, 1e8, 64), (8, 2, 0.006, 1e9, 128), (2, 8, 0.02, 1e7, 48), (4, 1, 0.004, 1e8, 24)],
+    [
+        (4, 2, 1.0, 1e8, 32),
+        (4, 4, 0.02, 1e8, 64),
+        (2, 8, 0.02, 1e7, 48),
+        (4, 1, 0.004, 1e8, 24),
+        pytest.param(8, 2, 0.006, 1e9, 128, marks=pytest.mark.slow),
+    ],  # fmt: skip
 )
 def test_the_ten_best_are_those_of_all_ways(
     per_node: int, nodes: int, memory: float, between: float, batch: int, deep: Anatomy, monkeypatch: pytest.MonkeyPatch
