@@ -137,7 +137,7 @@ def exhaustive(anatomy: Anatomy, where: Cluster, batch: int) -> list[Estimate]:
         (2, 8, 0.02, 1e7, 48),
         (4, 1, 0.004, 1e8, 24),
         pytest.param(8, 2, 0.006, 1e9, 128, marks=pytest.mark.slow),
-    ],  # fmt: skip
+    ],
 )
 def test_the_ten_best_are_those_of_all_ways(
     per_node: int, nodes: int, memory: float, between: float, batch: int, deep: Anatomy, monkeypatch: pytest.MonkeyPatch
