@@ -66,8 +66,9 @@ class Audit:
             return
         try:
             estimate, source = self._forecast()
-        except ConfigurationError as error:
-            rank_zero_info(f"Forecast: there is none: {error}")
+        except Exception as error:  # the training is over and good, whatever the planner makes of its module
+            what = error if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {error}"
+            rank_zero_info(f"Forecast: there is none: {what}")
             return
         found = _compare(estimate, statistics.median(steps), most, trainer)
         rank_zero_info(_describe(found, len(steps), trainer.strategy.root_device, source))

@@ -121,7 +121,8 @@ class Subject:
         def empty(tensor: torch.Tensor) -> torch.Tensor:
             if not isinstance(tensor, nn.Parameter):
                 return tensor
-            return nn.Parameter(torch.empty_like(tensor), requires_grad=tensor.requires_grad)
+            untouched = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")  # deferred ones, too
+            return nn.Parameter(untouched, requires_grad=tensor.requires_grad)
 
         return replace(self, module=copy_module(self.module, empty, by_reference=[self.module.__dict__.get("_trainer")]))
 
