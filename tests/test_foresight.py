@@ -220,6 +220,7 @@ def test_layouts_are_all_meshes_with_every_zero_and_schedule() -> None:
     assert {layout.sp for layout in layouts if layout.tp > 1} == {True, False}
 
 
+@pytest.mark.slow
 def test_a_step_takes_what_is_forecast() -> None:
     """At least, and not much more: the machine that runs the tests has other things to do."""
     cluster = make_cluster(2)

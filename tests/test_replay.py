@@ -135,7 +135,7 @@ def exhaustive(anatomy: Anatomy, where: Cluster, batch: int) -> list[Estimate]:
         (4, 2, 1.0, 1e8, 32),
         (4, 4, 0.02, 1e8, 64),
         (2, 8, 0.02, 1e7, 48),
-        (4, 1, 0.004, 1e8, 24),
+        pytest.param(4, 1, 0.004, 1e8, 24, marks=pytest.mark.slow),
         pytest.param(8, 2, 0.006, 1e9, 128, marks=pytest.mark.slow),
     ],
 )

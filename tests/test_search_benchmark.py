@@ -19,6 +19,7 @@ SMALL: dict[str, Any] = {
 ROW = Row("405B", 16_384, 2048, 21.4, 0.61, 180, "parallel=tp8_sp_pp8_vp8_zero1_mb8")
 
 
+@pytest.mark.slow
 def test_a_search_is_timed_apart_from_the_analysis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_pace, "_LENGTH", 32)
     first, second = time_searches([("tiny", SMALL)], [(1, 8), (2, 16)])
