@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_par import HybridParallelStrategy
 from lightning_par.layout import parse_layout
@@ -65,6 +66,11 @@ def quiet_trainer(word: str, devices: int = 4, plan: Mapping[str, Any] | None = 
     silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
     strategy = HybridParallelStrategy(word, plan=plan)
     return pl.Trainer(**{"accelerator": "cpu", "devices": devices, "strategy": strategy, **silent, **options})
+
+
+def loader_of(*batches: Any) -> DataLoader[Any]:
+    """Batches as they are."""
+    return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]  # torch asks for a Dataset
 
 
 def tokens(size: int = 4, length: int = 6) -> dict[str, torch.Tensor]:

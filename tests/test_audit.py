@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_par import HybridParallelStrategy, deferred_init
 from lightning_par.errors import ModelError
@@ -20,7 +20,7 @@ from lightning_par.layout import parse_layout
 from lightning_par.planner.candidate import Candidate
 from lightning_par.planner.estimate import Estimate, Estimator
 from tests.models import gpt, make_batch
-from tests.planning import quiet_trainer
+from tests.planning import loader_of, quiet_trainer
 from tests.ranks import run_ranks
 
 
@@ -120,21 +120,21 @@ def test_far_away_is_said_as_a_multiple() -> None:
 
 def _train(rank: int, world_size: int, word: str, options: dict[str, Any]) -> dict[str, float]:
     audit.LEAST_SECONDS, audit.LEAST_STEPS = 0.0, 1
-    loader: DataLoader[Any] = DataLoader([make_batch(step, 8) for step in range(6)], batch_size=None)  # type: ignore[arg-type]
+    loader = loader_of(*(make_batch(step, 8) for step in range(6)))
     logger = Logger()
     strategy = HybridParallelStrategy(word, print_plan=False, **options)
     trainer = quiet_trainer(word, world_size, strategy=strategy, max_steps=6, use_distributed_sampler=False)
-    real, found = audit.Audit.end, {}
+    real, found = Audit.end, {}
 
     def end(self: Audit, host: Any) -> None:
         host.loggers = [logger]
         real(self, host)
         host.loggers = []
 
-    audit.Audit.end = end  # type: ignore[method-assign]
     with deferred_init() if word.startswith("pp") else nullcontext():
         module = gpt()
-    trainer.fit(module, loader)
+    with patch.object(Audit, "end", end):
+        trainer.fit(module, loader)
     for metrics, _ in logger.logged:
         found.update(metrics)
     return found
@@ -145,7 +145,7 @@ def test_the_forecast_is_that_of_this_run(word: str, options: dict[str, Any]) ->
     first, second = run_ranks(_train, 2, word, options)
     assert not second and first["forecast/step_seconds_measured"] > 0
     layout = parse_layout(word).resolve(2)
-    with taken_apart(quiet_trainer("single", 1), print, gpt(), DataLoader([make_batch(0, 8)], batch_size=None)) as (anatomy, _):  # type: ignore[arg-type]
+    with taken_apart(quiet_trainer("single", 1), print, gpt(), loader_of(make_batch(0, 8))) as (anatomy, _):
         candidate = Candidate(
             layout, 8 // (layout.microbatches or 1), options.get("schedule", "1f1b"), options.get("recompute", "none")
         )

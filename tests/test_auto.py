@@ -24,7 +24,7 @@ from lightning_par.planner import Limits, search
 from lightning_par.runtime.parameter import get_spec
 from tests.models import gpt, make_batch
 from tests.parity import STEPS, Run, Steps, compare, fit, kept, machines
-from tests.planning import Block, Chain, quiet_trainer, tokens
+from tests.planning import Block, Chain, loader_of, quiet_trainer, tokens
 from tests.ranks import run_ranks
 
 
@@ -56,10 +56,6 @@ def test_on_a_cpu_each_core_has_a_process(monkeypatch: pytest.MonkeyPatch) -> No
 def train_here(module: pl.LightningModule, **options: Any) -> None:
     strategy = HybridParallelStrategy("auto", **options)
     quiet_trainer("auto", 2, strategy=strategy, max_steps=1).fit(module, loader_of(tokens(8)))
-
-
-def loader_of(batch: Any) -> DataLoader[Any]:
-    return DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_chosen_for() -> None:

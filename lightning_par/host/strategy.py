@@ -16,8 +16,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_par.engine import Engine
 from lightning_par.host.anomaly import check_anomaly_word
-from lightning_par.host.audit import Audit, Forecast, forecast_later
-from lightning_par.host.auto import Choice, choose, with_recompute
 from lightning_par.host.check import check_optimization, check_run, check_split, check_trainable
 from lightning_par.host.construction import check_init_word, configuring, guard_setup
 from lightning_par.host.data import DataResumption
@@ -27,9 +25,9 @@ from lightning_par.host.memory import check_memory_gib
 from lightning_par.host.namespace import bind, root_in_use
 from lightning_par.host.option import Options, check_drift_guard, check_max_restarts, read_overrides
 from lightning_par.host.plan_report import report_plan
+from lightning_par.host.planned import PlannedStrategy
 from lightning_par.host.precision import precision_class, read_precision, read_scale
 from lightning_par.host.preflight import leave_inference_mode, plan_from_trainer
-from lightning_par.host.saving import SavingStrategy
 from lightning_par.host.steps import StepRunner
 from lightning_par.host.stop import stop_politely
 from lightning_par.host.update import Updates
@@ -45,7 +43,7 @@ from lightning_par.zero.option import check_zero_options, partitions_late, read_
 from lightning_par.zero.states import OptimizerStates
 
 
-class HybridParallelStrategy(SavingStrategy):
+class HybridParallelStrategy(PlannedStrategy):
     """Pipeline, tensor and ZeRO parallelism for an unmodified LightningModule.
 
     ``Trainer(strategy=HybridParallelStrategy("tp2_pp2_zero1"), accelerator="cpu", devices=8)``, with the Trainer of
@@ -99,7 +97,6 @@ class HybridParallelStrategy(SavingStrategy):
         schedule: name of the pipeline's schedule.
         options: what the other arguments said.
         precision: of the run, once the Trainer is made.
-        choice: what ``auto`` stands for, on rank 0; None without it.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> HybridParallelStrategy:
@@ -132,8 +129,7 @@ class HybridParallelStrategy(SavingStrategy):
         audit: bool = True,
     ) -> None:
         chosen, placed = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
-        self._asked_schedule = schedule
-        super().__init__(placed, str(layout), timedelta(seconds=timeout_seconds))
+        super().__init__(placed, str(layout), timedelta(seconds=timeout_seconds), schedule)
         self.schedule = chosen
         self.options = Options(
             overrides=read_overrides(plan, recompute, offload_activations, compile, fp8),
@@ -152,12 +148,9 @@ class HybridParallelStrategy(SavingStrategy):
         )
         if not placed.auto:
             check_zero_options(self.options.zero, placed, chosen, splits_backward(chosen, placed))
-        self.choice: Choice | None = None
         self._plan: Plan | None = None
         self._steps: StepRunner | None = None
         self._updates: Updates | None = None
-        self._forecast: Forecast | None = None  # of the training, on rank 0
-        self._audit: Audit | None = None  # there while fitting
 
     # ------------------------------------------------------------------ the parts that do the work
 
@@ -226,43 +219,9 @@ class HybridParallelStrategy(SavingStrategy):
             self._engine, self._mesh, self._plan = engine, engine.mesh, engine.plan
             return
         if self.global_rank == 0:
-            plan = plan_from_trainer(trainer, trainer.state.fn.value, module, *args[1:], keep=self._keep, **kwargs)
+            plan = plan_from_trainer(trainer, trainer.state.fn.value, module, *args[1:], keep=self.keep_for_audit, **kwargs)
             self._plan = plan if self.choice is None else replace(plan, notes=self.choice.reasons + plan.notes)
         guard_setup(module)
-
-    def _keep(self, *rehearsed: Any) -> None:
-        if self.options.audit:
-            self._forecast = forecast_later(self, *rehearsed)
-
-    def choose_layout(self, trainer: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-        """Find the layout that ``auto`` stands for: that of a module that is split already; else rank 0 chooses.
-
-        Args:
-            trainer: the Trainer.
-            module: the user's.
-            *args, **kwargs: its data, as the Trainer's function gets them.
-
-        Raises:
-            ConfigurationError: there is none.
-        """
-        engine = Engine.of(module)
-        if engine is not None:
-            self.layout, self.schedule = engine.mesh.layout, engine.tables.schedule
-        elif self.global_rank == 0:
-            self.choice = choose(trainer, self._asked_schedule, module, *args, **kwargs)
-            self._take(self.choice)
-
-    def _take(self, choice: Choice) -> None:
-        self.schedule, self.layout = choose_schedule(choice.schedule, choice.layout)
-        self.options = with_recompute(self.options, choice)
-
-    def agree_on_layout(self) -> None:
-        """Tell the others what rank 0 has chosen. Collective over the world, before there are axes."""
-        choice = self.broadcast(self.choice)
-        if choice is not None and self.layout.auto:
-            self._take(choice)
-            leave_inference_mode(self.lightning_module.trainer)
-            guard_setup(self.lightning_module)
 
     # ------------------------------------------------------------------ setup
 
@@ -285,7 +244,7 @@ class HybridParallelStrategy(SavingStrategy):
             module.__dict__["optimizer_zero_grad"] = _do_nothing  # gradients are there before Lightning would clear them
             self.setup_optimizers(trainer)
             stop_politely(trainer, self.root)
-            self._audit = Audit(self._forecast) if self.options.audit else None
+            self.begin_audit()
         self.setup_precision_plugin()
 
     def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
@@ -326,18 +285,6 @@ class HybridParallelStrategy(SavingStrategy):
         """The engine moves this rank's shards when it installs them."""
 
     # ------------------------------------------------------------------ steps
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self._audit is not None:
-            self._audit.begin_batch()
-
-    def on_validation_start(self) -> None:
-        if self._audit is not None:
-            self._audit.interrupt()
-
-    def on_train_end(self) -> None:
-        if self._audit is not None:
-            self._audit.end(self.lightning_module.trainer)
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch through all stages; the mean loss, equal on every rank, without a graph."""
@@ -381,11 +328,6 @@ class HybridParallelStrategy(SavingStrategy):
     def _running(self) -> StepRunner:
         assert self._steps is not None, "steps run inside trainer.fit, validate, test or predict"
         return self._steps
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self._audit is not None:
-            self._audit.interrupt()
-        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     # ------------------------------------------------------------------ teardown
 
