@@ -23,7 +23,7 @@ from lightning_par.layout import Layout, parse_layout
 from lightning_par.planner import Limits, search
 from lightning_par.runtime.parameter import get_spec
 from tests.models import gpt, make_batch
-from tests.parity import STEPS, Run, Steps, compare, fit, kept, machines
+from tests.parity import REPLICA_BATCH, STEPS, Run, Steps, compare, fit, kept, machines
 from tests.planning import Block, Chain, loader_of, quiet_trainer, tokens
 from tests.ranks import run_ranks
 
@@ -163,7 +163,8 @@ def test_what_is_chosen_trains_as_one_process(options: dict[str, Any]) -> None:
     alone.weights = {name: kept(parameter) for name, parameter in module.named_parameters()}
     compare(alone, list(runs), layouts[0])
     assert notes[0] == notes[1] and "is the quickest of" in notes[0][0]
-    assert options or "next: parallel=" in notes[0][1]
+    assert options or (layouts[0].dp == 2 and "next: parallel=" in notes[0][1])
+    assert f": a step of {REPLICA_BATCH * (layouts[0].dp or 1)} samples in " in notes[0][0]  # replicas have a batch each
 
 
 def test_explain_says_which_it_is(capsys: pytest.CaptureFixture[str]) -> None:
