@@ -93,6 +93,7 @@ def test_corpus_is_split_by_file() -> None:
     assert not any({"test", "site-packages"} & set(file.parts) for file in files)
 
 
+@pytest.mark.alone
 def test_corpus_loads_fast_and_the_same_each_time(library: StandardLibrary) -> None:
     start = time.process_time()
     again = StandardLibrary(context=32, batch_size=8, num_validation_windows=20)
