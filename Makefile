@@ -3,6 +3,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints-cpu.txt
+# Tests at once, of which each may start ranks; 0 for one after the other.
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
