@@ -1,7 +1,7 @@
 """Steps of a language model on one GPU: in a plain PyTorch loop, under Lightning's Trainer, and under ours.
 
     python -m benchmarks.gpu
-    python -m benchmarks.gpu --quick
+    python -m benchmarks.gpu --quick --only recompute
     python -m benchmarks.gpu --markdown
 
 Each row is a process of its own. Without a GPU it says so and measures nothing. Exit code 1 where a system's losses are not those
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not any(path.exists() for path in _DRIVER):
         report("skipped: this machine has no NVIDIA GPU, or no driver for one")
         return 0
-    rows = measure(options.quick)
+    rows = measure(options.quick, options.only)
     from benchmarks import gpu_table  # late, so that --help is quick
     from benchmarks.gpu_pace import differences
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    return make_parser(
+    parser = make_parser(
         "gpu",
         "Time the steps of a Llama of 1.2 billion parameters on one GPU, count their kernels and the time without one, and hold "
         "peak memory against the forecast: a plain PyTorch loop, Lightning's own Trainer and lightning_par, as they are, compiled, "
@@ -56,13 +56,15 @@ def _parser() -> argparse.ArgumentParser:
         json="every number",
         quick="rows that are not compiled, and few steps of each",
     )
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows with this in their name, such as fp8")
+    return parser
 
 
-def measure(quick: bool) -> list[Row]:
+def measure(quick: bool, only: str = "") -> list[Row]:
     """Train in every way; progress goes to stderr. A way that fails has its error for a result.
 
     Args:
-        quick: see ``--help``.
+        quick, only: see ``--help``.
     """
     os.environ["LIGHTNING_PAR_TEST_DEVICE"] = "cuda"  # hides the GPU from this process, which is going to fork
     run_ranks = load_ranks("torch, Lightning and transformers, and making the model", "transformers")
@@ -70,7 +72,7 @@ def measure(quick: bool) -> list[Row]:
 
     decoder, rows = make_decoder(), []
     for case in CASES:
-        if quick and case.compiles:
+        if (quick and case.compiles) or only not in case.name:
             continue
         report(case.name)
         try:
