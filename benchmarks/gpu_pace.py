@@ -62,7 +62,7 @@ class Row:
         foreseen: bytes that the forecast says; 0 where there is none.
         kernels: of a step, on the GPU.
         idle: of a step's time, the fraction in which no kernel runs and nothing is copied.
-        loss: of the last step that was timed.
+        loss: of the last step before those that are timed: later on rounding alone tells two runs apart.
         error: why there is nothing else.
     """
 
@@ -191,8 +191,9 @@ class Stopwatch:
         now = time.perf_counter()
         if step:
             self.seconds.append((now - self._since) / self._each)
-        if step == self._last:
+        else:
             self.loss = loss.detach()
+        if step == self._last:
             self._profiler = torch.profiler.profile(activities=[_RECORDED[DEVICE]])
             self._profiler.__enter__()
         self._since = time.perf_counter()
