@@ -6,6 +6,7 @@ import argparse
 import ast
 import os
 import re
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -69,6 +70,25 @@ def test_the_scripts_run_in_one_process(tmp_path: Path) -> None:
     small = replaced(script, {'"tp2_pp2_zero1"': '"single"', "devices=8": "devices=1", "max_steps=100": "max_steps=1"})
     run_ranks(run_scripts, 1, [small, replaced(own, {"devices=4": "devices=1"})], tmp_path)
     assert list(tmp_path.rglob("plan.yaml")) and (tmp_path / "mine.ckpt" / "checkpoint.json").exists()
+
+
+@pytest.mark.slow
+def test_the_quick_start_is_a_way_to_go(tmp_path: Path, configs: Path) -> None:
+    """Every line about a module of one's own, as it stands: two trainings, a checkpoint, what looks ahead."""
+    (script,) = blocks(PAGES["quickstart.md"], "python")
+    (tmp_path / "mine.py").write_text(script)
+    (tmp_path / "my_configs").symlink_to(configs / "my_configs")
+    programs = {"python": [sys.executable], "lightning-par": [sys.executable, "-m", "lightning_par.cli"]}
+    lines = [words for words in shell_lines(PAGES["quickstart.md"]) if any("mine" in word for word in words)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:."}
+    printed = ""
+    for program, *words in lines:
+        command = [*programs[program], *words]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0, f"{words}: {result.stdout}{result.stderr}"
+        printed += result.stdout
+    assert "\nequal: tp2_pp2" in printed
+    assert (tmp_path / "mine" / "model.safetensors").exists()
 
 
 def replaced(script: str, words: dict[str, str]) -> str:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+import lightning_par
+from lightning_par import errors
+from lightning_par.config.parallel import ParallelConfig
+from tests import generated
 from tests.pages import PAGES, ROOT, anchors
 
 SOURCES = {str(path.relative_to(ROOT)): path for folder in ("", "docs", "benchmarks") for path in (ROOT / folder).glob("*.md")}
@@ -31,6 +38,33 @@ def test_every_page_is_in_the_site_and_in_the_readme() -> None:
     linked = dict(re.findall(r"\[([^\]]*)\]\((docs/\w+\.md)\)", PAGES["README.md"].split("## Documentation")[1]))
     del pages["docs/index.md"]
     assert {page: title for title, page in linked.items()} == pages
+
+
+@pytest.mark.parametrize("page", generated.PAGES)
+def test_pages_that_follow_from_the_code_are_up_to_date(page: str) -> None:
+    assert PAGES[page] == generated.PAGES[page](), "run python -m tests.generated"
+
+
+def test_every_key_is_on_the_page_of_keys() -> None:
+    """As PyYAML finds them, where the page is made line by line."""
+    named = set(re.findall(r"^\| `([^`]+)`", PAGES["config.md"], re.MULTILINE))
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        group = path.parent.name if path.parent.name != "conf" else ""
+        if group != "cluster" or path.stem == "your_own":
+            assert {".".join(filter(None, (group, key))) for key in leaves(yaml.safe_load(path.read_text()))} <= named, path
+    assert {f"parallel.{field.name}" for field in fields(ParallelConfig)} <= named
+
+
+def leaves(values: dict[str, Any]) -> set[str]:
+    """The whole names of all keys that have no keys in them; none of a defaults list."""
+    inner = {f"{key}.{name}" for key, value in values.items() if isinstance(value, dict) for name in leaves(value)}
+    return inner | {key for key, value in values.items() if not (value and isinstance(value, dict)) and key != "defaults"}
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    documented = {path.rpartition(".")[2] for path in re.findall(r"^::: ([\w.]+)$", PAGES["api.md"], re.MULTILINE)}
+    rest = set(lightning_par.__all__) - documented - {"__version__"}
+    assert rest == {name for name in rest if hasattr(errors, name)}, "the page shows all of lightning_par.errors"
 
 
 def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
