@@ -250,7 +250,7 @@ def test_check_prints_what_its_page_shows(
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = "\n".join(PAGES.values())
-    named = set(re.findall(r"\bmake ([a-z-]+)", "\n".join([*blocks(text, "bash"), *re.findall(r"`([^`\n]+)`", text)])))
+    named = {words[1] for words in shell_lines(text) if words[0] == "make"} | set(re.findall(r"`make ([a-z-]+)", text))
     assert named and named <= targets
 
 
