@@ -31,7 +31,7 @@ def cluster_here(device: torch.device, num_nodes: int, devices_per_node: int) ->
     name, memory = device_name(device), device_bytes(device)
     file, whose = "laptop", "this CPU"
     if device.type == "cuda":
-        file, whose = next((file for word, file in _FILES.items() if word in name), "your_own"), name
+        file, whose = file_of(name) or "your_own", name
     else:
         memory //= devices_per_node
     shipped = shipped_cluster(file, num_nodes)
@@ -58,9 +58,14 @@ def peak_flops_here(device: torch.device, dtype: torch.dtype) -> float | None:
     """
     if device.type != "cuda" or (dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"):
         return None  # of TF32 the files say nothing
-    file = next((file for word, file in _FILES.items() if word in device_name(device)), None)
+    file = file_of(device_name(device))
     rates = {} if file is None else shipped_cluster(file, 1).device.peak_flops
     return rates.get(str(dtype).removeprefix("torch."))
+
+
+def file_of(name: str) -> str | None:
+    """The shipped cluster file with the rates of a GPU of this name, or None."""
+    return next((file for word, file in _FILES.items() if word in name), None)
 
 
 def device_name(device: torch.device) -> str:
