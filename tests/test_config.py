@@ -135,6 +135,13 @@ def test_guards_reach_the_strategy(lines: list[str], said: tuple[bool, int]) -> 
     assert (trainer.strategy.options.detects_anomaly, trainer.strategy.options.drift_guard) == said
 
 
+@pytest.mark.parametrize(("lines", "said"), [([], True), (["monitor=false"], False)])
+def test_one_line_turns_the_monitor_off(lines: list[str], said: bool) -> None:
+    config = composed("parallel=single", "trainer.default_root_dir=null", *lines)
+    trainer, _, _ = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
+    assert trainer.strategy.options.monitor is said
+
+
 def test_options_of_the_group_parallel_reach_the_strategy() -> None:
     said = {"recompute": "full", "memory_gib": 3.0, "offload_activations": True, "compile": True, "fp8": "rowwise"}
     sizes = {field.name for field in fields(Layout)}
