@@ -27,7 +27,7 @@ from tests.ranks import run_ranks
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}
-SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "train"}
+SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0"}
 
 
 def started_with(monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
@@ -98,6 +98,16 @@ def test_other_ranks_than_the_trainer_says(
     with pytest.raises(ConfigurationError) as error:
         count_machines(devices, num_nodes)
     assert str(error.value) == message
+
+
+def test_in_a_batch_script_nobody_waits_for_tasks_that_srun_has_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    started_with(monkeypatch, **{**SRUN, "SLURM_PROCID": "0"})
+    monkeypatch.delenv("SLURM_STEP_ID")
+    with pytest.raises(ConfigurationError, match=r"SLURM_NTASKS=8, and this process is none of these tasks.* put srun before the"):
+        count_machines(4, 1)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
+    assert count_machines(1, 1) == 1
 
 
 def test_in_a_pod_without_torchrun_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +212,7 @@ def trained_as_srun_numbers_them(rank: int, world_size: int, port: int, folder: 
         os.environ.pop(name, None)
     node, local = rank % 2, rank // 2
     os.environ.update(SLURM_PROCID=str(rank), SLURM_NTASKS="4", SLURM_NTASKS_PER_NODE="2", SLURM_NODEID=str(node))
-    os.environ.update(SLURM_LOCALID=str(local), SLURM_NNODES="2", SLURM_JOB_ID="7", SLURM_JOB_NAME="train")
+    os.environ.update(SLURM_LOCALID=str(local), SLURM_NNODES="2", SLURM_JOB_ID="7", SLURM_JOB_NAME="train", SLURM_STEP_ID="0")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), NCCL_HOSTID=f"node{node}", GLOO_SOCKET_IFNAME="lo")
 
     class Block(torch.nn.Module):
@@ -246,12 +256,19 @@ def trained_as_srun_numbers_them(rank: int, world_size: int, port: int, folder: 
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[Losses()],
         default_root_dir=f"{folder}/{rank}",
     )  # fmt: skip
+    folders, select = [], trainer._checkpoint_connector._select_ckpt_path
+
+    def looked_for_a_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        folders.append(trainer.default_root_dir)
+        return select(*args, **kwargs)
+
+    trainer._checkpoint_connector._select_ckpt_path = looked_for_a_checkpoint
     data = torch.cat([torch.stack([part, part.flip(0)], 1) for part in x.chunk(2)])
     trainer.fit(model, DataLoader(TensorDataset(data[:, 0], data[:, 1]), batch_size=4))
     mesh = trainer.strategy.mesh
     return SimpleNamespace(
         node=node, rank=trainer.global_rank, tp=list(mesh.tp.ranks), at=str(mesh.coordinate), num_nodes=trainer.num_nodes,
-        folder=trainer.default_root_dir, losses=losses, expected=expected,
+        folders=folders, losses=losses, expected=expected,
     )  # fmt: skip
 
 
@@ -267,7 +284,7 @@ def test_ranks_that_srun_numbers_round_the_nodes_have_their_tp_peers_on_their_no
     assert [one.tp for one in found] == [[0, 1], [2, 3], [0, 1], [2, 3]]
     assert found[1].at == "pp 1, dp 0, tp 0"
     assert {one.num_nodes for one in found} == {2}, "nobody has said it"
-    assert {one.folder for one in found} == {str(tmp_path / "0")}
+    assert [one.folders for one in found] == [[str(tmp_path / "0")]] * 4, "where a requeued job goes on from"
     for one in found:
         assert one.losses == pytest.approx(one.expected, rel=1e-6)
     assert (

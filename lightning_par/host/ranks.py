@@ -111,7 +111,7 @@ class RankedStrategy(Host):
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         log = RankLog.current()
         if log is not None and world_size > 1:
-            log.words = self.describe_rank(self.global_rank)
+            log.words = f"rank {self.global_rank}" if self.layout.auto else self.describe_rank(self.global_rank)
         if self.layout.zero and self.dp_size == 1:
             rank_zero_warn(f"parallel={self._typed}: zero{self.layout.zero} has nothing to shard with dp 1 and is ignored")
 
@@ -120,18 +120,19 @@ class RankedStrategy(Host):
         return f"rank {rank} ({self.layout.coordinate_of(rank)})"
 
     def meet(self, trainer: Any) -> None:
-        """Find the other ranks, and take over the first one's folders; where they have not met yet. Every rank calls it."""
-        if dist.is_initialized():
-            return
-        environment = self.cluster_environment
-        assert environment is not None
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+        """Find the other ranks, where they have not met, and take over the first one's folders. Every rank calls it."""
         folders = output_folder(), trainer.default_root_dir
-        self._meeting = meet(environment.global_rank(), self.world_size, self._timeout, folders)
-        rank_zero_only.rank = self._meeting.rank  # type: ignore[attr-defined]
-        output, root = self._meeting.told
-        lightning.set_default_root_dir(trainer, root)
-        take_output_folder(output)
+        if not dist.is_initialized():
+            environment = self.cluster_environment
+            assert environment is not None
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+            self._meeting = meet(environment.global_rank(), self.world_size, self._timeout, folders)
+            rank_zero_only.rank = self._meeting.rank  # type: ignore[attr-defined]
+            folders = self._meeting.told
+        elif folders[0] is not None:  # each job of Hydra's has other ones
+            folders = self.broadcast(folders)
+        take_output_folder(folders[0])
+        lightning.set_default_root_dir(trainer, folders[1])
 
     def setup_environment(self) -> None:
         """Join the other ranks, and build the axes; collective over the world."""

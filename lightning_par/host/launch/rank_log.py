@@ -54,12 +54,12 @@ class RankLog(logging.StreamHandler[Any]):
                 handler.close()
             self._consoles = sys.stdout, sys.stderr
             sys.stdout, sys.stderr = _Copied(sys.stdout, self), _Copied(sys.stderr, self)  # type: ignore[assignment]
+            logging.captureWarnings(True)
         self.setFormatter(logging.Formatter(_FORMAT))
         root.addHandler(self)
         for handler in root.handlers:
             self._labelled.append((handler, handler.formatter))
             handler.setFormatter(_Labelled(handler.formatter or logging.Formatter(), self))
-        logging.captureWarnings(True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -95,6 +95,7 @@ class RankLog(logging.StreamHandler[Any]):
             file = self._path.open("a", buffering=1, errors="backslashreplace")
             file.write(self.stream.getvalue())
             self.setStream(file)
+            logging.captureWarnings(True)  # of the first rank not before: what it prints may be read by a program
         return self._path
 
 

@@ -80,11 +80,16 @@ def count_machines(num_devices: int, num_nodes: int) -> int:
         num_nodes: machines, as the Trainer has them. 1 is Lightning's default, so that it stands for any number.
 
     Raises:
-        ConfigurationError: others were started than the Trainer says.
+        ConfigurationError: others were started than the Trainer says; or srun should have started this process, and has not.
     """
     one = starter()
     if one is None:
         return num_nodes
+    if one.name == "srun" and "SLURM_STEP_ID" not in os.environ and os.environ[one.world_size] != "1":
+        raise ConfigurationError(
+            f"SLURM_NTASKS={os.environ[one.world_size]}, and this process is none of these tasks, as there is no SLURM_STEP_ID: "
+            "put srun before the command, such as srun python train.py"
+        )
     world_size, here = int(os.environ[one.world_size]), started_on_this_machine()
     if here is not None and here != num_devices:
         raise ConfigurationError(
