@@ -202,8 +202,9 @@ class HybridParallelStrategy(PlannedStrategy):
             self.cluster_environment,
             self.num_processes,
             self._num_nodes,
-            describe=lambda rank: f"rank {rank} ({self.layout.coordinate_of(rank)})",
+            describe=self.describe_rank,
             preflight=self._preflight,
+            meet=self.meet,
             max_restarts=self.options.max_restarts,
         )
 

@@ -31,6 +31,11 @@ def share_threads(root: str, num_processes: int) -> None:
     import_module(f"{fabric}.utilities.distributed")._set_num_threads_if_needed(num_processes=num_processes)
 
 
+def set_default_root_dir(trainer: Any, folder: str) -> None:
+    """Give a Trainer another folder than it was made with; there Lightning looks for what a requeued job of SLURM goes on from."""
+    trainer._default_root_dir = folder
+
+
 def loaders_of_next_validation(trainer: Any) -> list[Any]:
     """The loaders of the validation that follows the batch that was just trained on; none where none follows.
 
