@@ -49,6 +49,11 @@ def cluster_here(device: torch.device, num_nodes: int, devices_per_node: int) ->
     return replace(here.calibrated(found), source=f"measured on {found.date} as far as they were, else of {here.source}")
 
 
+def is_known(name: str) -> bool:
+    """Whether there are rates of a GPU of that name."""
+    return any(word in name for word in _FILES)
+
+
 def device_name(device: torch.device) -> str:
     """What a device calls itself, such as ``NVIDIA H100 80GB HBM3`` or ``CPU AMD EPYC 9654``."""
     if device.type == "cuda":
