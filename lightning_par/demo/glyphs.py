@@ -74,13 +74,13 @@ class Letters(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         chosen, label = random.Random(self.first + index), (self.first + index) % len(LETTERS)
-        height = int(self.size * chosen.uniform(0.45, 0.8))
+        height = int(self.size * chosen.uniform(0.6, 0.85))
         font = ImageFont.truetype(str(self.folder / f"{chosen.choice(self.fonts)}.ttf"), height)
-        paper, ink = (tuple(chosen.randint(low, low + 90) for _ in range(3)) for low in chosen.choice([(0, 165), (165, 0)]))
+        paper, ink = (tuple(chosen.randint(low, low + 80) for _ in range(3)) for low in (175, 0))
         picture = Image.new("RGB", (self.size, self.size), paper)
-        middle = tuple(self.size / 2 + chosen.uniform(-0.1, 0.1) * self.size for _ in range(2))
+        middle = tuple(self.size / 2 + chosen.uniform(-0.06, 0.06) * self.size for _ in range(2))
         ImageDraw.Draw(picture).text(middle, LETTERS[label], fill=ink, font=font, anchor="mm")
-        return {"pixel_values": pixels(picture.rotate(chosen.uniform(-20, 20), fillcolor=paper)), "labels": torch.tensor(label)}
+        return {"pixel_values": pixels(picture.rotate(chosen.uniform(-10, 10), fillcolor=paper)), "labels": torch.tensor(label)}
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:
