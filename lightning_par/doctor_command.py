@@ -177,9 +177,9 @@ def _expected(devices: Devices) -> float | None:
     """Bytes per second that the links of a node have by the datasheet, of GPUs that are known and on one machine."""
     import torch
 
-    from lightning_par.host.here import cluster_here, is_known
+    from lightning_par.host.here import cluster_here, file_of
 
-    if not devices.are_gpus or not is_known(devices.names[0]) or "WORLD_SIZE" in os.environ:
+    if not devices.are_gpus or file_of(devices.names[0]) is None or "WORLD_SIZE" in os.environ:
         return None
     return cluster_here(torch.device("cuda"), 1, len(devices.names)).inside.bytes_per_second
 
