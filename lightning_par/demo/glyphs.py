@@ -78,8 +78,8 @@ class Letters(Dataset):
         font = ImageFont.truetype(str(self.folder / f"{chosen.choice(self.fonts)}.ttf"), height)
         paper, ink = (tuple(chosen.randint(low, low + 80) for _ in range(3)) for low in (175, 0))
         picture = Image.new("RGB", (self.size, self.size), paper)
-        middle = tuple(self.size / 2 + chosen.uniform(-0.06, 0.06) * self.size for _ in range(2))
-        ImageDraw.Draw(picture).text(middle, LETTERS[label], fill=ink, font=font, anchor="mm")
+        left, top = (self.size * chosen.uniform(0.44, 0.56) for _ in range(2))
+        ImageDraw.Draw(picture).text((left, top), LETTERS[label], fill=ink, font=font, anchor="mm")
         return {"pixel_values": pixels(picture.rotate(chosen.uniform(-10, 10), fillcolor=paper)), "labels": torch.tensor(label)}
 
 
