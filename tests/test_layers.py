@@ -27,7 +27,7 @@ LAYERS = (
     ("__init__",),
     ("parity",),
     ("config", "demo", "checkpoint_command"),
-    ("plan_command", "calibrate_command", "check_command"),
+    ("plan_command", "calibrate_command", "check_command", "doctor_command"),
     ("cli",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
