@@ -32,7 +32,7 @@ def test_links_between_pages_lead_somewhere(source: str) -> None:
 
 def test_every_page_is_in_the_site_and_in_the_readme() -> None:
     """By the title that it has."""
-    listed = re.findall(r"^ +- (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    listed = re.findall(r"^ +- (?:[\w ]+: )?(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     pages = {f"docs/{page}": text.splitlines()[0].removeprefix("# ") for page, text in PAGES.items() if page != "README.md"}
     assert {page for page in pages if page.removeprefix("docs/") not in listed} == set(), "add them to nav in mkdocs.yml"
     linked = dict(re.findall(r"\[([^\]]*)\]\((docs/\w+\.md)\)", PAGES["README.md"].split("## Documentation")[1]))
