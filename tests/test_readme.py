@@ -171,10 +171,8 @@ def check_composes(words: list[str], folder: Path) -> None:
     parser = argparse.ArgumentParser()
     add_config_options(parser)
     options, overrides = parser.parse_known_args(words)
-    # Not of the config: what to resume from, and what is Hydra's own.
-    overrides = [word for word in overrides if "=" in word and not word.lstrip("+").startswith(("ckpt_path=", "hydra"))] or [
-        "seed=1"
-    ]
+    others = ("ckpt_path=", "hydra", "+hydra")  # what to resume from, and what is Hydra's own
+    overrides = [word for word in overrides if "=" in word and not word.startswith(others)] or ["seed=1"]
     key, _, choices = overrides[0].partition("=")
     for choice in choices.split(",") if "-m" in words else [choices]:
         searched = options.config_dir and folder / options.config_dir
@@ -253,9 +251,8 @@ def test_check_prints_what_its_page_shows(
 
 def test_the_numbers_of_the_readme_are_those_of_the_pages() -> None:
     """Of what is behind the promise: each stands on the page that the point leads to."""
-    parity, *others = re.findall(
-        r"^- \*\*.*?(?=^- |^$)", README.split("## What is behind")[1].split("\n## ")[0], re.DOTALL | re.MULTILINE
-    )
+    (section,) = re.findall(r"^## What is behind the promise\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    parity, *others = section.split("\n- ")[1:]
     worst = max(float(error) for errors in table.read(PAGES["works.md"]).values() for error in errors.values() if error)
     assert f" {len(ZOO)} models" in parity and f"more than {worst:.0e}".replace("e-0", "e-") in parity
     assert len(others) == 2

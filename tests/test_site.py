@@ -77,3 +77,5 @@ def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     for page, text in pages.items():
         fetched = re.findall(r"<(?:script|img|iframe)\b[^>]*\bsrc=\"?(?:https?:)?//|<link\b[^>]*\bhref=\"?(?:https?:)?//", text)
         assert fetched == [], page
+        broken = re.findall(r"<p>[^<]*(?:<(?!/p>)[^<]*)*\n(?:- |\| |\d\. )", text)
+        assert broken == [], f"{page}: put an empty line before the list or table"
