@@ -54,7 +54,7 @@ def errors() -> str:
     for title in (*SECTIONS, OTHER):
         if title in found:
             parts += [f"## {title}", explained(SECTIONS[title][0]) if title in SECTIONS else ""]
-            rows = [f"| {code(text)} | {kind} |" for text, kind in sorted(found[title], key=lambda row: row[0].lower())]
+            rows = [f"| {code(text)} | {kind} |" for text, kind in sorted(found[title], key=lambda row: (row[0].lower(), row))]
             parts.append("\n".join(["| text | error |", "|---|---|", *rows]))
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
