@@ -55,12 +55,8 @@ def config() -> str:
     for name, note in sections.items():
         text += [f"## {name}", sentence(note), table([row for row in top if row[0].startswith(f"{name}.")])]
     fields = FIELD.findall(inspect.getsource(ParallelConfig))
-    text += [
-        "## parallel",
-        _PARALLEL,
-        table([(f"parallel.{name}", yaml_word(value), note) for name, value, note in fields]),
-        _GROUPS,
-    ]
+    layout = [(f"parallel.{name}", yaml_word(value), note) for name, value, note in fields]
+    text += ["## parallel", _PARALLEL, table(layout), _GROUPS]
     for group in sorted(path for path in CONF.iterdir() if path.is_dir() and path.name not in ("cluster", "__pycache__")):
         text.append(f"## {group.name}")
         text += [section for path in sorted(group.glob("*.yaml")) for section in option(path)]
@@ -113,7 +109,7 @@ def page(parts: Iterable[str]) -> str:
 
 def table(rows: list[Row]) -> str:
     """Keys with their values and what they mean; without the last column where nothing is said."""
-    shown = [(f"`{key}`", f"`{value}`" if value else "", note) for key, value, note in rows]
+    shown = [(f"`{key}`", f"`{value}`" if value else "", re.sub(r"(\{.*\})", r"`\1`", note)) for key, value, note in rows]
     width = 3 if any(note for *_, note in rows) else 2
     return rows_of(("key", "default", "meaning")[:width], [row[:width] for row in shown])
 
