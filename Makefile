@@ -34,7 +34,7 @@ test-gpu: $(READY)  ## What needs a GPU; one is enough. With a torch for it: mak
 	LIGHTNING_PAR_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 docs: $(READY)  ## Make the documentation's site in site/; its first page is site/index.html.
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 format: $(READY)  ## Rewrite the sources in the house format.
 	$(BIN)/ruff check --fix .
