@@ -7,6 +7,7 @@
     lightning-par check parallel=tp2_pp2               # does the layout train as one process does? on a CPU
     lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved       # when each rank of a pipeline would do what
     lightning-par checkpoint show last.ckpt            # what is in a checkpoint; also verify, export, import, prune
+    lightning-par tokenize corpus/ --output tokens     # texts to token files, for data=tokens
 
 Exit codes as in `lightning_par.config.app`.
 """
@@ -26,6 +27,7 @@ from lightning_par.checkpoint_command import add_checkpoint_command
 from lightning_par.config.command import add_config_words, quiet_lightning, run_composed, written
 from lightning_par.errors import ConfigurationError
 from lightning_par.plan_command import add_plan_command
+from lightning_par.tokenize_command import add_tokenize_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.set_defaults(run=_simulate)
     add_check_command(commands)
     add_checkpoint_command(commands)
+    add_tokenize_command(commands)
     return parser
 
 
