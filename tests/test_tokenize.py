@@ -159,7 +159,6 @@ def start(corpus: Path, output: Path, *words: str) -> subprocess.Popen[str]:
         "if __name__ == '__main__':\n"
         "    from lightning_par.cli import main\n"
         "    import lightning_par.data.tokenize as k\n"
-        "    k.PART_BYTES = 1\n"
         "    k.plan_job.__defaults__ = (*k.plan_job.__defaults__[:-1], 1)\n"
         "    main(sys.argv[1:])\n"
         "else:\n"
@@ -191,8 +190,10 @@ def is_group_gone(group: int) -> bool:
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stop_leaves_no_process_and_what_can_go_on(tmp_path: Path, sent: signal.Signals) -> None:
-    corpus = write_lines(tmp_path / "a.jsonl", map(str, range(16)))
-    output = tmp_path / "out"
+    corpus, output = tmp_path / "corpus", tmp_path / "out"
+    corpus.mkdir()
+    for number in range(10, 26):
+        (corpus / f"{number}.txt").write_text(str(number))
     process = start(corpus, output, "--processes", "2")
     wait_for(lambda: len(list(output.glob("*.json"))) >= 2)
     if sent == signal.SIGINT:
@@ -209,7 +210,7 @@ def test_a_stop_leaves_no_process_and_what_can_go_on(tmp_path: Path, sent: signa
     kept = {file: file.stat().st_mtime_ns for file in output.glob("[0-9]*.json")}
     assert 2 <= len(kept) < 16
     tokenize(plan_job([str(corpus)], str(output), part_bytes=1), 1)
-    assert [bytes(each[:-1]).decode() for each in read(output)[1]] == list(map(str, range(16)))
+    assert [bytes(each[:-1]).decode() for each in read(output)[1]] == list(map(str, range(10, 26)))
     assert all(file.stat().st_mtime_ns == then for file, then in kept.items())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -108,10 +108,8 @@ class HuggingFace(pl.LightningDataModule):
         datasets = need("datasets", _WHAT)
         dataset = _load(datasets, given) if isinstance(given, Mapping) else given
         if isinstance(dataset, datasets.Dataset):
-            _check_column(dataset.column_names, self.column)
             return Table(dataset, self.column, shuffle, self.seed, self.block, lanes)
         if isinstance(dataset, datasets.IterableDataset):
-            _check_column(dataset.column_names, self.column)
             return Stream(dataset, self.column, shuffle, self.seed, self.block, math.gcd(dataset.num_shards, lanes))
         raise DataError(
             f"{_WHAT} got a {type(dataset).__name__}, which is no dataset of texts: name one part of it, as "
@@ -132,13 +130,14 @@ class Table(Source):
     """
 
     def __init__(self, dataset: Any, column: str, shuffle: bool, seed: int, block: int, lanes: int) -> None:
+        _check_column(dataset.column_names, column)
         self._dataset, self._column, self._block = dataset.select_columns([column]), column, block
         self._shuffle, self._seed, self.num_lanes = shuffle, seed, lanes
 
     def read(self, lane: int, turn: int, after: Any) -> Iterator[tuple[list[str], Any]]:
         number = len(self._dataset)
         order = np.random.default_rng([self._seed, turn]).permutation(number) if self._shuffle else np.arange(number)
-        own = order[lane :: self.num_lanes]
+        own = order[lane :: self.num_lanes].copy()  # and not the whole order for each lane
         for begin in range(after or 0, len(own), self._block):
             end = min(begin + self._block, len(own))
             yield list(self._dataset[own[begin:end].tolist()][self._column]), end
@@ -157,7 +156,9 @@ class Stream(Source):
     """
 
     def __init__(self, dataset: Any, column: str, shuffle: bool, seed: int, block: int, lanes: int) -> None:
-        self._dataset, self._column, self._block = dataset.select_columns([column]), column, block
+        if dataset.column_names is not None:  # else they are known when the first rows are read
+            _check_column(dataset.column_names, column)
+        self._dataset, self._column, self._block = dataset, column, block
         self._shuffle, self._seed, self.num_lanes = shuffle, seed, lanes
 
     def read(self, lane: int, turn: int, after: Any) -> Iterator[tuple[list[str], Any]]:
@@ -169,6 +170,7 @@ class Stream(Source):
             number, state = after["blocks"], after["state"]
             part.load_state_dict(state)
         for rows in part.iter(self._block):
+            _check_column(rows, self._column)
             texts = rows[self._column]
             number += 1
             if self._shuffle:
@@ -186,8 +188,8 @@ def _load(datasets: Any, arguments: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def _check_column(names: list[str] | None, column: str) -> None:
-    if names is not None and column not in names:
+def _check_column(names: Iterable[str], column: str) -> None:
+    if column not in names:
         raise DataError(f"data.column={column}: the dataset has the columns {', '.join(names)}: name the one with the texts")
 
 

@@ -96,7 +96,7 @@ class Tokens(pl.LightningDataModule):
         if self.packing == "windows":
             windows = Windows(tokens, self.context, self.format)
             first = max(0, len(windows) - count)
-            return Subset(windows, range(first)), Subset(windows, range(first, len(windows)))  # type: ignore[arg-type]
+            return Subset(windows, range(first)), Subset(windows, range(first, len(windows)))
         documents = sum(shard.documents for shard in tokens.index.shards)
         first = max(0, documents - documents_at_end(tokens, count * self.context)) if count else documents
         parts = (0, first), (first, documents)

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lightning_par.errors import DataError, ProcessError
 
@@ -49,8 +49,7 @@ def run_all(
         for connection, task in busy.items():
             connection.send(task)
         while busy:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
+            for connection in cast(list[Connection], wait(list(busy))):
                 kind, value = _received(connection, busy[connection])
                 if kind == "advance":
                     advance(value)
@@ -67,6 +66,7 @@ def _started(prepare: Prepare[Job, Result], job: Job, count: int) -> Iterator[li
     started: list[Any] = []
     connections: list[Connection] = []
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for ever in those that are started, which inherit it
         for _ in range(count):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, prepare, job), daemon=True)
@@ -74,6 +74,7 @@ def _started(prepare: Prepare[Job, Result], job: Job, count: int) -> Iterator[li
             there.close()  # so that its end is seen here
             started.append(process)
             connections.append(here)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield connections
     finally:
         for process in started:
@@ -98,7 +99,6 @@ def _received(connection: Connection, task: int) -> tuple[str, Any]:
 
 def _serve(connection: Connection, prepare: Prepare[Any, Any], job: Any) -> None:
     """What a process does until nobody is there to send it anything."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads: the processes are enough
     try:
         run = prepare(job)
