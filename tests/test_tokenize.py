@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import numpy as np
 import pytest
 
 from lightning_par.cli import main
-from lightning_par.data import extra, workers
+from lightning_par.data import extra
 from lightning_par.data.inputs import cut, documents, find_files
 from lightning_par.data.token_folder import Index, dtype_for, read_index
 from lightning_par.data.tokenize import Job, plan_job, tokenize
 from lightning_par.data.tokenizer import open_tokenizer
+from lightning_par.data.workers import run_all
 from lightning_par.errors import DataError, ProcessError
 from tests.corpora import END, texts, train_tokenizer, write_lines
 
@@ -214,28 +216,38 @@ def test_a_stop_leaves_no_process_and_what_can_go_on(tmp_path: Path, sent: signa
     assert all(file.stat().st_mtime_ns == then for file, then in kept.items())
 
 
-def raise_or_die(job: str) -> Callable[[int, Any], int]:
-    def run(number: int, advance: Any) -> int:
+TASKS = """
+import os
+from lightning_par.errors import DataError
+
+def prepare(job):
+    def run(number, advance):
         if job == "die":
             os._exit(9)
         if job == "refuse":
             raise DataError("this line cannot work")
         if job == "fail":
             raise KeyError(number)
+        advance(number)
         return number * number
-
     return run
+"""
 
 
-def test_processes_that_die_or_raise_end_the_call() -> None:
-    assert dict(workers.run_all(raise_or_die, "work", range(7), 2, print)) == {number: number**2 for number in range(7)}
+def test_processes_that_die_or_raise_end_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small_tasks.py").write_text(TASKS)  # a module of its own: the processes import it, and not torch as this one does
+    monkeypatch.syspath_prepend(tmp_path)
+    prepare, told = import_module("small_tasks").prepare, list[int]()
+    assert dict(run_all(prepare, "work", range(7), 2, told.append)) == {number: number**2 for number in range(7)}
+    assert sorted(told) == list(range(7))
     for job, error, said in (
         ("die", ProcessError, r"the process that wrote shard \d died, maybe for want of memory: run again to go on, with fewer"),
         ("refuse", DataError, r"^this line cannot work$"),
         ("fail", ProcessError, r"(?s)the process that wrote shard \d failed: run again to go on\n.*KeyError: \d"),
     ):
         with pytest.raises(error, match=said):
-            list(workers.run_all(raise_or_die, job, [0, 1, 2], 2, print))
+            list(run_all(prepare, job, [0, 1, 2], 2, told.append))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == set()
 
 
 def lines(path: Path, content: bytes) -> str:

@@ -47,8 +47,8 @@ def sample_of_pieces(pieces: Sequence[torch.Tensor], context: int, filler: int, 
 
     Returns:
         As `sample_of_window`, with `IGNORED` in ``targets`` after the last token of each document (in ``labels`` at its first), and
-        ``position_ids``, counted from 0 in each document; models of transformers see from them where a document begins and let
-        none attend to another. And, as ``tokens``, ``document_ids``, counted from 0.
+        ``position_ids``, counted from 0 in each document; models of transformers that are called with ``use_cache=False`` see from
+        them where a document begins, and let none attend to another. And, as ``tokens``, ``document_ids``, counted from 0.
     """
     rest = context - sum(map(len, pieces))
     parts = [*pieces, torch.full((rest,), filler)] if rest else list(pieces)

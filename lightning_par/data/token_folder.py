@@ -113,9 +113,7 @@ def read_index(folder: Path) -> Index:
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}): run `lightning-par tokenize` again as before") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise DataError(
-            f"{path} does not say {FORMAT!r}: another program or version wrote it; make it with `lightning-par tokenize`"
-        )
+        raise DataError(f"{path} does not say {FORMAT!r}, so something else wrote it: make one with `lightning-par tokenize`")
     try:
         dtype = content.pop("dtype")
         index = Index(**{**content, "shards": tuple(Shard(**shard) for shard in content["shards"])})

@@ -66,21 +66,30 @@ def _started(prepare: Prepare[Job, Result], job: Job, count: int) -> Iterator[li
     started: list[Any] = []
     connections: list[Connection] = []
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for ever in those that are started, which inherit it
         for _ in range(count):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, prepare, job), daemon=True)
-            process.start()
+            with _interrupts_waiting():
+                process.start()
             there.close()  # so that its end is seen here
             started.append(process)
             connections.append(here)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield connections
     finally:
         for process in started:
             process.terminate()
         for process in started:
             process.join()
+
+
+@contextmanager
+def _interrupts_waiting() -> Iterator[None]:
+    """Inside, Ctrl-C waits; in a process that is started inside, for ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _received(connection: Connection, task: int) -> tuple[str, Any]:
