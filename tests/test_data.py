@@ -447,6 +447,7 @@ def test_files_are_loaded_by_their_names(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ({"format": "numpy"}, r"data\.format=numpy: there is no such format: use tokens or transformers"),
         ({"column": "body"}, r"data\.column=body: the dataset has the columns text, number: name the one with the texts"),
+        ({"training": {"train": 1}}, r"data=hugging_face got a dict, which is no dataset of texts: name one part of it"),
         ({"training": [1]}, r"data=hugging_face got a list, which is no dataset of texts: name one part of it"),
         ({"validation": "empty"}, r"data\.validation of data=hugging_face has no 17 tokens for a sample: give it more, or make"),
     ],

@@ -106,7 +106,8 @@ class HuggingFace(pl.LightningDataModule):
 
     def _source(self, given: Any, shuffle: bool, lanes: int) -> Source:
         datasets = need("datasets", _WHAT)
-        dataset = _load(datasets, given) if isinstance(given, Mapping) else given
+        is_named = isinstance(given, Mapping) and "path" in given  # a DatasetDict is a mapping, too
+        dataset = _load(datasets, given) if is_named else given
         if isinstance(dataset, datasets.Dataset):
             return Table(dataset, self.column, shuffle, self.seed, self.block, lanes)
         if isinstance(dataset, datasets.IterableDataset):

@@ -58,12 +58,11 @@ class StreamLoader:
     def state_dict(self) -> dict[str, Any]:
         """Where training is, as plain data."""
         mark = self._mark
-        return {"batches": self._used, "samples": mark.samples, "places": {str(lane): place for lane, place in mark.places.items()}}
+        return {"batches": self._used, "samples": mark.samples, "places": mark.places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next iterator go on where `state_dict` was called, maybe with other replicas or batches of another size."""
-        places = {int(lane): place for lane, place in state["places"].items()}
-        self._marks = {state["batches"]: _Mark(state["samples"], places)}
+        self._marks = {state["batches"]: _Mark(state["samples"], state["places"])}
 
     @property
     def _used(self) -> int:
@@ -74,13 +73,14 @@ class StreamLoader:
     def _mark(self) -> _Mark:
         """Where the data are now; its places may be from before."""
         used = self._used
-        last = max((number for number in self._marks if number <= used), default=None)
-        mark, last = (_Mark(0, {}), 0) if last is None else (self._marks[last], last)
+        last = max(number for number in self._marks if number <= used)
+        mark = self._marks[last]
         return _Mark(mark.samples + (used - last) * self._global_batch, mark.places)
 
     def _forget(self) -> None:
         """Drop the marks that lie before the last one that is needed."""
-        last = max((number for number in self._marks if number <= self._used), default=0)
+        used = self._used
+        last = max(number for number in self._marks if number <= used)
         self._marks = {number: mark for number, mark in self._marks.items() if number >= last}
 
 

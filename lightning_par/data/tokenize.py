@@ -97,9 +97,10 @@ def tokenize(job: Job, processes: int, advance: Advance = lambda size: None) -> 
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         _check_same(job.folder, tokenizer)
-        (job.folder / INDEX).unlink(missing_ok=True)  # until all shards are there again
         shards = dict(_kept(job, tokenizer, advance))
         missing = [number for number in range(len(job.parts)) if number not in shards]
+        if missing:
+            (job.folder / INDEX).unlink(missing_ok=True)  # until they are there
         shards.update(run_all(_write, job, missing, processes, advance))
         index = _index_of(tokenizer, [shards[number] for number in range(len(job.parts))])
         if not sum(shard.tokens for shard in index.shards):
