@@ -247,7 +247,6 @@ def test_processes_that_die_or_raise_end_the_call(tmp_path: Path, monkeypatch: p
     ):
         with pytest.raises(error, match=said):
             list(run_all(prepare, job, [0, 1, 2], 2, told.append))
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == set()
 
 
 def lines(path: Path, content: bytes) -> str:

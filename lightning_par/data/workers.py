@@ -69,8 +69,7 @@ def _started(prepare: Prepare[Job, Result], job: Job, count: int) -> Iterator[li
         for _ in range(count):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, prepare, job), daemon=True)
-            with _interrupts_waiting():
-                process.start()
+            process.start()
             there.close()  # so that its end is seen here
             started.append(process)
             connections.append(here)
@@ -80,16 +79,6 @@ def _started(prepare: Prepare[Job, Result], job: Job, count: int) -> Iterator[li
             process.terminate()
         for process in started:
             process.join()
-
-
-@contextmanager
-def _interrupts_waiting() -> Iterator[None]:
-    """Inside, Ctrl-C waits; in a process that is started inside, for ever."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _received(connection: Connection, task: int) -> tuple[str, Any]:
@@ -108,6 +97,7 @@ def _received(connection: Connection, task: int) -> tuple[str, Any]:
 
 def _serve(connection: Connection, prepare: Prepare[Any, Any], job: Any) -> None:
     """What a process does until nobody is there to send it anything."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads: the processes are enough
     try:
         run = prepare(job)
