@@ -49,7 +49,7 @@ def add_tokenize_command(commands: Any) -> None:
         "--tokenizer", metavar="FILE", help="a tokenizer.json of the tokenizers library (default: the bytes of UTF-8)"
     )
     parser.add_argument(
-        "--end-of-document", metavar="TOKEN", help="what stands after each document, or none (default: as <|endoftext|>; byte 0)"
+        "--end-of-document", metavar="TOKEN", help="what stands after each document, or none (default: the usual one, or byte 0)"
     )
     parser.add_argument("--column", default="text", metavar="NAME", help="what holds the text in lines and tables (default: text)")
     parser.add_argument("--processes", type=_positive, metavar="N", help="how many work (default: one for each core)")
