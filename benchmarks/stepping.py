@@ -70,4 +70,5 @@ def plain_step(forward: Callable[[], torch.Tensor], optimizer: Optimizer) -> Ste
 
 def whole(loss: torch.Tensor) -> torch.Tensor:
     """The number alone, where a DTensor has it on every rank."""
-    return loss.detach().to_local() if isinstance(loss, DTensor) else loss.detach()
+    found: torch.Tensor = (loss.to_local() if isinstance(loss, DTensor) else loss).detach()
+    return found

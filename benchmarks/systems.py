@@ -144,6 +144,7 @@ def autotp_engine(model: LlamaForCausalLM, tp: int, tokens: torch.Tensor, optimi
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     config = {
         "train_micro_batch_size_per_gpu": tokens.size(0),
+        "gradient_clipping": 0.0,  # by default it clips to a norm of 1
         "tensor_parallel": {"autotp_size": tp},
         "zero_optimization": {"stage": 0},
     }

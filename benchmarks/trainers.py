@@ -41,7 +41,8 @@ ROWS = 8
 LOOP, LIGHTNING = "torch, own loop", "Lightning"
 ALONE, REPLICAS, SHARDED, SPLIT = "single", "dp2", "dp2_zero3", "tp2"
 _NUM_WARM = 4  # this package looks closer at the first three batches, and a Trainer has just been set up
-_QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
+# What writes, and a sampler of Lightning's own, which would shuffle the rows.
+_OFF = ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary", "use_distributed_sampler")
 
 
 class Rows(Dataset[torch.Tensor]):
@@ -58,9 +59,11 @@ class Rows(Dataset[torch.Tensor]):
         return self.tokens[index]
 
 
-def make_loader(num_steps: int, num_replicas: int = 1, sampler: Any = None) -> DataLoader[torch.Tensor]:
-    """A replica's batches of so many steps; which rows they are, a sampler says."""
-    return DataLoader(Rows(num_steps), batch_size=ROWS // num_replicas, sampler=sampler)
+def make_loader(num_steps: int, num_replicas: int = 1, replica: int = 0) -> DataLoader[torch.Tensor]:
+    """A replica's batches of so many steps: of the rows in order, one in so many."""
+    rows = Rows(num_steps)
+    sampler: Any = DistributedSampler(rows, num_replicas, replica, shuffle=False)
+    return DataLoader(rows, batch_size=ROWS // num_replicas, sampler=sampler)
 
 
 class Stopwatch(pl.Callback):
@@ -118,13 +121,13 @@ def install_loop(rank: int, make_optimizer: MakeOptimizer, work: str) -> Run:
     num_replicas = 1 if work in (ALONE, SPLIT) else NUM_RANKS
 
     def run(num_steps: int) -> list[Taken]:
-        model: nn.Module = Trainee()
+        model: Any = Trainee()
         if work == REPLICAS:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         elif work != ALONE:
             {SHARDED: shard_blocks, SPLIT: split_layers}[work](model, init_device_mesh("cpu", (NUM_RANKS,)))
-        sampler = DistributedSampler(Rows(num_steps), num_replicas, rank, shuffle=False) if num_replicas > 1 else None
-        return _loop(model, make_optimizer(model.parameters()), make_loader(num_steps, num_replicas, sampler), work == SPLIT)
+        loader = make_loader(num_steps, num_replicas, rank % num_replicas)
+        return _loop(model, make_optimizer(model.parameters()), loader, work == SPLIT)
 
     return run
 
@@ -198,14 +201,14 @@ def install_trainer(
         make_strategy: makes the strategy.
         lesson: the module.
         num_ranks: that train.
-        num_replicas: of the model; the Trainer deals out the rows.
+        num_replicas: of the model.
     """
 
     def run(num_steps: int) -> list[Taken]:
         watch = Stopwatch()
-        options: dict[str, Any] = {"accelerator": "cpu", "devices": num_ranks, "max_steps": num_steps, **_QUIET}
+        options: dict[str, Any] = {"accelerator": "cpu", "devices": num_ranks, "max_steps": num_steps, **dict.fromkeys(_OFF, False)}
         trainer = pl.Trainer(strategy=make_strategy(), callbacks=[watch], **options)
-        trainer.fit(lesson(make_optimizer), make_loader(num_steps, num_replicas))
+        trainer.fit(lesson(make_optimizer), make_loader(num_steps, num_replicas, rank % num_replicas))
         return watch.taken
 
     return run
