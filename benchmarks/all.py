@@ -1,4 +1,4 @@
-"""All comparisons of step times with peers in one run, gathered in one table.
+"""All comparisons of step times with peers in one run, gathered in one table; on a page, the table of each follows.
 
     python -m benchmarks.all
     python -m benchmarks.all --quick
@@ -16,12 +16,9 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from benchmarks.command import finish, make_parser, report
-
-if TYPE_CHECKING:
-    from benchmarks.contest import Row
 
 BENCHMARKS = ("tensor", "zero", "trainer", "pipeline")
 
@@ -39,16 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AssertionError: a rank raised; its traceback is the message.
     """
     options = _parser().parse_args(arguments)
-    rows = measure("quick" if options.quick else "brief")
+    measured = measure("quick" if options.quick else "brief")
     from benchmarks import peers_table  # late, so that --help is quick
     from benchmarks.contest import differences
     from benchmarks.peers import losses, matches
 
+    rows = {name: [row.in_contest() for row in its] for name, its in measured.items()}
     found = [match for name, its in rows.items() for match in matches(name, its)]
     wrong = [f"{name}: {words}" for name, its in rows.items() for words in differences(its)] + losses(found)
     if options.output is not None:
         peers_table.draw(found, options.output)
-    return finish(found, options, peers_table, wrong, "at or under every peer, or the table says why not")
+    code = finish(found, options, peers_table, wrong, "at or under every peer, or the table says why not")
+    if options.markdown:
+        print("", *peers_table.sections(measured), sep="\n")
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(effort: str) -> dict[str, list[Row]]:
-    """The rows of each benchmark; progress goes to stderr.
+def measure(effort: str) -> dict[str, list[Any]]:
+    """The rows of each benchmark, as it gives them; progress goes to stderr.
 
     Args:
         effort: a word of ``EFFORTS``.
@@ -77,8 +78,7 @@ def measure(effort: str) -> dict[str, list[Row]]:
     rows, begin = {}, time.monotonic()
     for number, name in enumerate(BENCHMARKS, start=1):
         report(f"{name}, {number} of {len(BENCHMARKS)}, after {(time.monotonic() - begin) / 60:.1f} minutes")
-        measured = import_module(f"benchmarks.{name}").measure(effort)
-        rows[name] = [row.in_contest() for row in measured] if name == "pipeline" else measured
+        rows[name] = import_module(f"benchmarks.{name}").measure(effort)
     return rows
 
 

@@ -91,6 +91,10 @@ class Row:
     cpu_seconds: tuple[float, ...] = ()
     wrong: str = ""
 
+    def in_contest(self) -> Row:
+        """This row, as those of other benchmarks give one."""
+        return self
+
 
 @dataclass
 class _Times:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+from benchmarks import pace_table, replica_table, shard_table, trainer_table
 from benchmarks.facts import machine, versions
 from benchmarks.peers import NOISE, Match
 from benchmarks.rendering import Lines, markdown_table, terminal_table
@@ -15,16 +17,23 @@ from lightning_par.picture.colour import HUES
 
 HEADINGS = ("benchmark", "work", "peer", "ours ms", "peer's ms", "ratio", "median", "CPU", "where the peer is quicker")
 _NUM_WORDS = 3  # of the headings: columns that are no numbers
+_TABLES: dict[str, Any] = {
+    "tensor": shard_table.TABLE,
+    "zero": replica_table.TABLE,
+    "trainer": trainer_table.TABLE,
+    "pipeline": pace_table,
+}
 _TEXT, _FAINT, _LINE = "#222222", "#666666", "#bbbbbb"
 _SECTION = f"""\
 ## Peers
 
 lightning_par beside each system that does the same work, on the same model and data. Each benchmark times its systems in the same
-processes in turns, there and back (ABBA), after losses, and gradients where they can be had, were those of one process; what it
-trains, and every number, is in its own section.
+processes in turns, there and back (ABBA), after losses, in pipelines also gradients, were those of one process; what it trains, and
+every system's own times, stand in the section that is named after it.
 
-- tensor, zero: the strategy's step without a Trainer, beside the peer's own loop; trainer: whole trainings, Lightning and
-  lightning_par under the same Trainer; pipeline: schedules of 4 ranks on stages that sleep
+- [tensor](#tensor-parallelism), [zero](#zero): the strategy's step without a Trainer, beside the peer's own loop
+- [trainer](#under-a-trainer): whole trainings, with Lightning and lightning_par under the same Trainer
+- [pipeline](#pipeline-schedules): schedules of 4 ranks on stages that sleep
 - ms: the quickest step of the slowest rank; ratio: ours as a multiple of the peer's, less is better; median: that of the medians
 - CPU: that of the processor time of the busiest rank; of pipelines in steps without work
 - within noise: not both are above {1 + NOISE:.2f}, the quickest and the median; where both are, for no reason that is known, the
@@ -69,6 +78,11 @@ def render_json(found: Sequence[Match]) -> str:
     """Every time, with where it was taken."""
     rows = [asdict(each) | {"ratio": each.least, "median": each.middle, "cpu": each.cpu, "reason": each.reason} for each in found]
     return json.dumps({**_facts(found), "noise": NOISE, "matches": rows}, indent=2)
+
+
+def sections(measured: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The sections of benchmarks/RESULTS.md of the benchmarks, by the rows that each has given."""
+    return [_TABLES[benchmark].render_markdown(rows) + "\n" for benchmark, rows in measured.items()]
 
 
 def draw(found: Sequence[Match], path: Path) -> None:

@@ -80,8 +80,8 @@ def test_the_command_fails_for_wrong_losses_and_for_slow_steps(
     assert "| tensor | tp2 | DTensor | 300.0 | 302.0 | 0.99 |" in capsys.readouterr().out
 
 
-def test_all_benchmarks_are_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept = pace.Row("torch", "1f1b", (1.5,), (0.08,), (0.04,), 0.375)
+def test_all_benchmarks_are_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    slept = [pace.Row(name, "1f1b", (1.5,), (0.08,), (cpu,), 0.375) for name, cpu in (("torch", 0.04), ("lightning_par", 0.02))]
     asked: list[tuple[str, str]] = []
 
     def stand_in(name: str, rows: list[Any]) -> Callable[[str], list[Any]]:
@@ -89,10 +89,13 @@ def test_all_benchmarks_are_run_one_after_the_other(monkeypatch: pytest.MonkeyPa
 
     for name in all_benchmarks.BENCHMARKS:
         module = import_module(f"benchmarks.{name}")
-        monkeypatch.setattr(module, "measure", stand_in(name, [slept] if name == "pipeline" else [OURS]))
-    rows = all_benchmarks.measure("quick")
+        monkeypatch.setattr(module, "measure", stand_in(name, slept if name == "pipeline" else [OURS]))
+    assert all_benchmarks.main(["--quick", "--markdown"]) == 0
     assert asked == [(name, "quick") for name in all_benchmarks.BENCHMARKS]
-    assert rows["pipeline"] == [Row("torch", "pp4 1f1b", (1.5,), (0.04,))]
+    printed = capsys.readouterr().out
+    assert "| pipeline | pp4 1f1b | torch | 1500.0 | 1500.0 | 1.00 | 1.00 | 0.50 |" in printed
+    titles = ["Peers", "Tensor parallelism", "ZeRO", "Under a Trainer", "Pipeline schedules"]
+    assert re.findall(r"^## (.*)$", printed, re.MULTILINE) == titles
     assert all(effort in contest.EFFORTS and effort in pace.EFFORTS for effort in ("quick", "brief", "full"))
 
 
