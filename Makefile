@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-gpu format clean
+.PHONY: help train test test-all test-gpu docs format clean
 
 help:  ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,12 +28,15 @@ test-all: test  ## Everything in `make test`, then the long matrices.
 test-gpu: $(READY)  ## What needs a GPU; one is enough. With a torch for it: make test-gpu CONSTRAINTS=
 	LIGHTNING_PAR_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
+docs: $(READY)  ## Make the documentation's site in site/; its first page is site/index.html.
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 format: $(READY)  ## Rewrite the sources in the house format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment, caches and training outputs.
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist outputs multirun
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist site outputs multirun
 
 # DS_BUILD_OPS=0: DeepSpeed compiles the kernels that it needs at first use, never at install, whatever the environment says.
 $(READY): pyproject.toml $(CONSTRAINTS)

@@ -16,6 +16,7 @@ from benchmarks.foresight_time import (
     LEAST_CORRELATION,
     MOST_LOSS_ERROR,
     MOST_REGRET,
+    SLOWER,
     Row,
     choose,
     median_error,
@@ -47,7 +48,7 @@ cluster of that rate and of those links; nothing is fitted.
 - a step is the quickest of two, of the slowest rank; layouts within 10 % of the quickest are timed four times more
 - links: {INSIDE.bytes_per_second / 1e6:g} MB/s and {INSIDE.latency_seconds * 1e3:g} ms inside a node, \
 {BETWEEN.bytes_per_second / 1e6:g} MB/s and {BETWEEN.latency_seconds * 1e3:g} ms between the two nodes of 4 or 8 processes, \
-for each process
+for each process; of 8 processes, which take turns on the cores, devices and links are {SLOWER[8]} times slower
 - layouts: every tp, pp, dp and vp that 8 blocks allow with tp inside a node, every schedule that the planner considers, ZeRO 0, 1
   and 3 and sp over tp, with twice as many microbatches as ranks of the pipeline; without ZeRO also with as many, and without sp;
   ZeRO-2 without a pipeline. Left out: other numbers of microbatches, GPipe, tp over nodes, recomputation

@@ -39,6 +39,7 @@ BATCH = 16  # samples of a step over all replicas
 WORLDS = (2, 4, 8)
 IDEAL_SECONDS = {2: 0.4, 4: 0.5, 8: 0.7}  # of a step of ranks that share the products evenly and never wait, by how many they are
 INSIDE, BETWEEN = Link(1e6, 3e-4), Link(5e5, 1e-3)
+SLOWER = {2: 1, 4: 1, 8: 3}  # devices and links alike: more ranks than cores take turns, which is to be little beside a step
 LEAST_CORRELATION, MOST_REGRET, MOST_LOSS_ERROR = 0.9, 0.05, 1e-5
 NUM_STEPS, NUM_STEPS_AGAIN, NEAR = 2, 4, 0.1  # those that are so near to the quickest are timed again, more often
 _TIMEOUT, _TIMEOUT_SECONDS = timedelta(seconds=60), 900
@@ -68,12 +69,13 @@ class Row:
 
 
 def make_cluster(world: int) -> Cluster:
-    """Two nodes; of two processes one. A device multiplies as quickly as `IDEAL_SECONDS` says."""
-    nodes = 1 if world == 2 else 2
-    flops = 3 * NUM_BLOCKS * block_flops(BATCH) / world / IDEAL_SECONDS[world]
+    """Two nodes; of two processes one. A device multiplies as quickly as `IDEAL_SECONDS` says, and `SLOWER`."""
+    nodes, slower = 1 if world == 2 else 2, SLOWER[world]
+    flops = 3 * NUM_BLOCKS * block_flops(BATCH) / world / IDEAL_SECONDS[world] / slower
+    inside, between = (Link(link.bytes_per_second / slower, link.latency_seconds * slower) for link in (INSIDE, BETWEEN))
     rates = {"float32": flops}
     device = Device(2**40, 0.0, float("inf"), rates, rates, 0.0)  # only products take time
-    return Cluster(f"{nodes} x {world // nodes} that sleep", nodes, world // nodes, device, INSIDE, BETWEEN, "chosen")
+    return Cluster(f"{nodes} x {world // nodes} that sleep", nodes, world // nodes, device, inside, between, "chosen")
 
 
 def ways(cluster: Cluster) -> Iterator[Candidate]:

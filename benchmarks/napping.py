@@ -40,6 +40,18 @@ class Naps:
     forward: float = 0.0
     input_gradient: float = 0.0
     weight_gradient: float = 0.0
+    _late: float = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep; nothing at all for 0.
+
+        Where there are more ranks than cores, one that wakes has to wait for a core, half a millisecond or so. The next naps are so
+        much shorter, so that the sleep of a rank in a step is what was asked for.
+        """
+        if seconds:
+            begin = time.perf_counter()
+            time.sleep(max(0.0, seconds - self._late))
+            self._late += time.perf_counter() - begin - seconds
 
     def work(self, seconds: float) -> None:
         """Let each rank work so many seconds in each of F, I and W of a microbatch."""
@@ -139,24 +151,18 @@ def wake_in_time() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
 
 
-def nap(seconds: float) -> None:
-    """Sleep; nothing at all for 0."""
-    if seconds:
-        time.sleep(seconds)
-
-
 class _Nap(torch.autograd.Function):
     """The hidden state as it is."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, naps: Naps, share: int) -> torch.Tensor:
         ctx.naps, ctx.share = naps, share
-        nap(share * naps.forward)
+        naps.sleep(share * naps.forward)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        nap(ctx.share * ctx.naps.input_gradient)
+        ctx.naps.sleep(ctx.share * ctx.naps.input_gradient)
         return grad, None, None
 
 
@@ -170,5 +176,5 @@ class _WeightNap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        nap(ctx.share * ctx.naps.weight_gradient)
+        ctx.naps.sleep(ctx.share * ctx.naps.weight_gradient)
         return grad, None, None

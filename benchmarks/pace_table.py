@@ -34,7 +34,8 @@ _SECTION = f"""\
 p = {NUM_RANKS} ranks, m = {NUM_MICROBATCHES} microbatches. Stages sleep: a rank's share of a microbatch takes \
 {1000 * WORK_SECONDS:.0f} ms forward and {2000 * WORK_SECONDS:.0f} ms backward
 ({1000 * WORK_SECONDS:.0f} input gradients, {1000 * WORK_SECONDS:.0f} weight gradients), so that a rank that never waits needs \
-{1000 * IDEAL_SECONDS:.0f} ms. All systems run the same chain in the same
+{1000 * IDEAL_SECONDS:.0f} ms. Where a rank wakes late, because
+another has the core, its next naps are so much shorter. All systems run the same chain in the same
 processes in turns, there and back (ABBA); losses and gradients of each were those of one process.
 
 - step: forwards, backwards, one step of SGD; the quickest and the median

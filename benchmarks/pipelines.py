@@ -39,7 +39,6 @@ from benchmarks.napping import (
     Naps,
     make_batch,
     make_chain,
-    nap,
 )
 from lightning_par.engine import Engine
 from lightning_par.layout import Placement, parse_layout, pp_of_stage
@@ -126,7 +125,7 @@ def nap_in_notes(naps: Naps) -> None:
     computed = Note.gradients
 
     def gradients(note: Note) -> Any:
-        nap(getattr(note.weight, "share", 0) * naps.weight_gradient)
+        naps.sleep(getattr(note.weight, "share", 0) * naps.weight_gradient)
         return computed(note)
 
     setattr(Note, "gradients", gradients)  # noqa: B010  # mypy

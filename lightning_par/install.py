@@ -77,7 +77,8 @@ def install(
     convert_layers(module, plan, pp, tp, sequence)
     if plan.float8 is not None:
         held = [name for name in plan.float8.layers if module.get_submodule(name)._parameters.get("weight") is not None]
-        multiply_in_float8(module, held, Float8Arithmetic(plan.float8.recipe, emulate=device.type == "cpu"))
+        emulate = device.type == "cpu"
+        multiply_in_float8(module, held, Float8Arithmetic(plan.float8.recipe, emulate, None if emulate else "inductor"))
     if deferred is not None:
         defer_weight_gradients(module, deferred)
     compile_modules(module, plan, pp)

@@ -1,6 +1,6 @@
 """What is refused, as a user would meet it: each case with the layout, and the module or setting that does not fit it.
 
-The README shows the messages, see `tests.table`; every one is raised for real, before any process is started.
+docs/works.md shows the messages, see `tests.table`; every one is raised for real, before any process is started.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes the section "What works, what is refused and why" of the README from what the tests run over.
+"""Makes the tables of docs/works.md, what works and what is refused, from what the tests run over.
 
     python -m tests.table                train every model of the matrix in every layout, and write both tables
     python -m tests.table tp2 tp2_sp     only these layouts; the other numbers stay
@@ -20,7 +20,7 @@ from tests.parity import check_parity
 from tests.refusals import REFUSALS
 from tests.zoo import ZOO
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "works.md"
 TIMEOUT_SECONDS = 900
 _EMPTY = "| model |"
 Errors = dict[str, dict[str, str]]  # by layout and model, the largest relative error as it is shown
@@ -44,7 +44,7 @@ def shown(error: float) -> str:
 
 
 def read(text: str) -> Errors:
-    """The numbers in the table of what works, as the README has them."""
+    """The numbers in the table of what works, as the page has them."""
     lines = [line for line in section(text, "works").splitlines() if not line.startswith("|---")]
     head, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines or [_EMPTY])
     return {word.strip("`"): {row[0]: row[index] for row in rows} for index, word in enumerate(head) if index}
@@ -70,17 +70,17 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def main(chosen: list[str]) -> None:
-    """Measure the chosen layouts, all by default, and write the README."""
+    """Measure the chosen layouts, all by default, and write the page."""
     for name in ("pytorch_lightning", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    text = README.read_text()
+    text = PAGE.read_text()
     errors = read(text)
     for word in chosen or MATRIX:
         if word in MATRIX:
             measured = check_parity(MATRIX[word], word, timeout=TIMEOUT_SECONDS)
             errors[word] = {name: shown(error) for name, error in measured.items()}
             text = replaced(text, "works", works(errors))
-    README.write_text(replaced(text, "refused", refused()))
+    PAGE.write_text(replaced(text, "refused", refused()))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,67 @@ def test_a_layer_computes_what_torchaos_own_does(recipe: str, dtype: torch.dtype
     assert f"float8 {recipe}" in repr(mine)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_products_that_are_compiled_are_the_same(recipe: str) -> None:
+    torch.manual_seed(0)
+    written, compiled = Float8Arithmetic(recipe, emulate=True), Float8Arithmetic(recipe, emulate=True, backend="aot_eager")
+    x, y, weight, bias = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((3, 5, 16), (3, 5, 48), (48, 16), (48,)))
+    for transposed in (False, True):
+        for ours, wanted in zip(
+            *(_products(arithmetic, x, y, weight, bias, transposed) for arithmetic in (compiled, written)), strict=True
+        ):
+            assert torch.equal(ours, wanted)
+
+
+def _products(arithmetic: Float8Arithmetic, x: Any, y: Any, weight: Any, bias: Any, transposed: bool) -> list[torch.Tensor]:
+    rows = x.flatten(0, 1), y.flatten(0, 1)
+    return [
+        arithmetic.output(x, weight, bias),
+        arithmetic.input_gradient(y, weight),
+        arithmetic.weight_gradient(*rows, transposed),
+    ]
+
+
+class Feedforward(nn.Module):
+    """Its weights lie in either way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), Conv1D(16, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return y
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_in_a_compiled_block_a_whole_layer_is_part_of_the_graph(recipe: str) -> None:
+    num_graphs = 0
+
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph.forward
+
+    found = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        blocks = nn.ModuleList(Feedforward() for _ in range(10)).bfloat16()
+        names = [f"{index}.{layer}" for index in range(10) for layer in ("up", "down")]
+        multiply_in_float8(blocks, names, Float8Arithmetic(recipe, emulate=True))
+        x = torch.randn(3, 5, 16, dtype=torch.bfloat16, requires_grad=True)
+        y = x * 1  # as between blocks, where it is no leaf
+        for block in blocks:
+            if compiles:
+                block.compile(backend=count)
+            y = block(y)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, *(parameter.grad for parameter in blocks.parameters())])
+    assert num_graphs == 1  # of all ten
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.equal(ours, wanted)
+
+
 def test_a_transposed_weight_a_frozen_one_and_no_gradients() -> None:
     torch.manual_seed(0)
     conv, linear, x = Conv1D(32, 16), nn.Linear(16, 32), torch.randn(4, 16)

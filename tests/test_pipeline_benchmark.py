@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ WRONG = Row("torch", "zb-v v2", (), (), (), 0.1, wrong="the loss is 1.0, and 2.0
 @pytest.mark.parametrize("num_stages", [4, 8, 16])
 def test_every_part_of_every_stage_sleeps_once(monkeypatch: pytest.MonkeyPatch, num_stages: int) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(napping, "nap", lambda seconds: slept.append(seconds) if seconds else None)
+    monkeypatch.setattr(Naps, "sleep", lambda naps, seconds: slept.append(seconds) if seconds else None)
     size = NUM_BLOCKS // num_stages  # the first block of a stage sleeps for all of them
     chain = make_chain(Naps(forward=1.0, input_gradient=2.0, weight_gradient=4.0), num_stages)
     loss = chain.training_step(make_batch(), 0)
@@ -39,6 +40,21 @@ def test_work_is_the_same_for_a_rank_however_many_stages_it_has() -> None:
     naps = Naps()
     naps.work(0.04)
     assert naps.forward * NUM_BLOCKS / napping.NUM_RANKS == pytest.approx(0.04)
+
+
+def test_a_nap_that_ends_late_makes_the_next_one_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = 0.0, list[float]()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        asked.append(seconds)
+        now += seconds + (0.03 if len(asked) == 1 else 0.0)
+
+    monkeypatch.setattr(napping, "time", SimpleNamespace(sleep=sleep, perf_counter=lambda: now))
+    naps = Naps()
+    for seconds in (0.04, 0.0, 0.02, 0.02, 0.04):
+        naps.sleep(seconds)
+    assert asked == pytest.approx([0.04, 0.0, 0.01, 0.04]) and now == pytest.approx(0.12)
 
 
 def test_what_differs_from_one_process_is_found() -> None:

@@ -19,19 +19,19 @@ class ParallelConfig:
     Types are checked when Hydra composes; ranges and what depends on the devices by `Layout`.
     """
 
-    tp: int = 1
-    pp: int = 1
-    vp: int = 1
-    dp: int | None = None
-    zero: int = 0
-    microbatches: int | None = None
-    sp: bool = False
-    recompute: str = "none"
-    memory_gib: float | None = None
-    offload_activations: bool = False
-    compile: Any = False  # true, or the name of a backend
-    fp8: str | None = None
-    auto: bool = False
+    tp: int = 1  # ranks that share every split layer
+    pp: int = 1  # ranks that share the stages of a pipeline
+    vp: int = 1  # stages on each of these ranks
+    dp: int | None = None  # replicas; null: what is left of the devices
+    zero: int = 0  # what is sharded over dp: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters
+    microbatches: int | None = None  # that a replica's batch is cut into; null: twice the stages, or what divides the batch
+    sp: bool = False  # hidden states between the blocks are cut along the sequence, over the tp ranks
+    recompute: str = "none"  # what of the blocks the backward computes again: none, selective, full or auto
+    memory_gib: float | None = None  # that each rank may store; checked before the run, and what recompute=auto fits
+    offload_activations: bool = False  # what the backward needs waits in the memory of the host
+    compile: Any = False  # the blocks, by torch.compile: true, or the name of a backend
+    fp8: str | None = None  # linear layers of the blocks multiply in float8, scaled tensorwise or rowwise
+    auto: bool = False  # the planner chooses the layout
 
     @classmethod
     def of(cls, layout: Layout) -> ParallelConfig:

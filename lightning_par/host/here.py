@@ -31,7 +31,7 @@ def cluster_here(device: torch.device, num_nodes: int, devices_per_node: int) ->
     name, memory = device_name(device), device_bytes(device)
     file, whose = "laptop", "this CPU"
     if device.type == "cuda":
-        file, whose = next((file for word, file in _FILES.items() if word in name), "your_own"), name
+        file, whose = file_of(name) or "your_own", name
     else:
         memory //= devices_per_node
     shipped = shipped_cluster(file, num_nodes)
@@ -47,6 +47,11 @@ def cluster_here(device: torch.device, num_nodes: int, devices_per_node: int) ->
         return here
     found = read_calibration(measured[-1])
     return replace(here.calibrated(found), source=f"measured on {found.date} as far as they were, else of {here.source}")
+
+
+def file_of(name: str) -> str | None:
+    """The shipped cluster file with the rates of a GPU of this name, or None."""
+    return next((file for word, file in _FILES.items() if word in name), None)
 
 
 def device_name(device: torch.device) -> str:

@@ -6,7 +6,9 @@ quickest by what its step cannot fall below. That is replayed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from lightning_par.errors import ConfigurationError, ModelError
@@ -95,6 +97,23 @@ def search(anatomy: Anatomy, cluster: Cluster, batch: int, limits: Limits = Limi
     Raises:
         ConfigurationError: none divides and fits; says what is nearest.
     """
+    with _collector_at_rest():
+        return _search(anatomy, cluster, batch, limits)
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Inside, Python does not look for circles: in tables of a hundred thousand actions there are none, and each look is at all."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _search(anatomy: Anatomy, cluster: Cluster, batch: int, limits: Limits) -> Outlook:
     estimator, misses = Estimator(anatomy, cluster), list[Miss]()
     divided = _divided(anatomy, cluster, batch, limits, misses)
     fitting = list[tuple[float, Candidate]]()

@@ -1,7 +1,8 @@
 """Every private name of torchao that this package relies on, with the reason. Read in torchao 0.18.
 
 torchao's own Float8Linear computes the output and both gradients in one autograd function. Here these are apart: over tp the sum
-of the input's gradient runs beside the weight's, and a schedule may put the weight's off. So its casts are called one by one.
+of the input's gradient runs beside the weight's, and a schedule may put the weight's off. So its casts are called one by one,
+except for a layer that is whole and inside a graph of torch.compile, which is the autograd function's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torchao.float8.config import CastConfig, Float8LinearConfig, ScalingType
+from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
 from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
 from torchao.float8.float8_training_tensor import GemmInputRole, LinearMMConfig, ScaledMMConfig
 
@@ -27,6 +29,11 @@ class Float8Casts:
         products = (config.gemm_config_output, config.gemm_config_grad_input, config.gemm_config_grad_weight)
         # inner dims are padded to the 16 that the units need: the number of tokens may be any
         self._products = LinearMMConfig(*(ScaledMMConfig(emulate, product.use_fast_accum, False, True) for product in products))
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``x [..., in]`` times a weight ``[out, in]``, as torchao's own layer does it, with its gradients."""
+        y: torch.Tensor = matmul_with_hp_or_float8_args.apply(x, weight.t(), self._products, self._config)
+        return y
 
     def input(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Of the layer's input. The scale of a row-wise cast is one for all elements along ``dim``, that of the sum."""

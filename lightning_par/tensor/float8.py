@@ -4,6 +4,9 @@ Each operand is cast just before its product, with a scale from its own greatest
 gradients e5m2) or one for each row (``rowwise``; e4m3, scales are powers of two). What autograd saves, sums over ranks, and
 gradients are in the dtype of the operands, as without. Over tp a rank scales its own part of a tensor: with powers of two that
 changes no number.
+
+A cast is a dozen small operations, which cost more than the product saves. So each product is compiled with its casts, whether the
+block around it is compiled or not.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import torch
 from torch import nn
 
 from lightning_par.errors import ConfigurationError
+from lightning_par.private.torch import allow_versions
 from lightning_par.runtime.arithmetic import Arithmetic
 from lightning_par.tensor.whole_linear import change_linear
 
+_VERSIONS = 64  # of a product: shapes of weights and batches
 _CAPABILITY = (9, 0)  # of NVIDIA's Hopper, the first with units for row-wise scales
 
 
@@ -28,24 +33,47 @@ class Float8Arithmetic(Arithmetic):
     Args:
         recipe: ``tensorwise`` or ``rowwise``.
         emulate: cast as on a device that has float8 units, and multiply without.
+        backend: of torch.compile, for the products; None runs them as written.
     """
 
-    def __init__(self, recipe: str, emulate: bool) -> None:
+    def __init__(self, recipe: str, emulate: bool, backend: str | None = None) -> None:
         from lightning_par.private.torchao import Float8Casts  # here: torchao is there only where this is used
 
         self._recipe, self._casts = recipe, Float8Casts(recipe, emulate)
+        products: list[Any] = [self._output, self._input_gradient, self._weight_gradient]
+        if backend is not None:
+            allow_versions(_VERSIONS)
+            # not for any shape at once: those of weights are few, and so are those of batches
+            products = [torch.compile(each, backend=backend, dynamic=False) for each in products]
+        self._products = products
 
     def __str__(self) -> str:
         return f"float8 {self._recipe}"
 
     def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor = self._products[0](x, weight, bias)
+        return y
+
+    def input_gradient(self, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        gradient: torch.Tensor = self._products[1](y, weight)
+        return gradient
+
+    def weight_gradient(self, x: torch.Tensor, y: torch.Tensor, transposed: bool) -> torch.Tensor:
+        gradient: torch.Tensor = self._products[2](x, y, transposed)
+        return gradient
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = self._casts.linear(x, weight)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         y = _over_rows(x, lambda rows: torch.mm(self._casts.input(rows, -1), self._casts.weight(weight.t(), 0)))
         return y if bias is None else y + bias.to(y.dtype)
 
-    def input_gradient(self, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _input_gradient(self, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return _over_rows(y, lambda rows: torch.mm(self._casts.gradient(rows, -1), self._casts.weight(weight.t(), -1).t()))
 
-    def weight_gradient(self, x: torch.Tensor, y: torch.Tensor, transposed: bool) -> torch.Tensor:
+    def _weight_gradient(self, x: torch.Tensor, y: torch.Tensor, transposed: bool) -> torch.Tensor:
         gradient = torch.mm(self._casts.gradient(y, 0).t(), self._casts.input(x, 0))
         return gradient.t().contiguous() if transposed else gradient
 

@@ -52,9 +52,19 @@ class WholeLinear(ParallelLayer):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    @runs_as_written
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``, as the layer itself."""
+        record: WholeRecord = self.record
+        if record.deferred is not None or not torch.compiler.is_compiling():
+            return self._as_written(input)
+        weight, bias = self.weight.t() if record.transposed else self.weight, self.bias
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input, weight = input.to(dtype), weight.to(dtype)
+        return record.arithmetic.linear(input, weight, bias)
+
+    @runs_as_written
+    def _as_written(self, input: torch.Tensor) -> torch.Tensor:
         record: WholeRecord = self.record
         if record.arithmetic is AS_GIVEN and not can_defer(input, self.weight, self.bias):
             output: torch.Tensor = super().forward(input)
