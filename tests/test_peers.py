@@ -99,12 +99,12 @@ def test_all_benchmarks_are_run_one_after_the_other(monkeypatch: pytest.MonkeyPa
     assert all(effort in contest.EFFORTS and effort in pace.EFFORTS for effort in ("quick", "brief", "full"))
 
 
-def given(losses_of: dict[str, list[float]]) -> Callable[[MakeOptimizer, int], list[float]]:
-    return lambda make_optimizer, num_steps: losses_of["one process"]
+def alone(make_optimizer: MakeOptimizer, num_steps: int) -> list[float]:
+    return [3.0, 2.0, 1.0]
 
 
 def made_up(name: str, *values: float) -> System:
-    """A system that takes as many milliseconds as its step has number, the first one longer."""
+    """A system of these losses, whose first step in a run takes no time, and each one more a second more."""
 
     def run(num_steps: int) -> list[Taken]:
         return [Taken(values[step % len(values)], float(step), 0.5) for step in range(num_steps)]
@@ -114,7 +114,7 @@ def made_up(name: str, *values: float) -> System:
 
 def contend(rank: int, world_size: int) -> list[Row]:
     systems = (made_up("right", 3.0, 2.0, 1.0), made_up("wrong", 3.0, 2.0, 1.1))
-    return measure_rank(rank, world_size, systems, given({"one process": [3.0, 2.0, 1.0]}), Effort(2, 3))
+    return measure_rank(rank, world_size, systems, alone, Effort(2, 3))
 
 
 def test_a_system_is_checked_and_then_timed_without_its_first_steps() -> None:
