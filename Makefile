@@ -3,6 +3,8 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints-cpu.txt
+# Tests at once, of which each may start ranks; 0 for one after the other.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
@@ -20,7 +22,7 @@ test: $(READY)  ## Lint, check types and run the fast tests: make test ARGS="tes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: test  ## Everything in `make test`, then the long matrices.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
@@ -32,7 +34,7 @@ test-gpu: $(READY)  ## What needs a GPU; one is enough. With a torch for it: mak
 	LIGHTNING_PAR_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 docs: $(READY)  ## Make the documentation's site in site/; its first page is site/index.html.
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 format: $(READY)  ## Rewrite the sources in the house format.
 	$(BIN)/ruff check --fix .

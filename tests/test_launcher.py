@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")}
 ENVIRONMENT["PYTHONPATH"] = str(ROOT)
 
+pytestmark = pytest.mark.alone
+
 
 def start(folder: Path, *cases: str) -> subprocess.Popen[str]:
     """Three ranks that do what ``cases`` say, in a session of their own so that a signal can go to all of them."""

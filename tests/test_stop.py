@@ -21,6 +21,8 @@ from tests.test_launcher import ENVIRONMENT, ROOT, is_alive
 SURVIVOR = str(ROOT / "benchmarks" / "survivor.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1")
 
+pytestmark = pytest.mark.alone
+
 
 # ------------------------------------------------------------------ one rank
 

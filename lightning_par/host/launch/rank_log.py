@@ -16,7 +16,7 @@ import logging
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from lightning_par.layout import Layout
 
@@ -51,11 +51,11 @@ class RankLog(logging.Handler):
     def __enter__(self) -> RankLog:
         root = logging.getLogger()
         if not self._is_first:
-            for handler in [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]:
-                root.removeHandler(handler)
-                handler.close()
+            for file in [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]:
+                root.removeHandler(file)
+                file.close()
             self._consoles = sys.stdout, sys.stderr
-            sys.stdout, sys.stderr = _Copied(sys.stdout, self), _Copied(sys.stderr, self)  # type: ignore[assignment]
+            sys.stdout, sys.stderr = (cast(TextIO, _Copied(console, self)) for console in self._consoles)
             logging.captureWarnings(True)
         self.setFormatter(logging.Formatter(_FORMAT))
         root.addHandler(self)
