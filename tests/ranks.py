@@ -9,6 +9,7 @@ does not see it, because one that has used CUDA cannot fork (see ``tests/__init_
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -120,6 +121,7 @@ def _rank_main(
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage for each engine, which would go through all that the parent has imported
     try:
         backend = "gloo"
         if DEVICE == "cuda":  # as if each rank were on a machine of its own

@@ -127,6 +127,7 @@ def test_every_rank_finds_the_same_table() -> None:
     assert auto_schedule(costs, 4, 2, 8) == auto_schedule(random_costs(3, 8), 4, 2, 8)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("v", "placement"), [(1, "loop"), (2, "loop"), (2, "v")])
 def test_auto_is_fast(v: int, placement: Placement) -> None:
     costs = random_costs(7, 8 * v)

@@ -407,7 +407,7 @@ def test_batches_are_made_as_long_as_they_must_be() -> None:
 
 @pytest.mark.usefixtures("elsewhere", "briefly")
 def test_plan_computes_with_what_calibrate_has_measured(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["cluster=laptop", "cluster.devices_per_node=2", "model.network.depth=2", *SMALL]
+    words = ["cluster=laptop", "cluster.devices_per_node=2", *SMALL]
     main(["calibrate", "--seconds", "1000", *words])
     shown = capsys.readouterr().out.splitlines()
     (path,) = cache.iterdir()

@@ -11,11 +11,11 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  before the fork: else each rank spends seconds on it
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,6 +29,7 @@ from lightning_par.errors import ConfigurationError
 from lightning_par.install import install
 from lightning_par.layout import parse_layout
 from lightning_par.pipeline.tables import choose_schedule
+from lightning_par.plan import Plan
 from lightning_par.runtime.axis import Axis, LocalAxis
 from lightning_par.runtime.deferral import DeferredGradients, Note
 from lightning_par.runtime.mesh import Mesh
@@ -37,7 +38,8 @@ from lightning_par.tensor.whole_linear import WholeLinear
 from lightning_par.zero.partitioned import DeepSpeedStates
 from tests import models
 from tests.axes import tp_axis
-from tests.planning import Block, Chain, plan_of, tokens
+from tests.parity import MakeModel
+from tests.planning import Block, Chain, plan_of
 from tests.ranks import run_ranks
 from tests.zero_model import Case, Model, build_mesh, build_optimizer, loss_of, microbatches
 
@@ -91,28 +93,30 @@ def backwards(
 # ---------------------------------------------------------------------- whole modules
 
 
-def installed(
-    make: Callable[[], pl.LightningModule],
-    deferred: DeferredGradients | None,
-    word: str = "single",
-    tp: Axis = ALONE,
-    batch: Any = None,
-    **overrides: Any,
-) -> pl.LightningModule:
-    torch.manual_seed(0)
-    module = make()
-    module.__dict__["log"] = lambda name, value: None
-    install(module, plan_of(module, word, batch, overrides), 0, tp, CPU, deferred)
-    return module
+@cache
+def plan_for(make: MakeModel, word: str, recompute: str, backend: str | None) -> Plan:
+    """Made once for every training of a model, and before the fork for those of all ranks."""
+    compiled = {} if backend is None else {"compile": backend}
+    return plan_of(make(), word, models.make_batch(0, 2), {"recompute": {"*": recompute}, **compiled})
 
 
 def trained(
-    make: Callable[[], pl.LightningModule], splits: bool, num: int = 1, precision: torch.dtype | None = None, **layout: Any
+    make: MakeModel,
+    splits: bool,
+    num: int = 1,
+    precision: torch.dtype | None = None,
+    word: str = "single",
+    tp: Axis = ALONE,
+    recompute: str = "none",
+    backend: str | None = None,
 ) -> tuple[Gradients, Gradients]:
     """`backwards` of an installed module."""
-    deferred = DeferredGradients() if splits else None
+    plan, deferred = plan_for(make, word, recompute, backend), DeferredGradients() if splits else None
     batches = [models.make_batch(index, 2) for index in range(num)]
-    module = installed(make, deferred, batch=batches[0], **layout)
+    torch.manual_seed(0)
+    module = make()
+    module.__dict__["log"] = lambda name, value: None
+    install(module, plan, 0, tp, CPU, deferred)
     torch.manual_seed(1)
 
     def step(index: int) -> torch.Tensor:
@@ -125,9 +129,8 @@ def trained(
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_gradients(name: str, recompute: str) -> None:
-    chosen = {"recompute": {"*": recompute}}
-    _, expected = trained(MODELS[name], False, **chosen)
-    early, found = trained(MODELS[name], True, **chosen)
+    _, expected = trained(MODELS[name], False, recompute=recompute)
+    early, found = trained(MODELS[name], True, recompute=recompute)
     assert not differing(expected, found)
     late = {name for name, grad in early.items() if grad is None}
     products = {name for name, grad in expected.items() if grad is not None and grad.dim() == 2 and "embed" not in name}
@@ -148,7 +151,7 @@ def test_several_microbatches(name: str) -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", MODELS)
 def test_autocast(name: str, recompute: str) -> None:
-    chosen: dict[str, Any] = {"precision": torch.bfloat16, "recompute": {"*": recompute}}
+    chosen: dict[str, Any] = {"precision": torch.bfloat16, "recompute": recompute}
     _, expected = trained(MODELS[name], False, **chosen)
     _, found = trained(MODELS[name], True, **chosen)
     assert not differing(expected, found)
@@ -157,14 +160,13 @@ def test_autocast(name: str, recompute: str) -> None:
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("name", ["gpt", "gpt2"])
 def test_compiled_blocks(name: str, recompute: str) -> None:
-    chosen = {"compile": EAGER, "recompute": {"*": recompute}}
-    _, expected = trained(MODELS[name], False, recompute={"*": recompute})
-    early, found = trained(MODELS[name], True, **chosen)
+    _, expected = trained(MODELS[name], False, recompute=recompute)
+    early, found = trained(MODELS[name], True, recompute=recompute, backend=EAGER)
     assert sum(grad is None for grad in early.values()) >= 4 * 4
     for key, grad in expected.items():  # the compiler takes norms and activation functions apart
         torch.testing.assert_close(found[key], grad, rtol=1e-5, atol=1e-7)
     torch.compiler.reset()
-    _, found = trained(MODELS[name], True, compile="eager", recompute={"*": recompute})
+    _, found = trained(MODELS[name], True, recompute=recompute, backend="eager")
     assert not differing(expected, found)
 
 
@@ -565,14 +567,14 @@ def test_zero_3_is_refused(word: str, schedule: str, instead: str) -> None:
 # ---------------------------------------------------------------------- layers split over tp
 
 
-SPLIT_MODELS: dict[str, Callable[[], pl.LightningModule]] = {**MODELS, "encoder": models.encoder}
+SPLIT_MODELS: dict[str, MakeModel] = {**MODELS, "encoder": models.encoder}
 SPLIT_CASES: list[tuple[str, str, dict[str, Any]]] = [
     *((name, "tp2", {}) for name in SPLIT_MODELS),
     *((name, "tp2_sp", {}) for name in ("llama", "gpt2")),
-    ("llama", "tp2_sp", {"recompute": {"*": "full"}}),
-    ("gpt2", "tp2", {"recompute": {"*": "selective"}}),
+    ("llama", "tp2_sp", {"recompute": "full"}),
+    ("gpt2", "tp2", {"recompute": "selective"}),
     ("llama", "tp2", {"precision": torch.bfloat16}),
-    ("gpt", "tp2", {"compile": EAGER}),
+    ("gpt", "tp2", {"backend": EAGER}),
 ]
 
 
@@ -597,10 +599,13 @@ def is_split(name: str) -> bool:
 
 
 def test_layers_split_over_tp() -> None:
+    for name, word, options in SPLIT_CASES:
+        plan_for(SPLIT_MODELS[name], word, options.get("recompute", "none"), options.get("backend"))
     run_ranks(split_cases, 2, timeout=300)
 
 
 def test_all_linear_layers_of_a_chain_are_converted() -> None:
-    module = installed(lambda: Chain(Block), DeferredGradients(), batch=tokens())
+    module = Chain(Block)
+    install(module, plan_of(module, "single"), 0, ALONE, CPU, DeferredGradients())
     linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
     assert len(linears) == 5 and all(isinstance(child, WholeLinear) for child in linears)

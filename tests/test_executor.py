@@ -7,6 +7,7 @@ from collections import deque
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
@@ -330,6 +331,7 @@ def measured(rank: int, world_size: int) -> tuple[list[float], list[float]]:
     return before, list(engine.tables.costs.forward)
 
 
+@pytest.mark.alone
 def test_a_schedule_from_costs_measures_them() -> None:
     (before, after), (other_before, other_after) = run_ranks(measured, 2)
     assert before == other_before and after == other_after  # bit for bit: both ranks build the same tables

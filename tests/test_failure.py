@@ -13,6 +13,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "3", "--standalon
 HANG_SECONDS = 3
 HUNG_LINE = "time.sleep(600)  # the hung line"
 
+pytestmark = pytest.mark.alone
+
 
 def fail(folder: Path, case: str, phase: str, stage: int, hang_seconds: float = HANG_SECONDS, launch: tuple[str, ...] = ()) -> str:
     """Let a stage fail; all ranks must be gone in time. Returns what they wrote to standard error."""

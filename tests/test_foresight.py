@@ -124,6 +124,7 @@ def talk(rank: int, world_size: int) -> dict[str, float]:
     return at
 
 
+@pytest.mark.alone
 def test_messages_are_late_and_who_posts_them_is_not() -> None:
     sender, receiver = run_ranks(talk, 2)
     for at in (sender, receiver):

@@ -409,7 +409,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MAIN, "")  # so that it is forgotten again
 
 
-SMALL = ["model.network.width=32", "model.network.heads=2", "data.context=16", "data.batch_size=8"]
+SMALL = ["model.network.width=32", "model.network.depth=2", "model.network.heads=2", "data.context=16", "data.batch_size=8"]
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -421,20 +421,15 @@ def test_the_command_prints_what_to_type_first(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_the_command_says_why_not_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "--json", "cluster=laptop", "parallel=tp3", *SMALL])
-    asked = json.loads(capsys.readouterr().out)["asked"]
-    assert asked["words"] == "parallel=tp3" and asked["reason"].startswith("does not divide: parallel=tp3 needs a multiple of 3")
-
-
-@pytest.mark.usefixtures("elsewhere")
-def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "--json", "cluster=laptop", "batch=16", *SMALL])
+def test_the_command_prints_json_and_says_why_not_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--json", "cluster=laptop", "batch=16", "parallel=tp3", *SMALL])
     found = json.loads(capsys.readouterr().out)
     assert found["num_devices"] == 4 and found["batch"] == 16 and found["best"][0]["words"].startswith("parallel=")
     best = found["best"][0]
     assert sum(best["parts"].values()) == pytest.approx(best["step_seconds"])
     assert best["per_device_per_second"] == pytest.approx(16 * 16 / best["step_seconds"] / 4, rel=0.1) and best["unit"] == "tokens"
+    asked = found["asked"]
+    assert asked["words"] == "parallel=tp3" and asked["reason"].startswith("does not divide: parallel=tp3 needs a multiple of 3")
 
 
 def test_the_best_layout_is_drawn(demo: Anatomy, tmp_path: Path) -> None:

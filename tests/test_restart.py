@@ -18,6 +18,8 @@ from lightning_par.host.launch.record import RUN, Attempt, Record
 from lightning_par.host.option import check_max_restarts
 from tests.test_launcher import ENVIRONMENT, ROOT, finish, start, wait_until_gone
 
+pytestmark = pytest.mark.alone
+
 
 def ranks_of(folder: Path, start: int = 0, within: float = 20) -> list[int]:
     """Process ids of a start's ranks, once all are there."""

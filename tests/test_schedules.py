@@ -263,6 +263,7 @@ def test_the_next_stage_is_the_source(name: str) -> None:
             done.add(action)
 
 
+@pytest.mark.alone
 def test_simulation_is_fast() -> None:
     table = build_schedule("interleaved-zb", 8, 4, 64)
     start = time.process_time()

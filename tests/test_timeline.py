@@ -95,6 +95,7 @@ def test_both_clocks_name_the_hosts_time_of_their_zero() -> None:
         assert before <= clock.zero_ns <= time.perf_counter_ns()
 
 
+@pytest.mark.alone
 def test_a_call_of_the_host_clock_takes_less_than_a_microsecond() -> None:
     clock, fastest = WallClock(), float("inf")
     for _ in range(20):
@@ -182,6 +183,7 @@ def _run(row: Row, clock: Clock[Any], rank: int) -> None:
         work.wait()
 
 
+@pytest.mark.alone
 def test_the_callback_draws_what_all_ranks_did_on_one_axis_of_time(tmp_path: Path) -> None:
     for names in run_ranks(_steps_of_two_ranks, 2, str(tmp_path)):
         assert names == ["timeline.html", "timeline.png", "trace.json"]

@@ -227,6 +227,7 @@ def test_a_process_that_no_rank_started_has_no_link(monkeypatch: pytest.MonkeyPa
     assert link_words(1, 2, 3, 0) == {"LIGHTNING_PAR_PARENT": "1 2 3 0"}
 
 
+@pytest.mark.alone
 def test_the_alarm_ends_a_process_that_runs_no_python() -> None:
     program = (
         "import re\nfrom lightning_par.runtime.alarm import Alarm\n"

@@ -6,6 +6,7 @@ However it ends, the others end too: it ends them, and one that finds it gone en
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -93,6 +94,7 @@ def _run(function: Callable[[], Any], sender: Connection, parent: int, num_threa
     os.dup2(2, 1)
     warnings.simplefilter("ignore")  # a Trainer warns of what is meant to be so here: no validation, no workers
     torch.set_num_threads(num_threads)
+    gc.freeze()  # DeepSpeed collects garbage for each engine, which would go through all that the parent has imported
     answer: Answer
     try:
         answer = "returned", function()
