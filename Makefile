@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-gpu docs format clean
+.PHONY: help train test test-all test-clusters test-gpu docs format clean
 
 help:  ## List the commands.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(READY)  ## Train the demo model: make train ARGS="parallel=tp2_pp2 trainer.max_steps=100"
 	$(BIN)/python train.py $(ARGS)
@@ -27,11 +27,14 @@ test: $(READY)  ## Lint, check types and run the fast tests: make test ARGS="tes
 test-all: test  ## Everything in `make test`, then the long matrices.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
+test-clusters: $(READY)  ## The commands of docs/clusters.md: torchrun, SLURM, Kubernetes; and two hosts, where root runs it.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/test_clusters.py $(ARGS)
+
 test-gpu: $(READY)  ## What needs a GPU; one is enough. With a torch for it: make test-gpu CONSTRAINTS=
 	LIGHTNING_PAR_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 docs: $(READY)  ## Make the documentation's site in site/; its first page is site/index.html.
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 format: $(READY)  ## Rewrite the sources in the house format.
 	$(BIN)/ruff check --fix .

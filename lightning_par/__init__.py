@@ -30,6 +30,7 @@ from lightning_par.layout import Layout, parse_layout
 from lightning_par.private.lightning import extend_load
 
 if TYPE_CHECKING:
+    from lightning_par.host.monitor import Monitor
     from lightning_par.host.strategy import HybridParallelStrategy
     from lightning_par.host.timeline import PipelineTimeline
     from lightning_par.materialize import deferred_init
@@ -44,6 +45,7 @@ __all__ = [
     "LayoutError",
     "LightningParError",
     "ModelError",
+    "Monitor",
     "NumericsError",
     "PipelineTimeline",
     "PlanError",
@@ -70,6 +72,10 @@ def __getattr__(name: str) -> Any:
         from lightning_par.host.strategy import HybridParallelStrategy
 
         return HybridParallelStrategy
+    if name == "Monitor":
+        from lightning_par.host.monitor import Monitor
+
+        return Monitor
     if name == "PipelineTimeline":
         from lightning_par.host.timeline import PipelineTimeline
 

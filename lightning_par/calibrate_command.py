@@ -171,7 +171,7 @@ def _time(config: DictConfig, cluster: Cluster, device: torch.device, seconds: f
 
     say("building the model")
     torch.set_num_threads(1)
-    trainer, module, data = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
+    trainer, module, data = build_run(config, accelerator="cpu", devices=1, num_nodes=1, logger=False, callbacks=[])
     return time_run(trainer, module, data, cluster, device, seconds, say)
 
 

@@ -5,8 +5,10 @@
     lightning-par plan cluster=h100_8x num_nodes=4     # the best layouts for the machines, and why not the others
     lightning-par calibrate cluster=h100_8x            # seconds of the model's blocks on this device, for plan
     lightning-par check parallel=tp2_pp2               # does the layout train as one process does? on a CPU
+    lightning-par doctor parallel=tp2_dp2              # is this machine ready, and how fast is a collective on each axis?
     lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved       # when each rank of a pipeline would do what
     lightning-par checkpoint show last.ckpt            # what is in a checkpoint; also verify, export, import, prune
+    lightning-par tokenize corpus/ --output tokens     # texts to token files, for data=tokens
 
 Exit codes as in `lightning_par.config.app`.
 """
@@ -24,8 +26,10 @@ from lightning_par.calibrate_command import add_calibrate_command
 from lightning_par.check_command import add_check_command
 from lightning_par.checkpoint_command import add_checkpoint_command
 from lightning_par.config.command import add_config_words, quiet_lightning, run_composed, written
+from lightning_par.doctor_command import add_doctor_command
 from lightning_par.errors import ConfigurationError
 from lightning_par.plan_command import add_plan_command
+from lightning_par.tokenize_command import add_tokenize_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -94,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--output", metavar="FOLDER", help="where to draw (default: simulate/LAYOUT-SCHEDULE)")
     simulate.set_defaults(run=_simulate)
     add_check_command(commands)
+    add_doctor_command(commands)
     add_checkpoint_command(commands)
+    add_tokenize_command(commands)
     return parser
 
 

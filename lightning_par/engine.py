@@ -163,6 +163,14 @@ class Engine:
         return self._executor.observers
 
     @property
+    def sent_bytes(self) -> dict[str, float]:
+        """What this rank has sent over each axis since it has had one: parameters, gradients and what is between layers."""
+        sent = self.mesh.sent_bytes
+        sent["pp"] += self._executor.sent_bytes
+        sent["dp"] += 0.0 if self.states is None else self.states.sent_bytes
+        return sent
+
+    @property
     def on_the_way(self) -> list[torch.Tensor]:
         """What this rank holds of messages between stages."""
         return self._executor.on_the_way

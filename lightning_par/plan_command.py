@@ -82,7 +82,7 @@ def _print(config: DictConfig, cluster: Any, question: Question, options: argpar
     from lightning_par.planner.report import outlook_json, print_outlook
 
     quiet_lightning()
-    trainer, module, data = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
+    trainer, module, data = build_run(config, accelerator="cpu", devices=1, num_nodes=1, logger=False, callbacks=[])
     with Console(stderr=True).status("building the model") as status:
         outlook, tokens = outlook_of(trainer, module, data, cluster, question.batch, status.update, question.layout)
     if options.json:

@@ -11,6 +11,7 @@ from lightning_par import errors as tree
 
 PACKAGE = Path(tree.__file__).parent
 KINDS = {name for name, kind in vars(tree).items() if isinstance(kind, type) and issubclass(kind, tree.LightningParError)}
+DOCS = PACKAGE.resolve().parent / "docs"
 HOLE = "…"
 # Where a message belongs, by the longest path that its file begins with.
 SECTIONS = {
@@ -30,6 +31,7 @@ SECTIONS = {
         "planner plan_command.py calibrate_command.py host/auto.py host/here.py host/calibrate",
     ),
     "lightning-par check": ("proof.md", "check_command.py parity"),
+    "Data for language models": ("data.md", "data"),
 }
 OTHER = "Everything else"
 _HEAD = """\
@@ -52,11 +54,16 @@ def errors() -> str:
     parts = [_HEAD, "```\n" + re.sub("^    ", "", drawn[0], flags=re.MULTILINE).replace("``", "") + "```"]
     for title in (*SECTIONS, OTHER):
         if title in found:
-            page = SECTIONS[title][0] if title in SECTIONS else None
-            parts += [f"## {title}", f"Explained in [its page]({page})." if page else ""]
-            rows = [f"| {code(text)} | {kind} |" for text, kind in sorted(found[title], key=lambda row: row[0].lower())]
+            parts += [f"## {title}", explained(SECTIONS[title][0]) if title in SECTIONS else ""]
+            rows = [f"| {code(text)} | {kind} |" for text, kind in sorted(found[title], key=lambda row: (row[0].lower(), row))]
             parts.append("\n".join(["| text | error |", "|---|---|", *rows]))
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def explained(page: str) -> str:
+    """The line that leads to a page, by its title."""
+    title = (DOCS / page).read_text().splitlines()[0].removeprefix("# ")
+    return f"Explained in [{title}]({page})."
 
 
 def section_of(file: str) -> str:

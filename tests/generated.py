@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,6 +36,9 @@ A [layout](layouts.md) word sets them all; a YAML file in `parallel/`, or a key 
 _GROUPS = """\
 Each of the groups below builds one object: `_target_` names its class, and any other argument of that can be added.
 """
+_CLUSTERS = """\
+Machines, for `lightning-par plan` and `calibrate`; the keys are shown as `your_own` has them.
+"""
 _COMMANDS = """\
 # Commands
 
@@ -46,36 +50,38 @@ compose what `train.py` would. Exit code 0: done; 2: what was typed cannot work;
 def config() -> str:
     """Every key of the shipped configs, with its default and its comment."""
     top = [row for row in keys(CONF / "train.yaml") if row[0] != "defaults"]
-    sections = {"": "A run", "zero": "zero: how DeepSpeed shards", "plan": "plan: lines that win over what the trace says"}
-    text = [_CONFIG]
-    for name, title in sections.items():
-        rows = [row for row in top if (row[0].partition(".")[0] if "." in row[0] else "") == name and row[0] not in sections]
-        text += [f"## {title}", table(("key", "default", "meaning"), rows)]
+    sections = {key: note for key, value, note in top if not value}
+    text = [_CONFIG, "## A run", table([row for row in top if "." not in row[0] and row[0] not in sections])]
+    for name, note in sections.items():
+        text += [f"## {name}", sentence(note), table([row for row in top if row[0].startswith(f"{name}.")])]
     fields = FIELD.findall(inspect.getsource(ParallelConfig))
-    text += ["## parallel: the layout", _PARALLEL]
-    text += [table(("key", "default", "meaning"), [(f"parallel.{name}", yaml_word(value), note) for name, value, note in fields])]
-    text += [_GROUPS]
+    layout = [(f"parallel.{name}", yaml_word(value), note) for name, value, note in fields]
+    text += ["## parallel", _PARALLEL, table(layout), _GROUPS]
     for group in sorted(path for path in CONF.iterdir() if path.is_dir() and path.name not in ("cluster", "__pycache__")):
         text.append(f"## {group.name}")
         text += [section for path in sorted(group.glob("*.yaml")) for section in option(path)]
-    clusters = [(f"`{path.stem}`", " ".join(comment(path))) for path in sorted((CONF / "cluster").glob("*.yaml"))]
-    example = keys(CONF / "cluster" / "your_own.yaml", "cluster.")
-    text += ["## cluster: machines, for lightning-par plan", rows_of(("cluster", "machines"), clusters)]
-    return page([*text, table(("key", "in your_own", "meaning"), example)])
+    clusters = [(f"`{path.stem}`", comment(path)) for path in sorted((CONF / "cluster").glob("*.yaml"))]
+    text += ["## cluster", _CLUSTERS, rows_of(("cluster", "machines"), clusters)]
+    return page([*text, table(keys(CONF / "cluster" / "your_own.yaml", "cluster."))])
 
 
 def option(path: Path) -> Iterator[str]:
     """A file of a group: what it says of itself, and its keys."""
     name = path.parent.name
     yield f"### {name}={path.stem}"
-    yield " ".join(comment(path))
-    yield table(("key", "default", "meaning"), [row for row in keys(path, f"{name}.") if row[0] != f"{name}.defaults"])
+    yield comment(path)
+    yield table([row for row in keys(path, f"{name}.") if row[0] != f"{name}.defaults"])
 
 
-def comment(path: Path) -> list[str]:
-    """The lines with which a file says what it is."""
-    lines = path.read_text().splitlines()
-    return [line.removeprefix("# ") for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
+def comment(path: Path) -> str:
+    """What a file says of itself, in the lines that it begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return " ".join(line.removeprefix("# ") for line in lines if not line.startswith("# @package"))
+
+
+def sentence(note: str) -> str:
+    """A comment as a sentence."""
+    return f"{note[0].upper()}{note[1:]}." if note else ""
 
 
 def keys(path: Path, prefix: str = "") -> list[Row]:
@@ -101,11 +107,11 @@ def page(parts: Iterable[str]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 
 
-def table(heads: Row, rows: list[Row]) -> str:
-    """A table whose first two columns are code, without the last column where that is empty."""
-    shown = [(f"`{key}`", f"`{value}`" if value else "", note) for key, value, note in rows]
+def table(rows: list[Row]) -> str:
+    """Keys with their values and what they mean; without the last column where nothing is said."""
+    shown = [(f"`{key}`", f"`{value}`" if value else "", re.sub(r"(\{.*\})", r"`\1`", note)) for key, value, note in rows]
     width = 3 if any(note for *_, note in rows) else 2
-    return rows_of(heads[:width], [row[:width] for row in shown])
+    return rows_of(("key", "default", "meaning")[:width], [row[:width] for row in shown])
 
 
 def rows_of(heads: Row, rows: list[Row]) -> str:

@@ -16,6 +16,7 @@ from lightning_par.host import audit
 from lightning_par.host.audit import Audit
 from lightning_par.host.here import cluster_here
 from lightning_par.host.outlook import taken_apart
+from lightning_par.host.stopwatch import Stopwatch
 from lightning_par.layout import parse_layout
 from lightning_par.planner.candidate import Candidate
 from lightning_par.planner.estimate import Estimate, Estimator
@@ -50,7 +51,7 @@ def forecast() -> tuple[Any, str]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(audit.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr("lightning_par.host.stopwatch.time.perf_counter", lambda: clock.now)
     return clock
 
 
@@ -61,20 +62,20 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def run(watch: Audit, clock: SimpleNamespace, times: list[float]) -> None:
-    watch.begin_batch()
+def run(clock: SimpleNamespace, times: list[float], stopwatch: Stopwatch | None = None) -> Stopwatch:
+    stopwatch = stopwatch or Stopwatch(torch.device("cpu"))
+    stopwatch.begin_batch()
     for each in times:
         clock.now += each
-        watch.begin_batch()
+        stopwatch.begin_batch()
+    return stopwatch
 
 
 def test_the_median_of_the_steps_that_are_warm(clock: SimpleNamespace, said: list[str]) -> None:
-    logger, watch = Logger(), Audit(forecast)
-    run(watch, clock, [90.0, 80.0, 70.0, *[1.25] * 13])
-    watch.interrupt()
+    logger, stopwatch = Logger(), run(clock, [90.0, 80.0, 70.0, *[1.25] * 13])
+    stopwatch.interrupt()
     clock.now += 1000.0  # a validation
-    run(watch, clock, [1.25] * 10)
-    watch.end(trainer_with(logger))
+    Audit(forecast, run(clock, [1.25] * 10, stopwatch)).end(trainer_with(logger))
     ((metrics, step),) = logger.logged
     assert step == 50 and metrics["forecast/step_seconds_measured"] == 1.25 and metrics["forecast/step_seconds"] == 1.0
     assert metrics["forecast/peak_bytes"] == 2**30 and metrics["forecast/peak_bytes_measured"] > 2**20
@@ -83,17 +84,15 @@ def test_the_median_of_the_steps_that_are_warm(clock: SimpleNamespace, said: lis
 
 
 def test_of_a_batch_that_is_accumulated_the_rest_of_the_step_is_shared(clock: SimpleNamespace) -> None:
-    logger, watch = Logger(), Audit(forecast)
-    run(watch, clock, [1.0] * 40)
-    watch.end(trainer_with(logger, accumulate=4))
+    logger = Logger()
+    Audit(forecast, run(clock, [1.0] * 40)).end(trainer_with(logger, accumulate=4))
     assert logger.logged[0][0]["forecast/step_seconds"] == pytest.approx(1.0 - 0.75 * 0.5)
 
 
 @pytest.mark.parametrize("times", [[1.0] * (audit.LEAST_STEPS + 2), [audit.LEAST_SECONDS / 100] * 90])
 def test_of_few_steps_nothing_is_said(clock: SimpleNamespace, times: list[float]) -> None:
-    logger, watch = Logger(), Audit(forecast)
-    run(watch, clock, times)
-    watch.end(trainer_with(logger))
+    logger = Logger()
+    Audit(forecast, run(clock, times)).end(trainer_with(logger))
     assert not logger.logged
 
 
@@ -103,9 +102,8 @@ def test_what_cannot_be_foreseen_ends_no_training(clock: SimpleNamespace, said: 
         def refuse(error: Exception = error) -> tuple[Estimate, str]:
             raise error
 
-        logger, watch = Logger(), Audit(refuse)
-        run(watch, clock, [1.0] * 40)
-        watch.end(trainer_with(logger))
+        logger = Logger()
+        Audit(refuse, run(clock, [1.0] * 40)).end(trainer_with(logger))
         assert not logger.logged and said.pop() == f"Forecast: there is none: {words}"
 
 

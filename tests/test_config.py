@@ -25,7 +25,6 @@ from lightning_par.host.loss_weight import FieldCount
 from lightning_par.layout import EXAMPLES, Layout, parse_layout
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 # clusters are no options of a run: they describe machines to `lightning-par plan`
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
@@ -135,6 +134,13 @@ def test_guards_reach_the_strategy(lines: list[str], said: tuple[bool, int]) -> 
     assert (trainer.strategy.options.detects_anomaly, trainer.strategy.options.drift_guard) == said
 
 
+@pytest.mark.parametrize(("lines", "said"), [([], True), (["monitor=false"], False)])
+def test_one_line_turns_the_monitor_off(lines: list[str], said: bool) -> None:
+    config = composed("parallel=single", "trainer.default_root_dir=null", *lines)
+    trainer, _, _ = build_run(config, accelerator="cpu", devices=1, logger=False, callbacks=[])
+    assert trainer.strategy.options.monitor is said
+
+
 def test_options_of_the_group_parallel_reach_the_strategy() -> None:
     said = {"recompute": "full", "memory_gib": 3.0, "offload_activations": True, "compile": True, "fp8": "rowwise"}
     sizes = {field.name for field in fields(Layout)}
@@ -160,14 +166,6 @@ def test_every_shipped_option_builds_its_object(option: str, tmp_path: Path) -> 
         HydraConfig.instance().cfg = None
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_composes_and_opens_with_its_command(recipe: str) -> None:
-    config = composed(f"hydra.searchpath=[file://{ROOT / 'conf'}]", folder=ROOT / "recipes", name=recipe)
-    read_layout(config.parallel)
-    command = (ROOT / "recipes" / f"{recipe}.yaml").read_text().splitlines()[0]
-    assert command == f"# python train.py --config-dir recipes --config-name {recipe}"
-
-
 @pytest.mark.parametrize(
     ("word", "devices"),
     [("single", 1), ("tp2", 2), ("tp2_pp3", 6), ("zero1", 2), ("tp2_zero3", 4), ("dp3_zero1", 3), ("pp2_dp3", 6)],
@@ -184,7 +182,8 @@ def test_devices_that_are_given_or_already_started_stay(monkeypatch: pytest.Monk
     assert choose_devices({"accelerator": "cpu", "devices": 4}, layout)["devices"] == 4
     assert choose_devices({"accelerator": "cuda", "devices": "auto"}, layout) == {"accelerator": "cuda", "devices": "auto"}
     assert choose_devices({"accelerator": "cpu", "devices": "auto", "num_nodes": 2}, layout)["devices"] == 1
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "16"), ("LOCAL_WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
     assert choose_devices({"accelerator": "cpu", "devices": "auto"}, layout)["devices"] == 8
 
 

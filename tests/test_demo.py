@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -9,12 +10,20 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch.nn import functional as F
+from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
+from lightning_par.demo.classifier import Classifier
 from lightning_par.demo.corpus import SEPARATOR, StandardLibrary, Windows, list_sources, read_text, split_files
+from lightning_par.demo.glyphs import Glyphs, pixels
 from lightning_par.demo.gpt import GPT, rotary_angles, rotate
-from lightning_par.demo.language_model import LanguageModel, warmup_cosine
+from lightning_par.demo.image_folder import ImageFolder, middle_crop, random_crop
+from lightning_par.demo.language_model import LanguageModel
+from lightning_par.demo.optimizer import warmup_cosine
+from lightning_par.demo.packages import PACKAGES, PAD, START, Packages
 from lightning_par.demo.sample import SampleText
+from lightning_par.demo.text_files import TextFiles
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +145,91 @@ def test_samples_are_printed_and_repeatable(library: StandardLibrary, capsys: py
     assert "--- what follows 'def ' ---\ndef " in printed and "--- what follows 'import ' ---\nimport " in printed
     with torch.no_grad():
         assert sampler.generate(trainer) == sampler.generate(trainer)
+
+
+def test_glyphs_are_the_same_everywhere_and_all_letters() -> None:
+    data = Glyphs(image_size=24, batch_size=26, num_training=52, num_validation=26)
+    batch = next(iter(data.val_dataloader()))
+    assert batch["pixel_values"].shape == (26, 3, 24, 24) and batch["pixel_values"].dtype == torch.float32
+    assert sorted(batch["labels"].tolist()) == list(range(26))
+    assert -1 <= batch["pixel_values"].min() < batch["pixel_values"].max() <= 1
+    assert batch["pixel_values"].flatten(1).std(dim=1).min() > 0.05, "a letter that is not seen"
+    assert torch.equal(data.training[3]["pixel_values"], Glyphs(image_size=24, num_training=52).training[3]["pixel_values"])
+    assert not torch.equal(data.training[3]["pixel_values"], data.training[29]["pixel_values"])  # the same letter again
+
+
+def test_packages_are_split_by_file() -> None:
+    data = Packages(length=64, batch_size=16)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (16, 64)
+    assert set(batch["input_ids"][:, 0].tolist()) == {START}
+    assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == PAD)
+    labels = [label for _, label in data.training.pieces]
+    assert len(data.training) > 5000 and 0 <= min(labels) < max(labels) < len(PACKAGES)
+    texts = {piece for piece, _ in data.training.pieces}
+    assert sum(piece in texts for piece, _ in data.validation.pieces) < 0.02 * len(data.validation)  # licences are alike
+
+
+def test_images_of_the_users_are_read_by_class(tmp_path: Path) -> None:
+    for part, count in (("train", 3), ("val", 1)):
+        for label, grey in (("cat", 60), ("dog", 200)):
+            (tmp_path / part / label).mkdir(parents=True)
+            for index in range(count):
+                Image.new("L", (40, 30 + index), grey).save(tmp_path / part / label / f"{index}.png")
+    data = ImageFolder(str(tmp_path), image_size=16, batch_size=6, num_workers=0)
+    data.setup("fit")
+    for loader, count in ((data.train_dataloader(), 6), (data.val_dataloader(), 2)):
+        batch = next(iter(loader))
+        assert batch["pixel_values"].shape == (count, 3, 16, 16)
+        found = [(round((pixels.mean().item() + 1) * 127.5), label) for pixels, label in zip(*batch.values(), strict=True)]
+        assert sorted(found) == [(60, 0)] * (count // 2) + [(200, 1)] * (count // 2)
+    with pytest.raises(FileNotFoundError, match=r"train has no images: data.path needs train/CLASS/\*.jpg and val/CLASS/\*.jpg"):
+        ImageFolder(str(tmp_path / "nowhere")).setup("fit")
+
+
+def test_crops_stay_inside_and_the_middle_is_the_middle() -> None:
+    picture = Image.new("RGB", (64, 32), (0, 0, 0))
+    picture.paste((255, 255, 255), (30, 14, 34, 18))
+    middle = pixels(middle_crop(picture, 28))  # 28 x 28 of the middle, as they are
+    assert middle[:, 12:16, 12:16].min() == 1 and middle.sum() == pytest.approx(3 * (16 - (28 * 28 - 16)))
+    bright = Image.new("RGB", (64, 32), (255, 255, 255))
+    assert all(pixels(random_crop(bright, 20)).min() == 1 for _ in range(50)), "a crop reaches beyond the picture"
+
+
+def test_texts_of_the_users_are_encoded_by_their_tokenizer(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
+    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(tmp_path)
+    for name in ("train", "validation"):
+        lines = [{"text": "good good", "label": 1}, {"text": "bad " * 9, "label": 0}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = TextFiles(str(tmp_path), str(tmp_path), length=6, batch_size=2)
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    assert batch["input_ids"].tolist() == [[2, 5, 5, 3, 0, 0], [2, 6, 6, 6, 6, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6] and batch["labels"].tolist() == [1, 0]
+    assert len(data.train_dataloader()) == 1
+
+
+def test_a_classifier_learns_letters_in_plain_lightning() -> None:
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_labels=26
+    )
+    module = Classifier(ViTForImageClassification(config), lr=1e-2, warmup_steps=1)
+    data = Glyphs(image_size=16, batch_size=52, num_training=52, num_validation=52)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=50, limit_val_batches=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    assert trainer.callback_metrics["train_loss"] < math.log(26) - 0.2
+    (found,) = trainer.validate(module, data.val_dataloader(), verbose=False)
+    assert 0 < found["val_loss"] < 10 and found["val_accuracy"] * 52 == pytest.approx(round(found["val_accuracy"] * 52), abs=1e-4)
+
+
+def test_logits_of_transformers_are_read() -> None:
+    tokens = torch.randint(100, (2, 8))
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    loss = LanguageModel(network.eval())._loss({"tokens": tokens, "targets": tokens})
+    logits = network(tokens).logits.flatten(0, 1)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits, tokens.flatten()).item())

@@ -169,8 +169,7 @@ def test_each_job_of_a_sweep_has_its_own_ranks(tmp_path: Path) -> None:
     written = {str(path.relative_to(tmp_path / "sweep")): path.read_text() for path in (tmp_path / "sweep").glob("*/rank-*")}
     for job, size in ((0, 3), (2, 2)):
         for rank in range(size):
-            name = "launched_hydra" if rank == 0 else f"launched_hydra_local{rank}"
-            assert written[f"{job}/rank-{rank}"] == f"{size} | a, b={{1}} | {job} | {name}"
+            assert written[f"{job}/rank-{rank}"] == f"{size} | a, b={{1}} | {job} | launched_hydra"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"], "no rank made a folder of its own"
     assert sorted(path.parent.name for path in tmp_path.glob("sweep/*/.hydra")) == ["0", "1", "2"]
 

@@ -35,6 +35,7 @@ from tests.pages import BLOCK, PAGES, ROOT, blocks, commands, shell_lines
 from tests.parity import TOLERANCE
 from tests.ranks import run_ranks
 from tests.test_layers import LAYERS
+from tests.zoo import ZOO
 
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 README = PAGES["README.md"]
@@ -170,9 +171,10 @@ def check_composes(words: list[str], folder: Path) -> None:
     parser = argparse.ArgumentParser()
     add_config_options(parser)
     options, overrides = parser.parse_known_args(words)
-    overrides = [word for word in overrides if "=" in word and not word.startswith("ckpt_path=")] or ["seed=1"]
+    others = ("ckpt_path=", "hydra", "+hydra")  # what to resume from, and what is Hydra's own
+    overrides = [word for word in overrides if "=" in word and not word.startswith(others)] or ["seed=1"]
     key, _, choices = overrides[0].partition("=")
-    for choice in choices.split(","):
+    for choice in choices.split(",") if "-m" in words else [choices]:
         searched = options.config_dir and folder / options.config_dir
         config = composed(searched, options.config_name, [f"{key}={choice}", *overrides[1:]])
         read_layout(config.parallel)
@@ -245,6 +247,18 @@ def test_check_prints_what_its_page_shows(
         for text in (capfd.readouterr().out, blocks(PAGES["proof.md"], "")[0])
     ]
     assert [line for line in shown if line not in ("...", *printed)] == []
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_pages() -> None:
+    """Of what is behind the promise: each stands on the page that the point leads to."""
+    (section,) = re.findall(r"^## What is behind the promise\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    parity, *others = section.split("\n- ")[1:]
+    worst = max(float(error) for errors in table.read(PAGES["works.md"]).values() for error in errors.values() if error)
+    assert f" {len(ZOO)} models" in parity and f"more than {worst:.0e}".replace("e-0", "e-") in parity
+    assert len(others) == 2
+    for point in others:
+        (page,) = re.findall(r"docs/(\w+\.md)", point)
+        assert [number for number in re.findall(r"\d+(?:\.\d+)?", point) if number not in PAGES[page]] == []
 
 
 def test_make_targets_exist() -> None:

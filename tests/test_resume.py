@@ -228,7 +228,9 @@ def fit(
             if now in map(str, case.stops) and now != str(stop) and not trainer.sanity_checking:
                 trainer.save_checkpoint(folder / f"{now}.ckpt")
 
-    strategy = eval("Strategy(layout, print_plan=False)", {"pl": pl, "Strategy": HybridParallelStrategy, "layout": layout})
+    strategy = eval(
+        "Strategy(layout, print_plan=False, monitor=False)", {"pl": pl, "Strategy": HybridParallelStrategy, "layout": layout}
+    )
     quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     logged: list[Any] = []
 

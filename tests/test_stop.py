@@ -242,6 +242,7 @@ def submit(folder: Path, port: int) -> list[subprocess.Popen[str]]:
     control.chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
     job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    job["SLURM_STEP_ID"] = "0"
     job["PATH"] = os.pathsep.join([str(control.parent), os.environ["PATH"]])
     return [
         subprocess.Popen(

@@ -128,7 +128,7 @@ def measure_step(rank: int, world_size: int, zero: int, choices: list[ZeroOption
         for _ in range(2):
             plain = (torch.Tensor, nn.Parameter)  # other tests in this process leave tensors of other kinds, without memory
             before = [held.detach() for held in gc.get_objects() if type(held) in plain]  # no new one gets its address
-            living = Living(before)
+            living, sent = Living(before), states.sent_bytes
             with CollectiveCounter() as counter:
                 with living, states.accumulate():
                     for _ in range(MICROBATCHES):
@@ -141,6 +141,7 @@ def measure_step(rank: int, world_size: int, zero: int, choices: list[ZeroOption
                 states.reduce()
                 states.step()
                 states.zero_grad()
+        assert states.sent_bytes - sent == counter.sent_bytes.total()  # as the monitor counts it
         held = getattr(states.engine.zero, "grad_partitions_flat_buffer", torch.empty(0)).nbytes
         costs.append(Cost(counter.sent_bytes.total() // FP32, made, held))
         states.close()

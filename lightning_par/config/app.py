@@ -11,11 +11,12 @@ Exit codes: 0 done, 2 the configuration cannot work (the message alone, no trace
 from __future__ import annotations
 
 import atexit
-import os
+import logging
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from importlib.metadata import version
 from typing import Any
@@ -30,6 +31,8 @@ from lightning_par.config.search_path import register
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.launch.command import remember_main
 from lightning_par.host.launch.ending import MISCONFIGURED
+from lightning_par.host.launch.rank_log import RankLog
+from lightning_par.host.launch.started import is_first_rank, started_rank, started_words
 
 Task = Callable[[DictConfig], Any]
 
@@ -65,11 +68,12 @@ def _with_clear_errors(task: Task) -> Task:
     @wraps(task)
     def guarded(config: DictConfig) -> Any:
         try:
-            return task(config)
+            with RankLog(is_first_rank(), started_words()) if logging.getLogger().hasHandlers() else nullcontext():
+                return task(config)
         except ConfigurationError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; Hydra prints the error at the end
                 raise CompactHydraException(str(error)) from None
-            if _rank() == 0:
+            if started_rank() == 0:
                 print(error, file=sys.stderr, flush=True)
             raise SystemExit(MISCONFIGURED) from None
 
@@ -82,16 +86,12 @@ def _version_base() -> dict[str, str]:
 
 
 def _quiet_other_ranks() -> None:
-    """Under torchrun, SLURM or MPI every rank runs Hydra: only the first may write the output folder and its log."""
-    rank = _rank()
+    """Under torchrun, SLURM or MPI, and on other machines, ranks run Hydra by themselves: only the first may write its folder.
+
+    The others make one that is gone with them, until they hear of the first one's (`RankedStrategy.meet`).
+    """
+    rank = started_rank()
     if rank > 0:
         folder = tempfile.mkdtemp(prefix=f"lightning_par-rank-{rank}-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        sys.argv += ["hydra.output_subdir=null", f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", "hydra/job_logging=stdout"]
-
-
-def _rank() -> int:
-    """Global rank given by torchrun, SLURM or MPI; 0 for a process that nobody started as a rank."""
-    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):  # a shell inside an allocation, as Lightning tells it
-        return 0
-    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") if name in os.environ), 0)
+        sys.argv += ["hydra.output_subdir=null", f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]

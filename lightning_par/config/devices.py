@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_par.host.launch.started import started_on_this_machine
 from lightning_par.layout import Layout
 
 _MOST_PROCESSES = 8  # that nobody asked for: each takes half a GiB before it holds anything
@@ -16,7 +17,7 @@ def choose_devices(trainer: Mapping[str, Any], layout: Layout) -> dict[str, Any]
 
     ``accelerator: auto`` is CUDA where there is any, else the CPU. ``devices: auto`` is
 
-    - what torchrun started on this machine, under torchrun;
+    - what torchrun or srun has started on this machine, under them;
     - all devices, on CUDA;
     - what the layout needs (`needed_devices`), on the CPU, where a device is a process; for ``auto`` one for each core, 8 at most.
     """
@@ -26,7 +27,7 @@ def choose_devices(trainer: Mapping[str, Any], layout: Layout) -> dict[str, Any]
 
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if devices == "auto":
-        started = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+        started = started_on_this_machine()
         devices = started or ("auto" if accelerator != "cpu" else needed_devices(layout, trainer.get("num_nodes", 1)))
     return {"accelerator": accelerator, "devices": devices}
 

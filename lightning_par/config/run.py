@@ -87,6 +87,7 @@ def _build_strategy(config: DictConfig, layout: Layout, chosen: Mapping[str, Any
         "drift_guard": config.get("drift_guard", 0),
         "max_restarts": config.get("max_restarts", 0),
         "audit": config.get("audit", True),
+        "monitor": config.get("monitor", True),
         "init": _read_init(config),
         "weights": weights,
         "loss_weight": instantiate({"given": config.get("loss_weight")}, _convert_="all")["given"],  # a plain word, too

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,14 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_par.demo.optimizer import optimizer_and_schedule
 
 
 class LanguageModel(pl.LightningModule):
     """Cross-entropy of the next token, linear warm-up and cosine decay over the trainer's steps.
 
     Args:
-        network: maps tokens [B, T] to logits [B, T, vocab_size].
+        network: maps tokens [B, T] to logits [B, T, vocab_size], or to what has them as ``logits``, as models of transformers do.
         lr: peak learning rate.
         warmup_steps: optimizer steps to reach it; the decay ends at a tenth of it.
         weight_decay: of matrices; norms have none.
@@ -49,27 +49,17 @@ class LanguageModel(pl.LightningModule):
 
     def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Logits [B, vocab_size] of the token after the last."""
-        return self.network(batch["tokens"])[:, -1]
+        return self._logits(batch["tokens"])[:, -1]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        groups = [
-            {"params": [p for p in self.parameters() if p.dim() >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        optimizer = self.make_optimizer(groups, lr=self.lr)
-        num_steps = self.trainer.estimated_stepping_batches
-        scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, self.warmup_steps, num_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return optimizer_and_schedule(self, self.make_optimizer, self.lr, self.warmup_steps, self.weight_decay)
+
+    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        output = self.network(tokens)
+        logits: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
+        return logits
 
     def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean nats per token of ``targets`` [B, T] given ``tokens`` [B, T]."""
-        logits = self.network(batch["tokens"])
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), batch["targets"].view(-1))
-
-
-def warmup_cosine(step: int, warmup_steps: int, num_steps: float) -> float:
-    """Factor on the learning rate: up to 1 in ``warmup_steps``, then half a cosine down to 0.1 at ``num_steps``."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    decayed = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * decayed))
+        """Mean nats per token of ``targets`` [B, T] given ``tokens`` [B, T], in float32 whatever the logits are in."""
+        logits = self._logits(batch["tokens"])
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), batch["targets"].view(-1))

@@ -1,14 +1,12 @@
 """What a training took beside what the planner says that it takes: the time of a step, and the memory of the fullest rank.
 
-A step counts from the start of a batch to the start of the next, loaders and callbacks with it, where nothing else was between: no
-validation, no checkpoint. The first ones do not count. The forecast is made when the training is over, so that none waits for it.
+A step counts from the start of a batch to the start of the next, by the `Stopwatch` that the monitor goes by too. The first ones do
+not count. The forecast is made when the training is over, so that none waits for it.
 """
 
 from __future__ import annotations
 
-import resource
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_par.errors import ConfigurationError
 from lightning_par.host.here import cluster_here
 from lightning_par.host.outlook import Subject, values_unknown
+from lightning_par.host.stopwatch import Stopwatch, peak_bytes
 from lightning_par.pipeline.schedules import AUTO, default_schedule
 from lightning_par.plan.plan import Recompute
 from lightning_par.plan.render import format_bytes
@@ -33,35 +32,22 @@ _NUM_WARM = 3  # steps in which memory is found, and code compiled
 
 
 class Audit:
-    """Watches one training. Every rank has one, and calls it alike.
+    """Says at the end of a training how it went. Every rank has one, and calls it alike.
 
     Args:
         forecast: makes the forecast and says where its rates are from, or raises a `ConfigurationError` where there is none; None
             on all ranks but the first.
+        stopwatch: of the training.
     """
 
-    def __init__(self, forecast: Forecast | None) -> None:
-        self._forecast = forecast
-        self._began: float | None = None
-        self._seconds: list[float] = []
-
-    def begin_batch(self) -> None:
-        """A training batch begins."""
-        now = time.perf_counter()
-        if self._began is not None:
-            self._seconds.append(now - self._began)
-        self._began = now
-
-    def interrupt(self) -> None:
-        """Something else than training happens before the next batch."""
-        self._began = None
+    def __init__(self, forecast: Forecast | None, stopwatch: Stopwatch) -> None:
+        self._forecast, self._stopwatch = forecast, stopwatch
 
     def end(self, trainer: Any) -> None:
         """Say what was found and log it, where there were enough steps. Collective over the world."""
-        peak = torch.tensor(_peak_bytes(trainer.strategy.root_device), dtype=torch.int64)
+        peak = torch.tensor(peak_bytes(trainer.strategy.root_device), dtype=torch.int64)
         most = int(trainer.strategy.reduce(peak, reduce_op=dist.ReduceOp.MAX))
-        steps, self._seconds = self._seconds[_NUM_WARM:], []
-        self.interrupt()
+        steps = self._stopwatch.batches[_NUM_WARM:]
         if self._forecast is None or len(steps) < LEAST_STEPS or sum(steps) < LEAST_SECONDS:
             return
         try:
@@ -143,10 +129,3 @@ def _beside(measured: float, forecast: float) -> str:
     """``+3.1%``; ``12 times that`` where it is far away."""
     ratio = measured / forecast
     return f"{ratio - 1:+.1%}" if 0.5 <= ratio <= 2 else f"{ratio:.2g} times that"
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """The most that this rank has stored: of a GPU's memory its tensors; of a host's the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -49,6 +49,20 @@ def cluster_here(device: torch.device, num_nodes: int, devices_per_node: int) ->
     return replace(here.calibrated(found), source=f"measured on {found.date} as far as they were, else of {here.source}")
 
 
+def peak_flops_here(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Products per second of a device by its datasheet; None where its name is in none of ours, as that of any CPU.
+
+    Args:
+        device: of this process.
+        dtype: of the products.
+    """
+    if device.type != "cuda" or (dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"):
+        return None  # of TF32 the files say nothing
+    file = file_of(device_name(device))
+    rates = {} if file is None else shipped_cluster(file, 1).device.peak_flops
+    return rates.get(str(dtype).removeprefix("torch."))
+
+
 def file_of(name: str) -> str | None:
     """The shipped cluster file with the rates of a GPU of this name, or None."""
     return next((file for word, file in _FILES.items() if word in name), None)

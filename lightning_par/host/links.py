@@ -29,7 +29,7 @@ def link_between_processes(rank: int, size: int, rendezvous: Path, on_gpu: bool)
     """
     dist.init_process_group(backend(on_gpu), init_method=rendezvous.as_uri(), rank=rank, world_size=size)
     try:
-        return _fit(None, size, _device(rank, on_gpu))
+        return _fit(None, size, device_of(rank, on_gpu))
     finally:
         dist.destroy_process_group()
 
@@ -40,7 +40,7 @@ def links_of_nodes(on_gpu: bool) -> dict[str, Link]:
     Every rank of the default group calls it, in the environment that torchrun gave it; the first one gets them.
     """
     rank, local, count, on_node = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    device, found = _device(local, on_gpu), dict[str, Link]()
+    device, found = device_of(local, on_gpu), dict[str, Link]()
     for name, ranks in (("inside", list(range(on_node))), ("between", list(range(0, count, on_node)))):
         group = dist.new_group(ranks)
         if rank in ranks and len(ranks) > 1:
@@ -53,7 +53,8 @@ def backend(on_gpu: bool) -> str:
     return "nccl" if on_gpu else "gloo"
 
 
-def _device(local: int, on_gpu: bool) -> torch.device:
+def device_of(local: int, on_gpu: bool) -> torch.device:
+    """That of the process with this number on its machine, made its current one."""
     if on_gpu:
         torch.cuda.set_device(local)
     return torch.device("cuda", local) if on_gpu else torch.device("cpu")
@@ -61,10 +62,11 @@ def _device(local: int, on_gpu: bool) -> torch.device:
 
 def _fit(group: Any, size: int, device: torch.device) -> Link:
     """From the medians for tensors of every size. Collective over the group."""
-    return fit_link(size, [(num_bytes, _seconds(group, num_bytes, device)) for num_bytes in _BYTES])
+    return fit_link(size, [(num_bytes, all_reduce_seconds(group, num_bytes, device)) for num_bytes in _BYTES])
 
 
-def _seconds(group: Any, num_bytes: int, device: torch.device) -> float:
+def all_reduce_seconds(group: Any, num_bytes: int, device: torch.device) -> float:
+    """The median of several all-reduces. Collective over the group, the default one for None."""
     tensor = torch.zeros(num_bytes // 4, device=device)
     found = []
     for _ in range(_NUM_WARM + _NUM_TIMED):

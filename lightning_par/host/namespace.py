@@ -42,8 +42,17 @@ def root_in_use(caller: FrameType | None) -> str:
 
 def worker_seeding(root: str) -> Any:
     """What seeds the workers of a loader, given a rank."""
-    fabric = "lightning.fabric" if root.startswith("lightning.") else "lightning_fabric"
-    return import_module(f"{fabric}.utilities.seed").pl_worker_init_function
+    return import_module(f"{_fabric(root)}.utilities.seed").pl_worker_init_function
+
+
+def environments(root: str) -> Any:
+    """The module with Lightning's environments, such as ``SLURMEnvironment``."""
+    return import_module(f"{_fabric(root)}.plugins.environments")
+
+
+def _fabric(root: str) -> str:
+    """The lower of Lightning's packages, of one namespace."""
+    return "lightning.fabric" if root.startswith("lightning.") else "lightning_fabric"
 
 
 def _root_of(value: object) -> str | None:

@@ -32,6 +32,7 @@ class Options:
         drift_guard: after how many steps the ranks compare what they hold; 0 for never.
         max_restarts: how often ranks are started again.
         audit: whether trainings are compared with their forecast.
+        monitor: whether trainings are measured.
     """
 
     overrides: Mapping[str, Any]
@@ -47,6 +48,7 @@ class Options:
     drift_guard: int
     max_restarts: int
     audit: bool
+    monitor: bool
 
 
 def check_max_restarts(max_restarts: int) -> int:

@@ -22,7 +22,7 @@ from lightning_par.planner.anatomy import ROWS, Say
 from lightning_par.planner.asked import judge
 from lightning_par.planner.estimate import Estimator
 from lightning_par.private.torch import is_data_dependent
-from lightning_par.runtime.nested import tensors_in
+from lightning_par.runtime.nested import tokens_of
 from lightning_par.runtime.precision import Precision
 from lightning_par.trace.copying import copy_module
 
@@ -143,11 +143,3 @@ def values_unknown(module: Any) -> Iterator[None]:
             f"{type(module).__name__}.training_step needs values of tensors, which a dry run does not have: the planner cannot "
             "time it"
         ) from error
-
-
-def tokens_of(batch: Any) -> int | None:
-    """Tokens of a sample: the second dim of the first tensor of whole numbers that has one."""
-    whole = (
-        tensor for tensor in tensors_in(batch) if tensor.ndim > 1 and not tensor.is_floating_point() and tensor.dtype != torch.bool
-    )
-    return next((tensor.shape[1] for tensor in whole), None)

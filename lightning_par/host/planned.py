@@ -1,4 +1,4 @@
-"""What a strategy asks the planner: which layout ``auto`` stands for, and what a training should have taken."""
+"""What a strategy asks the planner: which layout ``auto`` stands for, and what a training should have taken beside what it took."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning_par.host.auto import Choice, choose, with_recompute
 from lightning_par.host.construction import guard_setup
 from lightning_par.host.preflight import leave_inference_mode
 from lightning_par.host.saving import SavingStrategy
+from lightning_par.host.stopwatch import Stopwatch
 from lightning_par.layout import Layout
 from lightning_par.pipeline.tables import choose_schedule
 
@@ -25,6 +26,7 @@ class PlannedStrategy(SavingStrategy):
     Attributes:
         schedule: of the pipeline.
         choice: what ``auto`` stands for, on rank 0; None without it.
+        stopwatch: of the training; None before there was one.
     """
 
     schedule: str
@@ -33,6 +35,7 @@ class PlannedStrategy(SavingStrategy):
         super().__init__(layout, typed, timeout)
         self._asked_schedule = schedule
         self.choice: Choice | None = None
+        self.stopwatch: Stopwatch | None = None
         self._forecast: Forecast | None = None  # of the training, on rank 0
         self._audit: Audit | None = None  # there while fitting
 
@@ -68,30 +71,31 @@ class PlannedStrategy(SavingStrategy):
             leave_inference_mode(self.lightning_module.trainer)
             guard_setup(self.lightning_module)
 
-    # ------------------------------------------------------------------ the audit
+    # ------------------------------------------------------------------ the time of a training
 
     def keep_for_audit(self, *rehearsed: Any) -> None:
         """Keep what a forecast takes, of what `lightning_par.host.preflight.rehearsed` yields."""
         if self.options.audit:
             self._forecast = forecast_later(self, *rehearsed)
 
-    def begin_audit(self) -> None:
+    def begin_training(self) -> None:
         """A training begins."""
-        self._audit = Audit(self._forecast) if self.options.audit else None
+        self.stopwatch = Stopwatch(self.root_device)
+        self._audit = Audit(self._forecast, self.stopwatch) if self.options.audit else None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self._audit is not None:
-            self._audit.begin_batch()
+        if self.stopwatch is not None:
+            self.stopwatch.begin_batch()
 
     def on_validation_start(self) -> None:
-        if self._audit is not None:
-            self._audit.interrupt()
+        if self.stopwatch is not None:
+            self.stopwatch.interrupt()
 
     def on_train_end(self) -> None:
         if self._audit is not None:
             self._audit.end(self.lightning_module.trainer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self._audit is not None:
-            self._audit.interrupt()
+        if self.stopwatch is not None:
+            self.stopwatch.interrupt()
         super().save_checkpoint(checkpoint, filepath, storage_options)

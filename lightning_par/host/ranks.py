@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +13,15 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_par.host.data import DataResumption
-from lightning_par.host.namespace import worker_seeding
+from lightning_par.host.hosts import describe_hosts, tp_between_hosts
+from lightning_par.host.launch.command import output_folder, take_output_folder
+from lightning_par.host.launch.ending import say
+from lightning_par.host.launch.rank_log import RankLog
+from lightning_par.host.launch.started import check_is_rank, count_machines
+from lightning_par.host.meeting import Meeting, join, meet
+from lightning_par.host.namespace import environments, worker_seeding
 from lightning_par.layout import AUTO, Layout
+from lightning_par.private import lightning
 from lightning_par.runtime.mesh import Mesh, wait_for_all
 
 if TYPE_CHECKING:
@@ -39,6 +46,7 @@ class RankedStrategy(Host):
         self.layout, self._typed, self._timeout = layout, typed, timeout
         self._num_nodes = 1
         self._mesh: Mesh | None = None
+        self._meeting: Meeting | None = None
         self._data: DataResumption | None = None  # there while fitting
 
     # ------------------------------------------------------------------ devices and replicas
@@ -54,6 +62,13 @@ class RankedStrategy(Host):
     @property
     def num_processes(self) -> int:
         return len(self.parallel_devices or ())
+
+    @property
+    def global_rank(self) -> int:
+        """This rank's number; as started until the ranks have met, see `lightning_par.host.hosts`."""
+        if dist.is_initialized():
+            return dist.get_rank()
+        return self._meeting.rank if self._meeting is not None else super().global_rank
 
     @property
     def root_device(self) -> torch.device:
@@ -78,32 +93,83 @@ class RankedStrategy(Host):
         return self.layout.dp or 1
 
     def set_world_ranks(self) -> None:
-        """Tell Lightning's environment the world; fill in dp. Called by the Trainer before the launcher is made."""
+        """Tell Lightning's environment the world; fill in dp. Called by the Trainer before the launcher is made.
+
+        Raises:
+            ConfigurationError: other ranks were started than the Trainer says.
+            LayoutError: the layout does not fit them.
+        """
+        assert self.cluster_environment is not None
+        if isinstance(self.cluster_environment, environments(self.root).LightningEnvironment):
+            check_is_rank()
+        else:
+            self._num_nodes = count_machines(self.num_processes, self._num_nodes)
         world_size = self._num_nodes * self.num_processes
         self.layout = self.layout.resolve(world_size, self._typed)
-        assert self.cluster_environment is not None
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         self.cluster_environment.set_world_size(world_size)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        log = RankLog.current()
+        if log is not None and world_size > 1:
+            log.words = f"rank {self.global_rank}" if self.layout.auto else self.describe_rank(self.global_rank)
         if self.layout.zero and self.dp_size == 1:
             rank_zero_warn(f"parallel={self._typed}: zero{self.layout.zero} has nothing to shard with dp 1 and is ignored")
 
-    def setup_environment(self) -> None:
-        """Meet the other ranks, and build the axes; collective over the world."""
-        super().setup_environment()
+    def describe_rank(self, rank: int) -> str:
+        """A rank's name for messages and logs."""
+        return f"rank {rank} ({self.layout.coordinate_of(rank)})"
+
+    def meet(self, trainer: Any) -> None:
+        """Find the other ranks, where they have not met, and take over the first one's folders. Every rank calls it."""
+        folders = output_folder(), trainer.default_root_dir
         if not dist.is_initialized():
             environment = self.cluster_environment
             assert environment is not None
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-            backend = "nccl" if self.root_device.type == "cuda" else "gloo"
-            store = _store_of_this_start(self._timeout)
-            dist.init_process_group(backend, store=store, rank=self.global_rank, world_size=self.world_size, timeout=self._timeout)
-            if backend == "nccl":  # which complains of groups that outlive a program
-                atexit.register(_leave_group)
+            self._meeting = meet(environment.global_rank(), self.world_size, self._timeout, folders)
+            rank_zero_only.rank = self._meeting.rank  # type: ignore[attr-defined]
+            folders = self._meeting.told
+        elif folders[0] is not None:  # each job of Hydra's has other ones
+            folders = self.broadcast(folders)
+        take_output_folder(folders[0])
+        lightning.set_default_root_dir(trainer, folders[1])
+
+    def setup_environment(self) -> None:
+        """Join the other ranks, and build the axes; collective over the world."""
+        super().setup_environment()
+        is_new = not dist.is_initialized()
+        if is_new:
+            assert self._meeting is not None, "the launcher has the ranks meet"
+            join(self._meeting, "nccl" if self.root_device.type == "cuda" else "gloo", self._timeout)
         if self._mesh is None:
             if self._typed == AUTO:
                 self.agree_on_layout()
             self._mesh = Mesh(self.layout, self._timeout)
+            self._open_log()
+        if is_new and self.is_global_zero:
+            self._report_hosts()
+
+    def _open_log(self) -> None:
+        """From here on this rank's log has its file, where there is a folder for it."""
+        log, folder = RankLog.current(), output_folder()
+        if log is None or folder is None:
+            return
+        if self.world_size == 1:
+            log.leave()
+            return
+        path = log.open(Path(folder), self.layout, self.global_rank)
+        if self.is_global_zero:
+            say(f"the log of each rank is in {path.parent}")
+
+    def _report_hosts(self) -> None:
+        assert self._meeting is not None
+        hosts = self._meeting.hosts
+        if len(set(hosts)) == 1:
+            return
+        say(describe_hosts(self.layout, hosts, self._meeting.is_renumbered))
+        warning = tp_between_hosts(self.layout, hosts)
+        if warning is not None:
+            rank_zero_warn(warning)
 
     def agree_on_layout(self) -> None:
         """Settle a layout that only rank 0 knows. Collective over the world; where all know it there is nothing to do."""
@@ -160,22 +226,3 @@ class RankedStrategy(Host):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         count = int(self.reduce(torch.tensor(int(decision)), reduce_op="sum"))
         return count == self.world_size if all else count > 0
-
-
-def _store_of_this_start(timeout: timedelta) -> Any:
-    """Where ranks that torchrun has started again find each other; None for the usual place.
-
-    That one is in torchrun's own process, and still has the addresses of the ranks that are gone (read in torch 2.13).
-    """
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
-    return PrefixStore(f"restart {restart}", store)
-
-
-def _leave_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ import torch.distributed as dist
 
 from lightning_par.host.launch.ending import SAME_SIGNAL_SECONDS, Stopped, say
 from lightning_par.host.launch.restart import this_run
-from lightning_par.host.namespace import bind
+from lightning_par.host.namespace import bind, environments
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as Host
@@ -128,10 +127,8 @@ def stop_politely(trainer: Any, root: str) -> None:
 
 def _slurm_signal(trainer: Any, root: str) -> signal.Signals | None:
     """The signal before SLURM takes the machine away; None outside of SLURM."""
-    fabric = "lightning.fabric" if root.startswith("lightning.") else "lightning_fabric"
-    slurm = import_module(f"{fabric}.plugins.environments").SLURMEnvironment
     environment = trainer.strategy.cluster_environment
-    return environment.requeue_signal if isinstance(environment, slurm) else None
+    return environment.requeue_signal if isinstance(environment, environments(root).SLURMEnvironment) else None
 
 
 def _place_of(trainer: Any) -> Path:

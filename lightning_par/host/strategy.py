@@ -22,6 +22,7 @@ from lightning_par.host.data import DataResumption
 from lightning_par.host.launch.launcher import launcher_class
 from lightning_par.host.loss_weight import LossWeight, read_loss_weight
 from lightning_par.host.memory import check_memory_gib
+from lightning_par.host.monitor import monitor_training
 from lightning_par.host.namespace import bind, root_in_use
 from lightning_par.host.option import Options, check_drift_guard, check_max_restarts, read_overrides
 from lightning_par.host.plan_report import report_plan
@@ -85,6 +86,8 @@ class HybridParallelStrategy(PlannedStrategy):
             run, see `lightning_par.host.launch.supervisor`. Under torchrun its own ``--max-restarts`` says it.
         audit: whether a training of 10 seconds or more ends with its step time and memory beside their forecast, see
             `lightning_par.host.audit`.
+        monitor: whether a training has a `lightning_par.Monitor` where the Trainer's callbacks have none: throughput, utilization,
+            the pipeline's idle time, memory and traffic, logged and shown.
 
     Raises:
         LayoutError: the layout cannot be read; or, when the Trainer is made, does not fit its devices.
@@ -127,6 +130,7 @@ class HybridParallelStrategy(PlannedStrategy):
         print_plan: bool = True,
         max_restarts: int = 0,
         audit: bool = True,
+        monitor: bool = True,
     ) -> None:
         chosen, placed = choose_schedule(schedule, parse_layout(layout) if isinstance(layout, str) else layout)
         super().__init__(placed, str(layout), timedelta(seconds=timeout_seconds), schedule)
@@ -145,6 +149,7 @@ class HybridParallelStrategy(PlannedStrategy):
             drift_guard=check_drift_guard(drift_guard),
             max_restarts=check_max_restarts(max_restarts),
             audit=audit,
+            monitor=monitor,
         )
         if not placed.auto:
             check_zero_options(self.options.zero, placed, chosen, splits_backward(chosen, placed))
@@ -197,8 +202,9 @@ class HybridParallelStrategy(PlannedStrategy):
             self.cluster_environment,
             self.num_processes,
             self._num_nodes,
-            describe=lambda rank: f"rank {rank} ({self.layout.coordinate_of(rank)})",
+            describe=self.describe_rank,
             preflight=self._preflight,
+            meet=self.meet,
             max_restarts=self.options.max_restarts,
         )
 
@@ -243,8 +249,10 @@ class HybridParallelStrategy(PlannedStrategy):
         if trainer.state.fn == "fit":
             module.__dict__["optimizer_zero_grad"] = _do_nothing  # gradients are there before Lightning would clear them
             self.setup_optimizers(trainer)
+            if self.options.monitor:
+                monitor_training(trainer, self.root)
             stop_politely(trainer, self.root)
-            self.begin_audit()
+            self.begin_training()
         self.setup_precision_plugin()
 
     def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[None]:

@@ -25,11 +25,15 @@ class Updates:
 
     Attributes:
         grad_norm: of the whole model, before it was last clipped by norm; None where it has not been.
+        finds_norm: whether to find that of the next steps, too, that are not clipped by norm: as they are stepped with, for a pass
+            over the gradients and an all-reduce of one number.
     """
 
     def __init__(self, engine: Engine, anomaly: AnomalyGuard | None = None, drift_guard: int = 0) -> None:
         assert engine.states is not None
         self.grad_norm: torch.Tensor | None = None
+        self.finds_norm = False
+        self._is_found = False  # the norm of this step
         self._mesh, self._scale, self._states = engine.mesh, engine.loss_scale, engine.states
         self._anomaly = anomaly
         self._drift = DriftGuard(engine.states, engine.mesh, drift_guard) if drift_guard else None
@@ -52,10 +56,10 @@ class Updates:
         if algorithm == "value":
             clip_by_value(self._states, value, only)
         else:
-            self.grad_norm = global_norm(self._states, self._mesh, only)
-            clip_by_norm(self._states, value, self.grad_norm, only)
+            norm = self._find_norm(only)
+            clip_by_norm(self._states, value, norm, only)
             if self._anomaly is not None and self._scale is None:
-                self._anomaly.check_norm(self.grad_norm)
+                self._anomaly.check_norm(norm)
 
     def step(self, optimizer: Any) -> None:
         """Step with the reduced gradients; where they have overflowed, forget them."""
@@ -63,6 +67,9 @@ class Updates:
             self._drift.before_step()
         position = self._position_of(optimizer)
         only = self._only(position)
+        if self.finds_norm and not self._is_found:
+            self._find_norm(only)
+        self._is_found = False
         has_overflowed = self._reduced.pop(position)
         if has_overflowed:
             self._states.zero_grad(only)
@@ -72,6 +79,10 @@ class Updates:
             self._scale.update(has_overflowed)
         if self._anomaly is not None:
             self._anomaly.forget()
+
+    def _find_norm(self, only: Optimizer | None) -> torch.Tensor:
+        self.grad_norm, self._is_found = global_norm(self._states, self._mesh, only), True
+        return self.grad_norm
 
     def _position_of(self, optimizer: Any) -> int:
         """Which of the optimizers is meant; Lightning hands out wrappers, which share the groups."""

@@ -35,11 +35,18 @@ class Clock(ABC, Generic[Moment]):
         self.zero()
 
     def zero(self) -> None:
-        """Forget what was noted; seconds count from now."""
+        """Forget what was noted; seconds count from now, when all that was asked of the device before is done."""
+        self._count_from(self._settled())
+        self.zero_ns = time.perf_counter_ns()
+
+    def restart(self) -> None:
+        """Forget what was noted; seconds count from where the device is now. Waits for nothing, and leaves ``zero_ns``."""
+        self._count_from(self._now())
+
+    def _count_from(self, zero: Moment) -> None:
         self._open: list[Moment] = []
         self._noted: list[tuple[Action, list[Moment]]] = []
-        self._zero = self._settled()
-        self.zero_ns = time.perf_counter_ns()
+        self._zero = zero
 
     def begin(self, action: Action) -> None:
         """The rank turns to ``action``."""

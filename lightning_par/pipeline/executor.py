@@ -189,6 +189,11 @@ class Executor:
         return [step.outputs[index] for index in sorted(step.outputs)]
 
     @property
+    def sent_bytes(self) -> int:
+        """What this rank has sent to other stages."""
+        return self._transport.sent_bytes
+
+    @property
     def on_the_way(self) -> list[torch.Tensor]:
         """What this rank holds of messages, see `Transport.on_the_way`."""
         return self._transport.on_the_way

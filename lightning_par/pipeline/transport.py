@@ -52,6 +52,9 @@ class Transport:
         layout: where the stages are.
         activations, gradients: the pipeline's ranks, for each kind of message twice: towards higher and lower coordinates.
         device: where tensors are.
+
+    Attributes:
+        sent_bytes: what this rank has sent to others.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Transport:
         device: torch.device,
     ) -> None:
         self._device = device
+        self.sent_bytes = 0
         self._groups = {"F": activations, "B": gradients}
         self._coordinate = activations[0].coordinate
         self._pp_of = [layout.pp_of(stage) for stage in range(layout.num_stages)]
@@ -95,7 +99,9 @@ class Transport:
         if with_header:
             header = _header([(tuple(tensor.shape), tensor.dtype) for tensor in sent], self._device)
             self._leaving.append((group.send([header], peer, tag), header))
+            self.sent_bytes += header.nbytes
         for entry, tensor in enumerate(sent, 1):
+            self.sent_bytes += tensor.nbytes
             self._leaving.append((group.send([tensor], peer, tag + entry), tensor))
         if len(self._leaving) > 8:
             self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]

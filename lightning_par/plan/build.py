@@ -24,7 +24,7 @@ from lightning_par.plan.cut import cut_chain, unevenness
 from lightning_par.plan.effect import side_effects
 from lightning_par.plan.output import LeafPlan, OutputPlan, dims_like
 from lightning_par.plan.override import Overrides, RecomputeWord
-from lightning_par.plan.plan import Activation, ChainPlan, Kind, LayerPlan, ParameterPlan, Plan, Recompute, StagePlan
+from lightning_par.plan.plan import Activation, ChainPlan, ForwardWork, Kind, LayerPlan, ParameterPlan, Plan, Recompute, StagePlan
 from lightning_par.plan.segments import OutputUse, output_use
 from lightning_par.plan.tensor_rules import Flow, infer_flow, read_from_outside
 from lightning_par.plan.vocabulary import agree_on_ties, infer_vocabulary, padded
@@ -77,6 +77,12 @@ def build_plan(trace: Trace, layout: Layout, module: str, overrides: Overrides |
         boundaries=boundaries,
         notes=notes + (side_effects(trace, bounds[-2]) if len(counts) > 1 else ()) + unevenness(counts, layout),
         module_flops=trace.module_flops,
+        work=ForwardWork(
+            causal_flops=sum(trace.flops) + trace.attention_flops[0],
+            whole_flops=sum(trace.flops) + trace.attention_flops[1],
+            samples=trace.batch_size,
+            tokens=trace.tokens,
+        ),
     )
 
 

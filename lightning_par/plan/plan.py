@@ -171,6 +171,22 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class ForwardWork:
+    """What the forward of the traced batch multiplies.
+
+    Attributes:
+        causal_flops, whole_flops: floating-point operations, with causal attention counted half, and whole.
+        samples: in the batch.
+        tokens: of each of them; None where they have none.
+    """
+
+    causal_flops: float
+    whole_flops: float
+    samples: int
+    tokens: int | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions of a run.
 
@@ -184,6 +200,8 @@ class Plan:
         float8: what multiplies in float8, if anything.
         memory: what ranks store, by pp coordinate; empty where it was not asked for.
         module_flops: forward operations for the traced batch, by the path of the innermost module that ran; ``""`` is the step.
+        work: all of the forward, fused attention included, which the other numbers of operations leave out; None where it is not
+            known.
     """
 
     layout: Layout
@@ -199,6 +217,7 @@ class Plan:
     float8: Float8Plan | None = None
     memory: tuple[RankMemory, ...] = ()
     module_flops: Mapping[str, int] = field(default_factory=dict)
+    work: ForwardWork | None = None
 
     def layer(self, name: str) -> LayerPlan | None:
         """The plan of one layer."""
@@ -230,6 +249,7 @@ class Plan:
             float8=None if data["float8"] is None else Float8Plan(**_tuples(data["float8"])),
             memory=tuple(RankMemory(**entry) for entry in data.get("memory", ())),
             module_flops=data["module_flops"],
+            work=None if data.get("work") is None else ForwardWork(**data["work"]),
         )
 
 

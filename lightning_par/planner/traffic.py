@@ -1,10 +1,6 @@
 """Seconds of collectives, by the ring (Thakur et al. 2005), over the links that a group of ranks has.
 
-With d ranks and a whole tensor of n bytes each of them sends::
-
-    all_reduce                     2 n (d-1)/d    in 2 (d-1) messages
-    all_gather, reduce_scatter       n (d-1)/d    in   (d-1) messages
-    reduce                           n            in   (d-1) messages, but for its root, which sends nothing
+With d ranks each of them sends what `lightning_par.runtime.ring` says, an all-reduce in 2 (d-1) messages, others in d-1.
 """
 
 from __future__ import annotations
@@ -17,6 +13,7 @@ import numpy as np
 from lightning_par.layout import Layout
 from lightning_par.planner.cluster import Cluster
 from lightning_par.planner.link import Link
+from lightning_par.runtime.ring import ring_bytes
 
 _LEAST = 1e-12  # seconds of a message or of a byte: noise can make a fit negative
 
@@ -37,7 +34,7 @@ class Ring:
 
     def sent_bytes(self, kind: str, num_bytes: float) -> float:
         """What each rank sends in a collective, of a whole tensor of ``num_bytes``."""
-        return num_bytes if kind == "reduce" else (2 if kind == "all_reduce" else 1) * num_bytes * (self.size - 1) / self.size
+        return ring_bytes(kind, num_bytes, self.size)
 
     def seconds(self, kind: str, num_bytes: float) -> float:
         """How long a collective takes."""

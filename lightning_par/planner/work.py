@@ -15,20 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from lightning_par.planner.cluster import Device
 from lightning_par.private.torch import TorchDispatchMode, has_memory, storage_key
 from lightning_par.runtime.axis import Wait
 from lightning_par.runtime.nested import tensors_in
+from lightning_par.trace.attention import ATTENTION
 
-_ATEN = torch.ops.aten
 _NUM_DIGITS = 16  # of a digest: of a million of them no two are equal by chance
-# attention on a CPU, where dry runs are, of which torch counts nothing: the counter, where the shapes begin, where is_causal is
-_ATTENTION: dict[Any, tuple[Any, int, int, int]] = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: (sdpa_flop_count, 0, 3, 4),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (sdpa_backward_flop_count, 0, 4, 7),
-}
 
 
 @dataclass
@@ -83,10 +78,10 @@ class WorkCounter(TorchDispatchMode):
         full = flops = 0.0
         if packet in flop_registry:
             full = flops = float(flop_registry[packet](*args, **kwargs, out_val=output))
-        elif packet in _ATTENTION:
-            count, first, num_shapes, causal = _ATTENTION[packet]
-            full = float(count(*(tensor.shape for tensor in args[first : first + num_shapes])))
-            flops = full / 2 if (args[causal] if len(args) > causal else kwargs.get("is_causal", False)) else full
+        elif packet in ATTENTION:
+            attention = ATTENTION[packet]
+            tensors = args[attention.first : attention.first + attention.num_shapes]
+            flops, full = attention.flops([tensor.shape for tensor in tensors], args, kwargs)
         read = {storage_key(t): t for t in tensors_in((args, kwargs)) if has_memory(t)}
         made = {storage_key(t): t for t in tensors_in(output) if has_memory(t)}
         if not flops and not made.keys() - read.keys() and not func._schema.is_mutable:

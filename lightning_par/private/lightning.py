@@ -31,6 +31,11 @@ def share_threads(root: str, num_processes: int) -> None:
     import_module(f"{fabric}.utilities.distributed")._set_num_threads_if_needed(num_processes=num_processes)
 
 
+def set_default_root_dir(trainer: Any, folder: str) -> None:
+    """Give a Trainer another folder than it was made with; there Lightning looks for what a requeued job of SLURM goes on from."""
+    trainer._default_root_dir = folder
+
+
 def loaders_of_next_validation(trainer: Any) -> list[Any]:
     """The loaders of the validation that follows the batch that was just trained on; none where none follows.
 
@@ -41,6 +46,19 @@ def loaders_of_next_validation(trainer: Any) -> list[Any]:
         return []
     loaders = loop.epoch_loop.val_loop._combined_loader
     return [] if loaders is None else list(loaders.flattened)
+
+
+def logged_step(trainer: Any) -> int | None:
+    """The step under which the Trainer logs after this training batch; None where it does not. Equal on all ranks.
+
+    Called in the batch, from its first hook on (trainer/connectors/logger_connector: ``should_update_logs``, ``log_metrics``).
+    What a Trainer logs in addition because it was told to stop is not foreseen: that may come later in the batch.
+    """
+    loop, every = trainer.fit_loop.epoch_loop, trainer.log_every_n_steps
+    if loop._should_accumulate():
+        return None
+    step: int = loop._batches_that_stepped
+    return step if trainer.fast_dev_run or (every and (step + 1) % every == 0) else None
 
 
 # Modules that read checkpoints by a name of their own for the private `_load`, and whether they want the states of optimizers:

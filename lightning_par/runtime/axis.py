@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from lightning_par.runtime.ring import ring_bytes
+
 Wait = Callable[[], None]  # returns when what was begun is done
 
 # torch 2.13 renamed both and warns of the old names
@@ -84,15 +86,18 @@ class GroupAxis(Axis):
     Attributes:
         group: the process group.
         ranks: global ranks on it, by coordinate.
+        sent_bytes: what this rank has sent in collectives over it, by the ring.
     """
 
     def __init__(self, name: str, group: dist.ProcessGroup, ranks: list[int], coordinate: int) -> None:
         super().__init__(name, len(ranks), coordinate)
         self.group, self.ranks = group, ranks
+        self.sent_bytes = 0.0
 
     def begin_all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> Wait:
         if self.size == 1:
             return _is_done
+        self.sent_bytes += ring_bytes("all_reduce", tensor.nbytes, self.size)
         kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
         return _wait_for(dist.all_reduce(tensor, op=kind, group=self.group, async_op=True))
 
@@ -100,12 +105,14 @@ class GroupAxis(Axis):
         if self.size == 1:
             return [tensor]
         gathered = tensor.new_empty((self.size * tensor.numel(),))
+        self.sent_bytes += ring_bytes("all_gather", gathered.nbytes, self.size)
         _all_gather(gathered, tensor.contiguous().view(-1), group=self.group)
         return list(gathered.view(self.size, *tensor.shape).unbind(0))
 
     def begin_reduce_scatter(self, parts: torch.Tensor) -> tuple[torch.Tensor, Wait]:
         if self.size == 1:
             return parts[0], _is_done
+        self.sent_bytes += ring_bytes("reduce_scatter", parts.nbytes, self.size)
         mine = parts.new_empty(parts.shape[1:])
         work = _reduce_scatter(mine.view(-1), parts.view(-1), group=self.group, async_op=True)
         return mine, _wait_for(work, parts)

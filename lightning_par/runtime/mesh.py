@@ -77,6 +77,12 @@ class Mesh:
             self._copies[count] = self._axis("copies", every)
         return self._copies[count]
 
+    @property
+    def sent_bytes(self) -> dict[str, float]:
+        """What this rank has sent in collectives over each axis; those over tied stages count for pp, those of copies for tp."""
+        copies, tied = (sum(axis.sent_bytes for axis in axes.values()) for axes in (self._copies, self._tied))
+        return {"tp": self.tp.sent_bytes + copies, "pp": tied, "dp": self.dp.sent_bytes}
+
     def barrier(self) -> None:
         """Wait for all ranks of the world."""
         wait_for_all(self.world.group)

@@ -59,6 +59,14 @@ def tensors_in(node: Any) -> list[torch.Tensor]:
     return [array for array in arrays_in(node) if isinstance(array, torch.Tensor)]
 
 
+def tokens_of(batch: Any) -> int | None:
+    """Tokens of a sample: the second dim of the first tensor of whole numbers that has two, [batch, sequence]; None without one."""
+    whole = (
+        tensor for tensor in tensors_in(batch) if tensor.ndim == 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool
+    )
+    return next((tensor.shape[1] for tensor in whole), None)
+
+
 def map_tensors(function: Callable[[torch.Tensor], Any], node: Any) -> Any:
     """The same tree with every tensor replaced by ``function(tensor)``."""
     if isinstance(node, torch.Tensor):

@@ -184,6 +184,8 @@ class Trace:
         flops: forward floating-point operations by phase.
         module_flops: the same by the path of the innermost module that ran; under ``""`` those of the step itself.
         saved_bytes: activation bytes that autograd saved, by phase.
+        attention_flops: what fused attention adds to ``flops``, with causal attention counted half, and whole.
+        tokens: of each sample of the batch; None where samples have none.
         notes: what the trace had to assume, for the user.
         error: what ended the run early, when the caller asked for the trace up to there.
         is_real: whether the step was run on real tensors, because it fails on fake ones.
@@ -214,6 +216,8 @@ class Trace:
     module_flops: Mapping[str, int]
     saved_bytes: tuple[int, ...]
     batch_size: int
+    attention_flops: tuple[float, float] = (0.0, 0.0)
+    tokens: int | None = None
     notes: tuple[str, ...] = ()
     error: Exception | None = None
     is_real: bool = False

@@ -22,8 +22,9 @@ from lightning_par.private.torch import (
     storage_key,
     unseen_by_modes,
 )
-from lightning_par.runtime.nested import tensors_in
+from lightning_par.runtime.nested import tensors_in, tokens_of
 from lightning_par.runtime.template import tensors_by_path
+from lightning_par.trace.attention import AttentionFlops
 from lightning_par.trace.calls import Calls
 from lightning_par.trace.chain import Containers
 from lightning_par.trace.description import layer_kind, parameters_of, plain_arguments, state_of
@@ -60,6 +61,8 @@ class Recorder(TorchFunctionMode):
         self.parameters = parameters_of(module)
         self.flops: Counter[int] = Counter()  # by part
         self.module_flops: Counter[str] = Counter()  # by the innermost module that ran
+        self.attention = AttentionFlops()
+        self._tokens = tokens_of(inputs)
         self.saved_bytes: Counter[int] = Counter()
         self._custom: set[int] = set()  # numbers of what the user's autograd functions made
         self._names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
@@ -313,6 +316,8 @@ class Recorder(TorchFunctionMode):
             module_flops=dict(self.module_flops),
             saved_bytes=by_phase(self.saved_bytes, phases, 2 * len(blocks) + 1),
             batch_size=batch_size,
+            attention_flops=(self.attention.causal, self.attention.whole),
+            tokens=self._tokens,
             notes=tuple(self.notes),
             error=error,
             leaving=frozenset(self.calls.leaving),

@@ -122,7 +122,7 @@ def _run_once(
         twin.__dict__.update(dict.fromkeys(("log", "log_dict"), recorder.log))
         twin.train(mode.is_training)
         output, failure = None, None
-        with torch.set_grad_enabled(has_gradients), FlopCounterMode(display=False) as flops, recorder.running(flops):
+        with torch.set_grad_enabled(has_gradients), _counter(recorder) as flops, recorder.running(flops):
             try:
                 with mode.precision.computing(_device_type(twin)):  # a deferred module is nowhere
                     output = getattr(twin, mode.step)(inputs, 0)
@@ -144,6 +144,10 @@ def _in_the_open() -> Iterator[None]:
             yield
     finally:
         logger.disabled = was_disabled
+
+
+def _counter(recorder: Recorder) -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=recorder.attention.mapping)
 
 
 def _device_type(module: nn.Module) -> str:

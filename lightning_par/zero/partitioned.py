@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_par.errors import ConfigurationError
-from lightning_par.private.deepspeed import ZeroEngine, mark_stepped, start_zero_engine
+from lightning_par.private.deepspeed import Traffic, ZeroEngine, mark_stepped, start_zero_engine
 from lightning_par.runtime.mesh import Mesh
 from lightning_par.runtime.nested import tensors_in
+from lightning_par.runtime.ring import ring_bytes
 from lightning_par.zero.bucket import gradient_dtype, set_gradient
 from lightning_par.zero.config import deepspeed_config
 from lightning_par.zero.early import EarlyReduction
@@ -89,8 +90,13 @@ class DeepSpeedStates(OptimizerStates):
         self.engine: ZeroEngine = start_zero_engine(
             stage, root, twin_of(optimizers[0], groups), MeshUnit(mesh), config, device, units, fill
         )
+        self._traffic = Traffic(ring_bytes)
         self._folder.reserve(self.engine.files_to_come(kept))
         self._early = EarlyReduction(self.engine, self._shapes, mesh) if options.reduce == MICROBATCH else None
+
+    @property
+    def sent_bytes(self) -> float:
+        return self._traffic.sent_bytes
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -216,6 +222,7 @@ class DeepSpeedStates(OptimizerStates):
     def close(self) -> None:
         if self._early is not None:
             self._early.close()
+        self._traffic.close()
         self.engine.destroy()
         self._folder.close()
         self._shapes = {}

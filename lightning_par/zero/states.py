@@ -71,6 +71,11 @@ class OptimizerStates(ABC):
     def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         self.module, self.optimizers = module, tuple(optimizers)
 
+    @property
+    def sent_bytes(self) -> float:
+        """What this rank has sent over dp in collectives that are not those of the axis, by the ring."""
+        return 0.0
+
     @abstractmethod
     def accumulate(self) -> AbstractContextManager[None]:
         """Around the microbatches of one training step; gradients add up in ``p.grad``.

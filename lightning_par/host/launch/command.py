@@ -35,10 +35,21 @@ def remember_main() -> None:
     os.environ[MAIN] = json.dumps(_main())
 
 
-def hydra_job() -> str | None:
-    """What tells one Hydra job of this process from the next: its output folder; ``None`` outside of Hydra."""
+def output_folder() -> str | None:
+    """The folder of this process's Hydra job, which tells one job from the next; ``None`` outside of Hydra."""
     config = _hydra_config()
     return None if config is None else config.runtime.output_dir
+
+
+def take_output_folder(folder: str | None) -> None:
+    """Let ``${hydra:runtime.output_dir}`` be the folder of the first rank from now on; nothing outside of Hydra."""
+    config = _hydra_config()
+    if config is None or folder is None:
+        return
+    from omegaconf import read_write
+
+    with read_write(config.runtime):
+        config.runtime.output_dir = folder
 
 
 def is_sweep() -> bool:
@@ -47,12 +58,12 @@ def is_sweep() -> bool:
     return config is not None and config.mode is not None and config.mode.name == "MULTIRUN"
 
 
-def rank_command(local_rank: int) -> tuple[list[str], str | None]:
-    """The command of the rank ``local_rank`` of this machine, and the folder to start it in (``None`` for this one)."""
+def rank_command() -> tuple[list[str], str | None]:
+    """The command of any rank of this machine, and the folder to start it in (``None`` for this one)."""
     config = _hydra_config()
     if config is None:
         return [sys.executable, *_main(), *sys.argv[1:]], None
-    return _hydra_command(config, local_rank), config.runtime.cwd
+    return _hydra_command(config), config.runtime.cwd
 
 
 def _main() -> list[str]:
@@ -70,7 +81,7 @@ def _hydra_config() -> Any:
     return HydraConfig.get() if HydraConfig.initialized() else None
 
 
-def _hydra_command(config: Any, local_rank: int) -> list[str]:
+def _hydra_command(config: Any) -> list[str]:
     from omegaconf import OmegaConf
 
     command = [sys.executable, *json.loads(os.environ.get(MAIN) or json.dumps(_main()))]
@@ -86,6 +97,6 @@ def _hydra_command(config: Any, local_rank: int) -> list[str]:
     command += [override for override in config.overrides.hydra if not override.lstrip("+~").startswith(_PARENT_ONLY)]
     folder = config.runtime.output_dir.replace("\\", "\\\\").replace("'", "\\'")
     command += ["hydra.mode=RUN", f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
-    command += [f"hydra.job.name={config.job.name}{f'_local{local_rank}' if local_rank else ''}"]
+    command += [f"hydra.job.name={config.job.name}"]
     command += [f"hydra.job.{key}={config.job[key]}" for key in ("num", "id") if not OmegaConf.is_missing(config.job, key)]
     return command

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NoReturn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_par.errors import ConfigurationError
-from lightning_par.host.launch.command import hydra_job, is_sweep, rank_command
+from lightning_par.host.launch.command import is_sweep, output_folder, rank_command
 from lightning_par.host.launch.ending import Stopped, exit_now
 from lightning_par.host.launch.link import Unlinked, join_parent, report_failure
 from lightning_par.host.launch.processes import RankProcesses
@@ -63,6 +63,7 @@ class _RankLauncher(_Base):
         *,
         describe: Callable[[int], str],
         preflight: Callable[..., None] | None = None,
+        meet: Callable[[Any], None] | None = None,
         max_restarts: int = 0,
     ) -> None:
         """Args:
@@ -72,11 +73,12 @@ class _RankLauncher(_Base):
         describe: a rank's name for messages.
         preflight: called as ``preflight(trainer, *args, **kwargs)`` with what `launch` hands to its function, in every process,
             before any other process is started and before the ranks meet. What it raises ends the run.
+        meet: called with the Trainer once all ranks are started, before Lightning looks for a checkpoint.
         max_restarts: how often the ranks of this machine are started again when one has failed.
         """
         super().__init__(cluster_environment, num_processes, num_nodes)
         self.describe = describe
-        self._preflight = preflight
+        self._preflight, self._meet = preflight, meet
         self._max_restarts = max_restarts
         _end_earlier_job()
 
@@ -113,6 +115,8 @@ class _RankLauncher(_Base):
                     f"--max-restarts={self._max_restarts} to torchrun"
                 )
             lightning.share_threads(self.root, self.num_processes)
+            if self._meet is not None:
+                self._meet(trainer)
             return function(*args, **kwargs)
 
     @property
@@ -148,7 +152,7 @@ class _RankLauncher(_Base):
             )
         locals_ = range(self.num_processes)
         environments = [{**self._environment(), "LOCAL_RANK": str(local)} for local in locals_]
-        commands = [rank_command(local) for local in locals_]
+        commands = [rank_command()] * self.num_processes
         first = self.cluster_environment.node_rank() * self.num_processes
         supervisor = RunSupervisor(commands, environments, lambda index: self.describe(first + index), self._max_restarts)
         exit_now(supervisor.run())  # no exception: callbacks and loggers would hear of the end of a training that was not here
@@ -159,9 +163,9 @@ class _RankLauncher(_Base):
         os.environ.update(self._environment(), LOCAL_RANK=str(self.cluster_environment.local_rank()))
         first = self.cluster_environment.node_rank() * self.num_processes
         ranks = RankProcesses(lambda index: self.describe(first + 1 + index))
-        _RankLauncher._current = _Job(hydra_job(), ranks, saved)
+        _RankLauncher._current = _Job(output_folder(), ranks, saved)
         locals_ = range(1, self.num_processes)
-        ranks.start([rank_command(local) for local in locals_], [{"LOCAL_RANK": str(local)} for local in locals_])
+        ranks.start([rank_command()] * len(locals_), [{"LOCAL_RANK": str(local)} for local in locals_])
         self.procs = ranks.processes  # the base class forwards signals to these
 
     def _environment(self) -> dict[str, str]:
@@ -200,7 +204,7 @@ class _Job:
 def _end_earlier_job() -> None:
     """Under ``--multirun`` one process runs job after job: the ranks of an earlier one are over."""
     job = _RankLauncher._current
-    if job is not None and job.name != hydra_job():
+    if job is not None and job.name != output_folder():
         _RankLauncher._current = None
         job.end()
 

@@ -8,18 +8,21 @@ never loads it.
 
 from lightning_par.private.deepspeed.engine import ZeroEngine
 from lightning_par.private.deepspeed.mark import mark_stepped
-from lightning_par.private.deepspeed.operator import check_operator, load_async_io
+from lightning_par.private.deepspeed.operator import check_operator, load_async_io, missing_for_operators
 from lightning_par.private.deepspeed.start import import_deepspeed, quieten_deepspeed, start_zero_engine
+from lightning_par.private.deepspeed.traffic import Traffic
 from lightning_par.private.deepspeed.version import DEEPSPEED_VERSION, check_deepspeed
 
 __all__ = [
     "DEEPSPEED_VERSION",
+    "Traffic",
     "ZeroEngine",
     "check_deepspeed",
     "check_operator",
     "import_deepspeed",
     "load_async_io",
     "mark_stepped",
+    "missing_for_operators",
     "quieten_deepspeed",
     "start_zero_engine",
 ]

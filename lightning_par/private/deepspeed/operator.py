@@ -10,6 +10,7 @@ import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,30 @@ from lightning_par.private.deepspeed.start import import_deepspeed
 
 _COMPILER, _NINJA, _LIBAIO = "a C++ compiler (g++)", "ninja (pip install ninja)", "libaio with its header (apt install libaio-dev)"
 _INSTEAD = {"async_io": "use zero.offload_optimizer=cpu"}
+
+
+def missing_for_operators(device: torch.device) -> dict[str, list[str] | None]:
+    """What this machine lacks for each operator that a training may need; None for one that is compiled already.
+
+    Args:
+        device: what trains.
+
+    Raises:
+        ConfigurationError: DeepSpeed is missing or another version.
+    """
+    import_deepspeed(device)
+    builders = importlib.import_module("deepspeed.ops.op_builder")
+    with _without_information():
+        found = [builders.CPUAdamBuilder(), builders.AsyncIOBuilder()]
+        return {builder.NAME: None if _is_compiled(builder.NAME) else _missing(builder) for builder in found}
+
+
+def _is_compiled(name: str) -> bool:
+    """When DeepSpeed was installed, or by an earlier run."""
+    if importlib.import_module("deepspeed.git_version_info").installed_ops.get(name, False):
+        return True
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or importlib.import_module("torch.utils.cpp_extension").get_default_build_root()
+    return any(Path(root).glob(f"**/{name}/{name}.so"))
 
 
 def load_async_io(device: torch.device) -> None:
