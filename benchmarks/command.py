@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.contest import Row
 
 
 def make_parser(name: str, description: str, epilog: str, json: str, quick: str | None = None) -> argparse.ArgumentParser:
@@ -46,7 +48,32 @@ def load_ranks(packages: str, heavy: str) -> Any:
     return run_ranks
 
 
-def finish(rows: Any, options: argparse.Namespace, table: ModuleType, wrong: Sequence[str], otherwise: str) -> int:
+def run_contest(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, measure: Callable[[str], list[Row]], table: str
+) -> int:
+    """Run a command that times systems which do the same work.
+
+    Args:
+        parser: of the command.
+        arguments: words after its name; None for those it was started with.
+        measure: takes a word of `benchmarks.contest.EFFORTS`.
+        table: name of the module whose ``TABLE`` shows the rows.
+
+    Returns:
+        The exit code: 1 where a system computes something else than one process.
+
+    Raises:
+        AssertionError: a rank raised; its traceback is the message.
+    """
+    options = parser.parse_args(arguments)
+    rows = measure("quick" if options.quick else "full")
+    from benchmarks.contest import differences  # late, so that --help is quick
+
+    shown = import_module(f"benchmarks.{table}").TABLE
+    return finish(rows, options, shown, differences(rows), "every system computes what one process does")
+
+
+def finish(rows: Any, options: argparse.Namespace, table: Any, wrong: Sequence[str], otherwise: str) -> int:
     """Print what was measured in the form that was asked for, and say on stderr whether it is right.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-BATCH, LENGTH, WIDTH, HEADS, VOCABULARY = 2, 16, 64, 8, 128
+BATCH, LENGTH, WIDTH, INNER, HEADS, VOCABULARY = 2, 16, 64, 96, 8, 128
 # Layers by the dim along which tensor parallelism cuts their weights.
 COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 ROWS = ("self_attn.o_proj", "mlp.down_proj")
@@ -31,13 +31,13 @@ class LanguageModel(pl.LightningModule):
         return loss
 
 
-def make_llama(depth: int, kv_heads: int) -> LlamaForCausalLM:
+def make_llama(depth: int, kv_heads: int, width: int = WIDTH, inner: int = INNER, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     """A model of ``depth`` decoder layers with separate q, k, v, gate and up weights; the same weights at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=96,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=depth,
         num_attention_heads=HEADS,
         num_key_value_heads=kv_heads,

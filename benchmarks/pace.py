@@ -1,29 +1,25 @@
 """How long a step of each system takes, with work and without, in one run.
 
-Systems take turns, there and back again (ABBA), so that a machine that gets slower or faster does so for all alike. In its turn a
-system makes steps that work and steps that do not; ranks begin each together, and it has taken what the slowest rank took.
+Systems take turns, as in `benchmarks.turns`. In its turn a system makes steps that work and steps that do not; ranks begin each
+together, and it has taken what the slowest rank took.
 """
 
 from __future__ import annotations
 
 import gc
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import contest
 from benchmarks.napping import NUM_MICROBATCHES, NUM_RANKS, Naps, compute_truth, wake_in_time
 from benchmarks.pipelines import LEARNING_RATE, SYSTEMS, Pipeline, System, nap_in_notes
+from benchmarks.turns import progress_bar, time_step, turns
 from lightning_par.pipeline.action import Table
 from lightning_par.pipeline.simulate import Costs, simulate
 
-_Each = TypeVar("_Each")
 WORK_SECONDS = 0.04  # of a rank for each of F, I and W of a microbatch
 IDEAL_SECONDS = 3 * WORK_SECONDS * NUM_MICROBATCHES  # of a rank that never waits
 NUM_LEARNING_STEPS = 6  # with work, for systems that make their table from them
@@ -43,7 +39,7 @@ class Effort:
     num_idle_steps: int = 10
 
 
-QUICK = Effort(1, 1, 5)
+EFFORTS = {"quick": Effort(1, 1, 5), "brief": Effort(2, 2, 8), "full": Effort()}
 
 
 @dataclass
@@ -81,6 +77,10 @@ class Row:
     def overhead(self) -> float:
         """Over the ideal, after the step without work is subtracted; of the quickest steps."""
         return (min(self.seconds) - min(self.idle_seconds)) / IDEAL_SECONDS - 1
+
+    def in_contest(self) -> contest.Row:
+        """Its steps with work, and the processor time of those without."""
+        return contest.Row(self.system, f"pp{NUM_RANKS} {self.schedule}", self.seconds, self.cpu_seconds, self.wrong)
 
 
 def differences(rows: Iterable[Row]) -> list[str]:
@@ -128,13 +128,6 @@ def measure_rank(rank: int, world_size: int, effort: Effort) -> list[Row]:
     return rows
 
 
-def turns(systems: Sequence[_Each], num_rounds: int) -> Iterator[_Each]:
-    """Each system ``2 * num_rounds`` times, there and back again."""
-    for _ in range(num_rounds):
-        yield from systems
-        yield from reversed(systems)
-
-
 def _check(pipeline: Pipeline, system: System, naps: Naps) -> str:
     """One step against one process, and the steps that a system learns from. What differs, on any rank; else nothing."""
     before = {name: parameter.detach().clone() for name, parameter in pipeline.parameters.items()}
@@ -167,25 +160,9 @@ def _take_turn(pipeline: Pipeline, naps: Naps, effort: Effort, times: Times) -> 
     times.seconds += [time_step(pipeline.step)[0] for _ in range(effort.num_working_steps)]
 
 
-def time_step(step: Callable[[], Any]) -> tuple[float, float]:
-    """Time and processor time of the slowest rank. Collective over all ranks."""
-    dist.barrier()
-    begin, cpu_begin = time.perf_counter(), time.process_time()
-    step()
-    seconds = torch.tensor([time.perf_counter() - begin, time.process_time() - cpu_begin], dtype=torch.float64)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return float(seconds[0]), float(seconds[1])
-
-
 def _theory(table: Table) -> float:
     """Overhead over the ideal by the simulator, for equal stages whose messages take no time."""
     num_stages = 1 + max(action.stage for row in table for action in row)
     seconds = WORK_SECONDS * NUM_RANKS / num_stages
     makespan = simulate(table, Costs.equal(num_stages, seconds, seconds, seconds)).makespan_seconds
     return makespan / IDEAL_SECONDS - 1
-
-
-def progress_bar(rank: int) -> Progress:
-    """Drawn by the first rank between the turns, never by a thread beside what is timed."""
-    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), auto_refresh=False, disable=rank != 0)

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AssertionError: a rank raised; its traceback is the message.
     """
     options = _parser().parse_args(arguments)
-    rows = measure(options.quick)
+    rows = measure("quick" if options.quick else "full")
     from benchmarks import pace_table  # late, so that --help is quick
     from benchmarks.pace import differences
 
@@ -55,17 +55,20 @@ def _parser() -> argparse.ArgumentParser:
     )
 
 
-def measure(quick: bool) -> list[Row]:
+def measure(effort: str) -> list[Row]:
     """Time every system; progress goes to stderr.
+
+    Args:
+        effort: a word of `benchmarks.pace.EFFORTS`.
 
     Raises:
         AssertionError: a rank raised (its traceback is the message).
     """
     run_ranks = load_ranks("torch, Lightning and DeepSpeed", "deepspeed")
     from benchmarks.napping import NUM_RANKS
-    from benchmarks.pace import QUICK, Effort, measure_rank
+    from benchmarks.pace import EFFORTS, measure_rank
 
-    rows: list[Row] = run_ranks(measure_rank, NUM_RANKS, QUICK if quick else Effort(), timeout=_TIMEOUT_SECONDS)[0]
+    rows: list[Row] = run_ranks(measure_rank, NUM_RANKS, EFFORTS[effort], timeout=_TIMEOUT_SECONDS)[0]
     return rows
 
 

@@ -1,38 +1,24 @@
-"""The systems whose replicas are timed: each trains the same model on the same data over all ranks.
-
-A step is forward and backward of a replica's batch, the reductions over replicas, and one step of the optimizer.
-"""
+"""The systems whose replicas are timed: each trains the same model on the same data over all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
+from benchmarks.contest import OURS, Run, System, in_steps
+from benchmarks.stepping import CPU, MakeOptimizer, Step, engine_step, plain_step
 from lightning_par.demo.gpt import GPT
-from lightning_par.engine import Engine
-from lightning_par.gradients import sum_shared_gradients
-from lightning_par.layout import parse_layout
-from lightning_par.prepare import prepare_plan
 from lightning_par.private.deepspeed import quieten_deepspeed
-from lightning_par.runtime.mesh import Mesh
 
 NUM_RANKS = 2
 VOCABULARY, WIDTH, DEPTH, HEADS = 256, 256, 6, 4
 ROWS, LENGTH = 4, 128  # of each replica's batch
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-Step = Callable[[], torch.Tensor]  # one step, collective over all ranks; the loss of this replica
-_CPU = torch.device("cpu")
 
 
 class Trainee(nn.Module):
@@ -58,48 +44,17 @@ def make_tokens(replica: int) -> torch.Tensor:
     return torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
 
 
-@dataclass(frozen=True)
-class System:
-    """A row of the table.
-
-    Attributes:
-        name: who trains.
-        zero: what is sharded, as a ZeRO stage.
-        install: shards a new model. Collective over all ranks.
-    """
-
-    name: str
-    zero: int
-    install: Callable[[int, MakeOptimizer], Step]
-
-
-def install_ours(rank: int, make_optimizer: MakeOptimizer, zero: int) -> Step:
+def install_ours(rank: int, make_optimizer: MakeOptimizer, word: str) -> Run:
     """lightning_par, as its strategy installs it and steps."""
-    model, tokens = Trainee(), make_tokens(rank)
-    layout = parse_layout(f"dp{NUM_RANKS}_zero{zero}").resolve(NUM_RANKS)
-    plan = prepare_plan(model, tokens, layout)
-    mesh = Mesh(layout, timedelta(seconds=60))
-    engine = Engine(model, plan, mesh, _CPU)
-    parameters = list(model.parameters())
-    states = engine.own_states([make_optimizer(parameters)])
-
-    def step() -> torch.Tensor:
-        (loss,) = engine.train(lambda index: model.training_step(tokens, 0), [1.0], lambda loss: loss, [tuple(tokens.shape)])
-        sum_shared_gradients(parameters, mesh)
-        states.reduce()
-        states.step()
-        states.zero_grad()
-        return loss.detach()
-
-    return step
+    return in_steps(engine_step(Trainee(), make_tokens(rank), word, NUM_RANKS, make_optimizer))
 
 
-def install_deepspeed(rank: int, make_optimizer: MakeOptimizer, zero: int) -> Step:
+def install_deepspeed(rank: int, make_optimizer: MakeOptimizer, zero: int) -> Run:
     """DeepSpeed's own loop with its defaults, except two: buckets are as large as the model, not 2 GB, and it replaces no
     function of torch, which would slow down all others in this process."""
     import deepspeed
 
-    quieten_deepspeed(_CPU)
+    quieten_deepspeed(CPU)
     model, tokens = Trainee(), make_tokens(rank)
     size = 2 * (sum(p.numel() for p in model.parameters()) // 2 + 1)
     config = {
@@ -123,53 +78,39 @@ def install_deepspeed(rank: int, make_optimizer: MakeOptimizer, zero: int) -> St
         engine.step()
         return loss.detach()
 
-    return step
+    return in_steps(step)
 
 
-def install_ddp(rank: int, make_optimizer: MakeOptimizer) -> Step:
+def install_ddp(rank: int, make_optimizer: MakeOptimizer) -> Run:
     """torch's DistributedDataParallel."""
     model = DistributedDataParallel(Trainee(), gradient_as_bucket_view=True)
-    return _plain_loop(model, make_optimizer(model.parameters()), make_tokens(rank))
+    return in_steps(_plain(model, make_optimizer, make_tokens(rank)))
 
 
-def install_fsdp(rank: int, make_optimizer: MakeOptimizer) -> Step:
+def install_fsdp(rank: int, make_optimizer: MakeOptimizer) -> Run:
     """torch's fully_shard (FSDP2), block by block, as its tutorial shows."""
     model, mesh = Trainee(), init_device_mesh("cpu", (NUM_RANKS,))
     for block in model.network.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return _plain_loop(model, make_optimizer(model.parameters()), make_tokens(rank))
+    return in_steps(_plain(model, make_optimizer, make_tokens(rank)))
 
 
-def _plain_loop(model: nn.Module, optimizer: Optimizer, tokens: torch.Tensor) -> Step:
-    def step() -> torch.Tensor:
-        loss: torch.Tensor = model(tokens)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
+def _plain(model: nn.Module, make_optimizer: MakeOptimizer, tokens: torch.Tensor) -> Step:
+    return plain_step(lambda: model(tokens), make_optimizer(model.parameters()))
 
 
 def train_alone(make_optimizer: MakeOptimizer, num_steps: int) -> list[float]:
     """The mean loss of all replicas in each step of one process."""
-    model = Trainee()
-    step = _plain_loop(model, make_optimizer(model.parameters()), torch.cat([make_tokens(rank) for rank in range(NUM_RANKS)]))
+    step = _plain(Trainee(), make_optimizer, torch.cat([make_tokens(rank) for rank in range(NUM_RANKS)]))
     return [float(step()) for _ in range(num_steps)]
 
 
-def mean_loss(loss: torch.Tensor) -> float:
-    """Over the replicas. Collective over all ranks."""
-    total = loss.clone()
-    dist.all_reduce(total)
-    return float(total) / NUM_RANKS
-
-
 # DeepSpeed first: an engine of its stage 3 may not be built above one of ours, on the stack that they share in a process
+_WORKS = tuple(f"dp{NUM_RANKS}_zero{zero}" for zero in range(4))
 SYSTEMS = (
-    *(System("DeepSpeed", zero, partial(install_deepspeed, zero=zero)) for zero in range(4)),
-    System("DDP", 0, install_ddp),
-    System("FSDP2", 3, install_fsdp),
-    *(System("lightning_par", zero, partial(install_ours, zero=zero)) for zero in range(4)),
+    *(System("DeepSpeed", work, partial(install_deepspeed, zero=zero)) for zero, work in enumerate(_WORKS)),
+    System("DDP", _WORKS[0], install_ddp),
+    System("FSDP2", _WORKS[3], install_fsdp),
+    *(System(OURS, work, partial(install_ours, word=work)) for work in _WORKS),
 )

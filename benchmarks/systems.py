@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 from transformers import LlamaForCausalLM
 
-from benchmarks.llama import BATCH, COLUMNS, NORMS, ROWS, LanguageModel, make_tokens
+from benchmarks.llama import COLUMNS, NORMS, ROWS, LanguageModel, make_tokens
 from lightning_par.gradients import sum_shared_gradients
 from lightning_par.install import install
 from lightning_par.layout import parse_layout
@@ -103,8 +103,8 @@ def install_dtensor_shared(model: LlamaForCausalLM, tp: int) -> Step:
     return install_dtensor(model, tp)
 
 
-def install_dtensor_sequence(model: LlamaForCausalLM, tp: int) -> Step:
-    """The sequence-parallel plan of torch's tutorial.
+def install_dtensor_sequence(model: LlamaForCausalLM, tp: int, head: ParallelStyle | None = None) -> Step:
+    """The sequence-parallel plan of torch's tutorial, with another style of the head where one is given.
 
     "Large Scale Transformer model training with Tensor Parallel", section "Apply Sequence Parallel to LayerNorm/RMSNorm layers":
     https://docs.pytorch.org/tutorials/intermediate/TP_tutorial.html. Llama of transformers passes the hidden state to its
@@ -122,30 +122,35 @@ def install_dtensor_sequence(model: LlamaForCausalLM, tp: int) -> Step:
     outside = {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "model.norm": SequenceParallel(),
-        "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+        "lm_head": head or ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
     plan = {**outside, **{f"model.layers.*.{name}": style for name, style in styles.items()}}
     parallelize_module(model, init_device_mesh("cpu", (tp,)), plan)
-    positions = torch.arange(make_tokens().size(1))[None]
-    return Step(lambda tokens: model(input_ids=tokens, labels=tokens, position_ids=positions).loss)
+    return Step(lambda tokens: model(input_ids=tokens, labels=tokens, position_ids=torch.arange(tokens.size(1))[None]).loss)
 
 
 def install_autotp(model: LlamaForCausalLM, tp: int) -> Step:
-    """DeepSpeed's AutoTP for training, set up as in https://www.deepspeed.ai/tutorials/autotp-training."""
+    """DeepSpeed's AutoTP."""
+    engine = autotp_engine(model, tp, make_tokens(), torch.optim.SGD(model.parameters(), lr=0.1))
+    return Step(lambda tokens: engine(input_ids=tokens, labels=tokens).loss, backward=engine.backward)
+
+
+def autotp_engine(model: LlamaForCausalLM, tp: int, tokens: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:
+    """An engine of DeepSpeed's AutoTP for training, set up as in https://www.deepspeed.ai/tutorials/autotp-training."""
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Else a CPU engine compiles collectives of its own for half a minute; training does not use them.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     config = {
-        "train_micro_batch_size_per_gpu": BATCH,
+        "train_micro_batch_size_per_gpu": tokens.size(0),
+        "gradient_clipping": 0.0,  # by default it clips to a norm of 1
         "tensor_parallel": {"autotp_size": tp},
         "zero_optimization": {"stage": 0},
     }
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    engine(input_ids=make_tokens())  # the first forward also compares the batches of all ranks
-    return Step(lambda tokens: engine(input_ids=tokens, labels=tokens).loss, backward=engine.backward)
+    engine(input_ids=tokens)  # the first forward also compares the batches of all ranks
+    return engine
 
 
 _GLOBAL = {"activation": {f"*.{name}": "global" for name in COLUMNS}}

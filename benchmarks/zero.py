@@ -15,32 +15,17 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.command import finish, load_ranks, make_parser
+from benchmarks.command import load_ranks, make_parser, run_contest
 
 if TYPE_CHECKING:
-    from benchmarks.replica_pace import Row
+    from benchmarks.contest import Row
 
 _TIMEOUT_SECONDS = 1800
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: words after the command's name; by default those it was started with.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        AssertionError: a rank raised; its traceback is the message.
-    """
-    options = _parser().parse_args(arguments)
-    rows = measure(options.quick)
-    from benchmarks import replica_table  # late, so that --help is quick
-    from benchmarks.replica_pace import differences
-
-    return finish(rows, options, replica_table, differences(rows), "every system computes what one process does")
+    """Run the command with these words, by default those it was started with; see `benchmarks.command.run_contest`."""
+    return run_contest(_parser(), arguments, measure, "replica_table")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,17 +40,20 @@ def _parser() -> argparse.ArgumentParser:
     )
 
 
-def measure(quick: bool) -> list[Row]:
+def measure(effort: str) -> list[Row]:
     """Time every system; progress goes to stderr.
+
+    Args:
+        effort: a word of `benchmarks.contest.EFFORTS`.
 
     Raises:
         AssertionError: a rank raised (its traceback is the message).
     """
     run_ranks = load_ranks("torch, Lightning and DeepSpeed", "deepspeed.runtime.zero.muon.muon_optimizer")
-    from benchmarks.replica_pace import QUICK, Effort, measure_rank
-    from benchmarks.replicas import NUM_RANKS
+    from benchmarks.contest import EFFORTS, measure_rank
+    from benchmarks.replicas import NUM_RANKS, SYSTEMS, train_alone
 
-    rows: list[Row] = run_ranks(measure_rank, NUM_RANKS, QUICK if quick else Effort(), timeout=_TIMEOUT_SECONDS)[0]
+    rows: list[Row] = run_ranks(measure_rank, NUM_RANKS, SYSTEMS, train_alone, EFFORTS[effort], timeout=_TIMEOUT_SECONDS)[0]
     return rows
 
 

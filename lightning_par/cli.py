@@ -8,6 +8,7 @@
     lightning-par doctor parallel=tp2_dp2              # is this machine ready, and how fast is a collective on each axis?
     lightning-par simulate parallel=pp4_vp2_mb8 schedule=interleaved       # when each rank of a pipeline would do what
     lightning-par checkpoint show last.ckpt            # what is in a checkpoint; also verify, export, import, prune
+    lightning-par tokenize corpus/ --output tokens     # texts to token files, for data=tokens
 
 Exit codes as in `lightning_par.config.app`.
 """
@@ -28,6 +29,7 @@ from lightning_par.config.command import add_config_words, quiet_lightning, run_
 from lightning_par.doctor_command import add_doctor_command
 from lightning_par.errors import ConfigurationError
 from lightning_par.plan_command import add_plan_command
+from lightning_par.tokenize_command import add_tokenize_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -98,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add_check_command(commands)
     add_doctor_command(commands)
     add_checkpoint_command(commands)
+    add_tokenize_command(commands)
     return parser
 
 

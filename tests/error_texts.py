@@ -31,6 +31,8 @@ SECTIONS = {
         "planner plan_command.py calibrate_command.py host/auto.py host/here.py host/calibrate",
     ),
     "lightning-par check": ("proof.md", "check_command.py parity"),
+    "Data for language models": ("data.md", "data"),
+    "lightning-par doctor": ("doctor.md", "doctor_command.py"),
 }
 OTHER = "Everything else"
 _HEAD = """\

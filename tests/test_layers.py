@@ -26,8 +26,8 @@ LAYERS = (
     ("host",),
     ("__init__",),
     ("parity",),
-    ("config", "demo", "checkpoint_command"),
-    ("plan_command", "calibrate_command", "check_command", "doctor_command"),
+    ("config", "demo", "data", "checkpoint_command"),
+    ("plan_command", "calibrate_command", "check_command", "doctor_command", "tokenize_command"),
     ("cli",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

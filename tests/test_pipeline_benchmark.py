@@ -83,7 +83,7 @@ def test_a_system_that_computes_something_else_has_no_times_and_ends_with_code_1
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [OURS, TORCH, DEEPSPEED, WRONG]
-    monkeypatch.setattr(pipeline, "measure", lambda quick: rows)
+    monkeypatch.setattr(pipeline, "measure", lambda effort: rows)
     assert pipeline.main([]) == 1
     printed = capsys.readouterr()
     assert "torch, zb-v v2: the loss is 1.0, and 2.0 in one process" in printed.err
@@ -97,6 +97,6 @@ def test_a_system_that_computes_something_else_has_no_times_and_ends_with_code_1
 
 @pytest.mark.slow
 def test_every_system_computes_what_one_process_does() -> None:
-    rows = pipeline.measure(quick=True)
+    rows = pipeline.measure("quick")
     assert not [row for row in rows if row.wrong]
     assert {row.system for row in rows} == {"lightning_par", "torch", "DeepSpeed"}
