@@ -182,7 +182,7 @@ def test_devices_that_are_given_or_already_started_stay(monkeypatch: pytest.Monk
     assert choose_devices({"accelerator": "cpu", "devices": 4}, layout)["devices"] == 4
     assert choose_devices({"accelerator": "cuda", "devices": "auto"}, layout) == {"accelerator": "cuda", "devices": "auto"}
     assert choose_devices({"accelerator": "cpu", "devices": "auto", "num_nodes": 2}, layout)["devices"] == 1
-    for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}.items():
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "16"), ("LOCAL_WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
     assert choose_devices({"accelerator": "cpu", "devices": "auto"}, layout)["devices"] == 8
 

@@ -159,6 +159,8 @@ def start(corpus: Path, output: Path, *words: str) -> subprocess.Popen[str]:
     program = (
         "import sys, time, lightning_par.data.tokenizer as t\n"
         "if __name__ == '__main__':\n"
+        "    import signal\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a shell\n"
         "    from lightning_par.cli import main\n"
         "    import lightning_par.data.tokenize as k\n"
         "    k.plan_job.__defaults__ = (*k.plan_job.__defaults__[:-1], 1)\n"
