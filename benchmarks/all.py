@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "Exit code 1 where a system computes something else than one process, or where lightning_par is slower than a peer by more "
         "than noise for no reason that is known.",
         json="every time",
-        quick="few steps of each: about 6 minutes, and rough",
+        quick="few steps of each: about 7 minutes, and rough",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="draw the ratios into this PNG")
     return parser

@@ -123,8 +123,9 @@ def _examine(devices: Devices, layout: Layout | None) -> tuple[list[Finding], li
 
     axes, paces = _axes(layout, devices)
     device = torch.device("cuda" if devices.are_gpus else "cpu")
-    findings = [*library_findings(), *judge_devices(devices), *operator_findings(device)]
-    return [*findings, *judge_surroundings(find_surroundings()), calibration_finding(devices.names[0]), *axes], paces
+    operators = operator_findings(device)  # first, because it tells DeepSpeed the device before that is imported
+    findings = [*library_findings(), *judge_devices(devices), *operators, *judge_surroundings(find_surroundings())]
+    return [*findings, calibration_finding(devices.names[0]), *axes], paces
 
 
 def _axes(layout: Layout | None, devices: Devices) -> tuple[list[Finding], list[AxisPace]]:

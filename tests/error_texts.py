@@ -32,6 +32,7 @@ SECTIONS = {
     ),
     "lightning-par check": ("proof.md", "check_command.py parity"),
     "Data for language models": ("data.md", "data"),
+    "lightning-par doctor": ("doctor.md", "doctor_command.py"),
 }
 OTHER = "Everything else"
 _HEAD = """\

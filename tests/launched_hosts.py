@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_par import HybridParallelStrategy
 
-WIDTH, ROWS, NUM_BLOCKS, NUM_STEPS = 256, 256, 8, 5
+WIDTH, ROWS, NUM_BLOCKS, NUM_STEPS = 256, 256, 8, 4
 
 
 class Block(nn.Module):

@@ -28,6 +28,8 @@ def console(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[io.Stri
     root.handlers, root.level = handlers, logging.INFO
     yield stream
     root.handlers, root.level = saved
+    for handler in handlers:
+        handler.close()
 
 
 def test_every_line_has_the_name_of_the_rank(console: io.StringIO, tmp_path: Path) -> None:

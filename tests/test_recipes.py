@@ -60,12 +60,13 @@ def recipe_config(recipe: str, *overrides: str) -> DictConfig:
         return compose(recipe, [f"hydra.searchpath=[file://{ROOT / 'conf'}]", *overrides])
 
 
-def option_config(option: str, folder: Path) -> DictConfig:
-    """An option of a group in the demo, with Hydra's own values."""
+def option_config(options: list[str], folder: Path) -> DictConfig:
+    """Options in the demo, with Hydra's own values."""
     words = ["parallel=pp2_dp2", "data.context=16", "data.batch_size=4", "model.network.width=16", *TRAINER]
+    needed = [word for option in options for word in RUNS.get(option, [])]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config: DictConfig = compose(
-            "train", [option, *words, *RUNS.get(option, []), f"hydra.runtime.output_dir={folder}"], return_hydra_config=True
+            "train", [*options, *words, *needed, f"hydra.runtime.output_dir={folder}"], return_hydra_config=True
         )
     return config
 
@@ -118,14 +119,18 @@ def test_every_recipe_and_every_option_plans_and_runs_small(tmp_path: Path) -> N
         count = NUM_RANKS if devices.devices == "auto" else devices.devices * devices.get("num_nodes", 1)
         for layout in small_layouts(read_layout(recipe_config(recipe).parallel).resolve(count)):
             cases[f"{recipe} {layout}"] = recipe_config(recipe, *small(recipe), *sized(layout))
-    for option in OPTIONS:
-        if option.split("=")[0] not in ("model", "data"):
-            cases[option] = option_config(option, tmp_path / option.replace("=", "-"))
+    groups = {
+        group: [option for option in OPTIONS if option.startswith(f"{group}=")] for group in ("callbacks", "logger", "trainer")
+    }
+    for index in range(max(map(len, groups.values()))):  # the next option of each group together, until all have run
+        options = [options[index % len(options)] for options in groups.values()]
+        cases[" ".join(options)] = option_config(options, tmp_path / str(index))
+    assert set(OPTIONS) - set(" ".join(cases).split()) == {each for each in OPTIONS if each.startswith(("model=", "data="))}
     by_rank = run_ranks(train, NUM_RANKS, cases, timeout=200)
     for name in cases:
         losses = by_rank[0][name]
         assert len(losses) == 2 and all(map(math.isfinite, losses)) and losses[0] != losses[1], name
-    assert list((tmp_path / "callbacks-timeline").rglob("*.html")) and list((tmp_path / "logger-tensorboard").rglob("events*"))
+    assert list(tmp_path.rglob("timeline/**/*.html")) and list(tmp_path.rglob("events*"))
 
 
 def test_the_recipes_have_every_model_and_every_data() -> None:

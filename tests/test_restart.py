@@ -203,7 +203,8 @@ def test_who_has_started_the_ranks_starts_them_again(monkeypatch: pytest.MonkeyP
     from lightning_par.host.launch.launcher import launcher_class
 
     made = object.__new__(launcher_class("pytorch_lightning"))
-    made._max_restarts, made._preflight, made.num_processes, made.num_nodes, made.root = 2, None, 1, 1, "pytorch_lightning"
+    made._max_restarts, made._preflight, made._meet = 2, None, None
+    made.num_processes, made.num_nodes, made.root = 1, 1, "pytorch_lightning"
     made.cluster_environment = SimpleNamespace(creates_processes_externally=True, validate_settings=lambda **_: None)
     with pytest.warns(UserWarning, match="max_restarts=2 is ignored: ranks are started again by who has started them: give --max"):
         assert made.launch(lambda: "done") == "done"

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from importlib.metadata import version
 from typing import Any
@@ -67,8 +67,10 @@ def app(config_path: str, config_name: str) -> Callable[[Task], Callable[[], Non
 def _with_clear_errors(task: Task) -> Task:
     @wraps(task)
     def guarded(config: DictConfig) -> Any:
+        logs = logging.getLogger().hasHandlers()
+        rank_log: AbstractContextManager[Any] = RankLog(is_first_rank(), started_words()) if logs else nullcontext()
         try:
-            with RankLog(is_first_rank(), started_words()) if logging.getLogger().hasHandlers() else nullcontext():
+            with rank_log:
                 return task(config)
         except ConfigurationError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; Hydra prints the error at the end

@@ -24,7 +24,7 @@ FOLDER = "ranks"  # in the folder of the run
 _FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"  # Hydra's
 
 
-class RankLog(logging.StreamHandler[Any]):
+class RankLog(logging.Handler):
     """A handler of the root logger, which is there while a job runs: a context. What comes before `open` waits in memory.
 
     Args:
@@ -36,8 +36,10 @@ class RankLog(logging.StreamHandler[Any]):
     """
 
     def __init__(self, is_first: bool, words: str) -> None:
-        super().__init__(io.StringIO())
+        super().__init__()
         self.words, self._is_first = words, is_first
+        self._early = io.StringIO()
+        self._file: TextIO = self._early
         self._path: Path | None = None
         self._labelled: list[tuple[logging.Handler, logging.Formatter | None]] = []
 
@@ -71,8 +73,20 @@ class RankLog(logging.StreamHandler[Any]):
         logging.getLogger().removeHandler(self)
         if not self._is_first:
             sys.stdout, sys.stderr = self._consoles
-        self.stream.close()
+        self._file.close()
         self.close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, as `logging.Handler` asks for it."""
+        try:
+            self.write(self.format(record) + "\n")
+        except Exception:
+            self.handleError(record)
+
+    def write(self, text: str) -> None:
+        """Write what is no record; nothing once the job is over, as somebody may have kept a console of it."""
+        if not self._file.closed:
+            self._file.write(text)
 
     def leave(self) -> None:
         """There is one rank only: its log is that of the job."""
@@ -92,9 +106,8 @@ class RankLog(logging.StreamHandler[Any]):
             number = str(rank).zfill(max(2, len(str(layout.world_size - 1))))
             self._path = folder / FOLDER / f"rank_{number}_pp{at.pp}_dp{at.dp}_tp{at.tp}.log"
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = self._path.open("a", buffering=1, errors="backslashreplace")
-            file.write(self.stream.getvalue())
-            self.setStream(file)
+            self._file = self._path.open("a", buffering=1, errors="backslashreplace")
+            self._file.write(self._early.getvalue())
             logging.captureWarnings(True)  # of the first rank not before: what it prints may be read by a program
         return self._path
 
@@ -118,8 +131,7 @@ class _Copied:
         self._console, self._log = console, log
 
     def write(self, text: str) -> int:
-        if not self._log.stream.closed:  # the job is over, and somebody has kept this one
-            self._log.stream.write(text)
+        self._log.write(text)
         return self._console.write(text)
 
     def __getattr__(self, name: str) -> Any:
