@@ -37,12 +37,13 @@ from lightning_par.host.launch.started import is_first_rank, started_rank, start
 Task = Callable[[DictConfig], Any]
 
 
-def app(config_path: str, config_name: str) -> Callable[[Task], Callable[[], None]]:
+def app(config_path: str, config_name: str, has_folder: bool = True) -> Callable[[Task], Callable[[], None]]:
     """Decorate the task of a Hydra program, as `hydra.main` does.
 
     Args:
         config_path: folder of the configs, relative to the task's file, or ``pkg://package.folder``.
         config_name: the primary config.
+        has_folder: whether the program has a folder of its own for each run, in which its ranks log.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
@@ -52,7 +53,9 @@ def app(config_path: str, config_name: str) -> Callable[[Task], Callable[[], Non
             remember_main()
             _quiet_other_ranks()
             try:
-                hydra.main(config_path=config_path, config_name=config_name, **_version_base())(_with_clear_errors(task))()
+                hydra.main(config_path=config_path, config_name=config_name, **_version_base())(
+                    _with_clear_errors(task, has_folder)
+                )()
             except SystemExit as end:
                 # Hydra has printed the error that it is handling. A compact one is about the config, not a crash.
                 if end.code == 1 and isinstance(end.__context__, CompactHydraException):
@@ -64,10 +67,10 @@ def app(config_path: str, config_name: str) -> Callable[[Task], Callable[[], Non
     return decorate
 
 
-def _with_clear_errors(task: Task) -> Task:
+def _with_clear_errors(task: Task, has_folder: bool) -> Task:
     @wraps(task)
     def guarded(config: DictConfig) -> Any:
-        logs = logging.getLogger().hasHandlers()
+        logs = has_folder and logging.getLogger().hasHandlers()
         rank_log: AbstractContextManager[Any] = RankLog(is_first_rank(), started_words()) if logs else nullcontext()
         try:
             with rank_log:

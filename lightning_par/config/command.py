@@ -44,7 +44,7 @@ def run_composed(task: Callable[[DictConfig], Any], options: argparse.Namespace)
     flags += ["--config-name", options.config_name] if options.config_name else []
     # Through Hydra's own command line, so that it composes exactly what train.py would.
     sys.argv = [sys.argv[0], *flags, *options.overrides, *_NO_OUTPUT]
-    app(config_path="pkg://lightning_par.conf", config_name="train")(task)()
+    app(config_path="pkg://lightning_par.conf", config_name="train", has_folder=False)(task)()
 
 
 def quiet_lightning() -> None:
