@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.contest import Row
 
+_CONTEST_SECONDS = 1800  # in which all systems of so many ranks must be done
+
 
 def make_parser(name: str, description: str, epilog: str, json: str, quick: str | None = None) -> argparse.ArgumentParser:
     """The parser of ``python -m benchmarks.NAME``.
@@ -71,6 +73,26 @@ def run_contest(
 
     shown = import_module(f"benchmarks.{table}").TABLE
     return finish(rows, options, shown, differences(rows), "every system computes what one process does")
+
+
+def measure_contest(systems: str, effort: str) -> list[Row]:
+    """Time systems that do the same work, in forked ranks; progress goes to stderr.
+
+    Args:
+        systems: name of the module that has them, by how many ranks they are of, as ``SYSTEMS``, and what one process
+            computes as ``train_alone``.
+        effort: a word of `benchmarks.contest.EFFORTS`.
+
+    Raises:
+        AssertionError: a rank raised; its traceback is the message.
+    """
+    run_ranks = load_ranks("torch, Lightning and DeepSpeed", "deepspeed.runtime.zero.muon.muon_optimizer")
+    from benchmarks.contest import EFFORTS, measure_rank
+
+    module, rows = import_module(f"benchmarks.{systems}"), list[Any]()
+    for num_ranks, its in module.SYSTEMS.items():
+        rows += run_ranks(measure_rank, num_ranks, its, module.train_alone, EFFORTS[effort], timeout=_CONTEST_SECONDS)[0]
+    return rows
 
 
 def finish(rows: Any, options: argparse.Namespace, table: Any, wrong: Sequence[str], otherwise: str) -> int:

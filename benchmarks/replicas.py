@@ -108,9 +108,11 @@ def train_alone(make_optimizer: MakeOptimizer, num_steps: int) -> list[float]:
 
 # DeepSpeed first: an engine of its stage 3 may not be built above one of ours, on the stack that they share in a process
 _WORKS = tuple(f"dp{NUM_RANKS}_zero{zero}" for zero in range(4))
-SYSTEMS = (
-    *(System("DeepSpeed", work, partial(install_deepspeed, zero=zero)) for zero, work in enumerate(_WORKS)),
-    System("DDP", _WORKS[0], install_ddp),
-    System("FSDP2", _WORKS[3], install_fsdp),
-    *(System(OURS, work, partial(install_ours, word=work)) for work in _WORKS),
-)
+SYSTEMS = {
+    NUM_RANKS: (
+        *(System("DeepSpeed", work, partial(install_deepspeed, zero=zero)) for zero, work in enumerate(_WORKS)),
+        System("DDP", _WORKS[0], install_ddp),
+        System("FSDP2", _WORKS[3], install_fsdp),
+        *(System(OURS, work, partial(install_ours, word=work)) for work in _WORKS),
+    )
+}

@@ -99,11 +99,13 @@ def train_alone(make_optimizer: MakeOptimizer, num_steps: int) -> list[float]:
 
 
 _PLAIN, _SEQUENCE = f"tp{NUM_RANKS}", f"tp{NUM_RANKS}_sp"
-SYSTEMS = (
-    System("DeepSpeed AutoTP", _PLAIN, install_autotp),
-    System("DTensor", _PLAIN, install_columns),
-    System("DTensor, shared inputs", _PLAIN, install_shared),
-    System(OURS, _PLAIN, partial(install_ours, word=_PLAIN)),
-    System("DTensor", _SEQUENCE, install_sequence),
-    System(OURS, _SEQUENCE, partial(install_ours, word=_SEQUENCE)),
-)
+SYSTEMS = {
+    NUM_RANKS: (
+        System("DeepSpeed AutoTP", _PLAIN, install_autotp),
+        System("DTensor", _PLAIN, install_columns),
+        System("DTensor, shared inputs", _PLAIN, install_shared),
+        System(OURS, _PLAIN, partial(install_ours, word=_PLAIN)),
+        System("DTensor", _SEQUENCE, install_sequence),
+        System(OURS, _SEQUENCE, partial(install_ours, word=_SEQUENCE)),
+    )
+}

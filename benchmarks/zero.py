@@ -15,12 +15,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.command import load_ranks, make_parser, run_contest
+from benchmarks.command import make_parser, measure_contest, run_contest
 
 if TYPE_CHECKING:
     from benchmarks.contest import Row
-
-_TIMEOUT_SECONDS = 1800
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,20 +39,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measure(effort: str) -> list[Row]:
-    """Time every system; progress goes to stderr.
-
-    Args:
-        effort: a word of `benchmarks.contest.EFFORTS`.
-
-    Raises:
-        AssertionError: a rank raised (its traceback is the message).
-    """
-    run_ranks = load_ranks("torch, Lightning and DeepSpeed", "deepspeed.runtime.zero.muon.muon_optimizer")
-    from benchmarks.contest import EFFORTS, measure_rank
-    from benchmarks.replicas import NUM_RANKS, SYSTEMS, train_alone
-
-    rows: list[Row] = run_ranks(measure_rank, NUM_RANKS, SYSTEMS, train_alone, EFFORTS[effort], timeout=_TIMEOUT_SECONDS)[0]
-    return rows
+    """Time every system; see `benchmarks.command.measure_contest`."""
+    return measure_contest("replicas", effort)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from benchmarks import all as all_benchmarks
-from benchmarks import contest, pace, peers, tensor, trainer
+from benchmarks import contest, pace, peers, tensor, trainer, zero
 from benchmarks.contest import Effort, Row, System, Taken, measure_rank
 from benchmarks.peers import Match, losses, matches
 from benchmarks.peers_table import HEADINGS, lines
+from benchmarks.replicas import SYSTEMS as REPLICAS
 from benchmarks.shards import SYSTEMS as SHARDS
 from benchmarks.stepping import MakeOptimizer
 from benchmarks.trainers import SYSTEMS as TRAINERS
@@ -134,9 +135,9 @@ def test_the_page_names_commands_that_there_are() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "systems"), [(tensor, SHARDS), (trainer, sum(TRAINERS.values(), ()))])
-def test_every_system_computes_what_one_process_does(module: Any, systems: tuple[System, ...]) -> None:
+@pytest.mark.parametrize(("module", "systems"), [(tensor, SHARDS), (trainer, TRAINERS), (zero, REPLICAS)])
+def test_every_system_computes_what_one_process_does(module: Any, systems: dict[int, tuple[System, ...]]) -> None:
     rows = module.measure("quick")
     assert not [row for row in rows if row.wrong]
-    assert [(row.system, row.work) for row in rows] == [(system.name, system.work) for system in systems]
+    assert [(row.system, row.work) for row in rows] == [(system.name, system.work) for its in systems.values() for system in its]
     assert all(row.seconds for row in rows)
