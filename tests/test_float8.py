@@ -64,14 +64,21 @@ def test_a_layer_computes_what_torchaos_own_does(recipe: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_products_that_are_compiled_are_the_same(recipe: str) -> None:
+    graphs = list[Any]()
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     torch.manual_seed(0)
-    written, compiled = Float8Arithmetic(recipe, emulate=True), Float8Arithmetic(recipe, emulate=True, backend="aot_eager")
+    written, compiled = Float8Arithmetic(recipe, emulate=True), Float8Arithmetic(recipe, emulate=True, backend=keep)  # type: ignore[arg-type]
     x, y, weight, bias = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((3, 5, 16), (3, 5, 48), (48, 16), (48,)))
     for transposed in (False, True):
         for ours, wanted in zip(
             *(_products(arithmetic, x, y, weight, bias, transposed) for arithmetic in (compiled, written)), strict=True
         ):
             assert torch.equal(ours, wanted)
+    assert len(graphs) == 4  # whole products: that of a weight's gradient has one for each way the weight lies
 
 
 def _products(arithmetic: Float8Arithmetic, x: Any, y: Any, weight: Any, bias: Any, transposed: bool) -> list[torch.Tensor]:
@@ -114,7 +121,7 @@ def test_in_a_compiled_block_a_whole_layer_is_part_of_the_graph(recipe: str) -> 
         y = x * 1  # as between blocks, where it is no leaf
         for block in blocks:
             if compiles:
-                block.compile(backend=count)
+                block.compile(backend=count, fullgraph=True)
             y = block(y)
         y.square().sum().backward()
         found.append([y.detach(), x.grad, *(parameter.grad for parameter in blocks.parameters())])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +322,22 @@ def test_every_candidate_is_a_run_that_could_be_typed() -> None:
         word = candidate.words.split()[0].removeprefix("parallel=")
         name, placed = choose_schedule(candidate.schedule if layout.pp > 1 else None, parse_layout(word).resolve(8))
         assert (name, placed) == (candidate.schedule, layout)
+
+
+def test_nobody_looks_for_circles_while_layouts_are_searched(demo: Anatomy, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = list[bool]()
+
+    class Watched(Estimator):
+        def estimate(self, candidate: Candidate) -> Any:
+            looks.append(gc.isenabled())
+            return super().estimate(candidate)
+
+    monkeypatch.setattr(import_module("lightning_par.planner.search"), "Estimator", Watched)
+    search(demo, cluster(), 8)
+    assert looks and not any(looks) and gc.isenabled()
+    with pytest.raises(ConfigurationError):
+        search(demo, cluster(memory=1e-4), 8)
+    assert gc.isenabled()
 
 
 def test_what_fits_nowhere_is_said_with_the_nearest(demo: Anatomy) -> None:
