@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.specifiers import SpecifierSet
 
 from lightning_par import cli, doctor_command
@@ -22,6 +23,7 @@ from lightning_par.host.doctor.surroundings import Surroundings, judge_surroundi
 from lightning_par.layout import Layout
 from lightning_par.planner.calibration import Calibration, write_calibration
 from lightning_par.planner.link import Link
+from lightning_par.runtime.axis import GroupAxis
 from tests.ranks import run_ranks
 
 GIB = 2**30
@@ -172,10 +174,29 @@ def test_a_ring_sends_each_byte_one_and_a_half_times_over_four_ranks() -> None:
 
 
 def measured(rank: int, world_size: int, words: list[Layout]) -> list[list[AxisPace]]:
-    import torch
 
     axes._LARGE_BYTES["cpu"] = 2**16
     return [measure_axes(layout, torch.device("cpu")) for layout in words]
+
+
+def damaged(rank: int, world_size: int) -> AxisPace:
+    """What an axis says of whose sums the second rank gets something else."""
+    if rank == 1:
+        reduce = GroupAxis.all_reduce
+
+        def spoil(axis: GroupAxis, tensor: torch.Tensor, op: str = "sum") -> None:
+            reduce(axis, tensor, op)
+            tensor[0] += 1
+
+        GroupAxis.all_reduce = spoil
+    axes._LARGE_BYTES["cpu"] = 2**16
+    return measure_axes(Layout(tp=2, dp=1), torch.device("cpu"))[0]
+
+
+def test_a_wrong_sum_on_one_rank_is_found() -> None:
+    first, second = run_ranks(damaged, 2)
+    assert first.is_right and not second.is_right
+    assert judge_axes(slowest([[first], [second]]))[0].status == "wrong"
 
 
 def test_each_axis_is_tried_by_its_ranks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -311,13 +312,14 @@ TRAININGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def _train(rank: int, world_size: int) -> tuple[dict[str, dict[str, Any]], list[float]]:
+def _train(rank: int, world_size: int, folder: Path) -> tuple[dict[str, dict[str, Any]], list[float]]:
+    os.chdir(folder)
     return {name: train(word, world_size, strategy, **options) for name, (word, strategy, options) in TRAININGS.items()}, norms()
 
 
 @pytest.fixture(scope="module")
-def trained() -> list[tuple[dict[str, dict[str, Any]], list[float]]]:
-    return run_ranks(_train, 2, timeout=200)
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, dict[str, Any]], list[float]]]:
+    return run_ranks(_train, 2, tmp_path_factory.mktemp("trained"), timeout=200)
 
 
 def test_all_ranks_say_the_same_on_the_steps_that_the_trainer_logs(trained: Any) -> None:
@@ -394,7 +396,8 @@ class Napping(Block):
         return super().forward(Nap.apply(x))
 
 
-def _nap(rank: int, world_size: int, stages: list[int]) -> dict[str, float]:
+def _nap(rank: int, world_size: int, stages: list[int], folder: Path) -> dict[str, float]:
+    os.chdir(folder)
     strategy = HybridParallelStrategy("pp2_mb4", print_plan=False, plan={"stages": stages})
     rows = Rows()
     trainer = quiet_trainer("pp2", 2, strategy=strategy, max_steps=2, logger=rows, log_every_n_steps=2)
@@ -403,8 +406,8 @@ def _nap(rank: int, world_size: int, stages: list[int]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("stages", [[1, 1], pytest.param([1, 3], marks=pytest.mark.slow)])
-def test_the_bubble_of_a_sleeping_pipeline_is_that_of_its_schedule(stages: list[int]) -> None:
-    first, second = run_ranks(_nap, 2, stages)
+def test_the_bubble_of_a_sleeping_pipeline_is_that_of_its_schedule(stages: list[int], tmp_path: Path) -> None:
+    first, second = run_ranks(_nap, 2, stages, tmp_path)
     assert first == second
     # 1F1B of equal stages: (p-1)/(m+p-1). The longer stage works all the time but for the first forward and the last backward
     makespan = 4 * max(stages) + min(stages)
