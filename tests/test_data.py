@@ -312,12 +312,10 @@ def test_a_replica_goes_on_from_any_batch_without_reading_what_was_used(kind: st
 
 
 class Used:
-    """A Trainer's count of batches, kept in a list."""
+    """A Trainer's count of batches, kept in a list, and how many of them are of a step that is not taken yet."""
 
-    position = SimpleNamespace(unfinished=0)
-
-    def __init__(self, used: list[int]) -> None:
-        self._used = used
+    def __init__(self, used: list[int], unfinished: int = 0) -> None:
+        self._used, self.position = used, SimpleNamespace(unfinished=unfinished)
 
     @property
     def total(self) -> int:
@@ -477,6 +475,50 @@ def test_training_without_an_end_or_a_text_is_refused_and_lanes_are_counted() ->
     assert Lane(empty, 0, Bytes(True), 1).take(0).tolist() == [97, 0]
     with pytest.raises(DataError, match=r"there is no text in lane 1 of 2: use fewer data\.lanes"):
         Lane(empty, 1, Bytes(True), 1).take(0)
+
+
+class Blocks(Source):
+    """Documents of one lane in blocks."""
+
+    num_lanes = 1
+
+    def __init__(self, *blocks: list[str]) -> None:
+        self._blocks = blocks
+
+    def read(self, lane: int, turn: int, after: Any) -> Iterator[tuple[list[str], Any]]:
+        for number, block in enumerate(self._blocks[after or 0 :], start=after or 0):
+            yield block, number + 1
+
+
+def test_windows_lie_across_blocks_and_turns_and_go_on_from_every_place() -> None:
+    blocks, count = Blocks(["abcdefg"], ["h"], ["ij", "k"], ["lmnopqrstuv"]), 20
+    whole = "\0".join("abcdefg h ij k lmnopqrstuv".split()) + "\0"
+    expected = [list((whole * count).encode()[4 * index : 4 * index + 5]) for index in range(count)]
+    lane, places = Lane(blocks, 0, Bytes(True), 4), []
+    for index in range(count):
+        assert lane.take(index).tolist() == expected[index]
+        places.append(lane.place)
+    for index, place in enumerate(places[:-1], start=1):
+        assert Lane(blocks, 0, Bytes(True), 4, place).take(index).tolist() == expected[index]
+    # a place that lies ahead, of samples that are read again, is none to go on from
+    ((tokens, _),) = first(1, blocks, Bytes(True), 4, 2, (0, 1), "tokens", 3, {0: places[9]})
+    assert tokens == [window[:-1] for window in expected[3:5]]
+
+
+def test_batches_of_a_step_that_is_not_taken_are_read_again() -> None:
+    used, steps = [0], []
+    (loader,) = loaders(1, 8, used)
+    reader = iter(loader)
+    for number in range(1, 6):
+        steps.append(sorted(next(reader)["tokens"].tolist()))
+        used[0] = number
+        loader._progress = Used(used, max(0, number - 3))  # type: ignore[assignment]
+    state = loader.state_dict()
+    assert (state["batches"], state["samples"]) == (3, 24)
+    used = [3]
+    (resumed,) = loaders(1, 8, used)
+    resumed.load_state_dict(state)
+    assert taken([resumed], 2, used) == steps[3:]
 
 
 # ---------------------------------------------------------------------- training

@@ -174,7 +174,6 @@ def test_a_ring_sends_each_byte_one_and_a_half_times_over_four_ranks() -> None:
 
 
 def measured(rank: int, world_size: int, words: list[Layout]) -> list[list[AxisPace]]:
-
     axes._LARGE_BYTES["cpu"] = 2**16
     return [measure_axes(layout, torch.device("cpu")) for layout in words]
 
