@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lightning_par.config.cluster import Question
+    from lightning_par.planner import Cluster
 
 _EPILOG = """\
 keys:
   cluster=NAME       the machines: a file of conf/cluster, of cluster/ in --config-dir, or a path
   cluster.KEY=VALUE  one number of it, such as cluster.device.memory_gib=40
-  num_nodes=N        nodes (default: 1)
+  num_nodes=N        nodes (default: those of trainer.num_nodes)
   batch=N            samples of a step over all replicas (default: those of the first batch)
   parallel=WORD      a layout of yours: whether it divides and fits, and by how much it is slower than the best, and why
   calibration=FILE   what `lightning-par calibrate` has measured, or none (default: what it has of this cluster)
@@ -74,7 +76,7 @@ def _plan(options: argparse.Namespace) -> None:
     run_composed(lambda config: _print(config, cluster, question, options), options)
 
 
-def _print(config: DictConfig, cluster: Any, question: Question, options: argparse.Namespace) -> None:
+def _print(config: DictConfig, cluster: Cluster, question: Question, options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from lightning_par.config.run import build_run
@@ -82,6 +84,8 @@ def _print(config: DictConfig, cluster: Any, question: Question, options: argpar
     from lightning_par.planner.report import outlook_json, print_outlook
 
     quiet_lightning()
+    if question.num_nodes is None:
+        cluster = replace(cluster, num_nodes=config.trainer.get("num_nodes", 1))
     trainer, module, data = build_run(config, accelerator="cpu", devices=1, num_nodes=1, logger=False, callbacks=[])
     with Console(stderr=True).status("building the model") as status:
         outlook, tokens = outlook_of(trainer, module, data, cluster, question.batch, status.update, question.layout)

@@ -439,6 +439,13 @@ def test_the_command_prints_what_to_type_first(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(("words", "devices"), [([], 8), (["num_nodes=3"], 12)], ids=["of the trainer", "typed"])
+def test_the_command_plans_for_the_nodes_of_the_trainer(words: list[str], devices: int, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--json", "cluster=laptop", "+trainer.num_nodes=2", "batch=24", *words, *SMALL])
+    assert json.loads(capsys.readouterr().out)["num_devices"] == devices
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_the_command_prints_json_and_says_why_not_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--json", "cluster=laptop", "batch=16", "parallel=tp3", *SMALL])
     found = json.loads(capsys.readouterr().out)

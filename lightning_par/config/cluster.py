@@ -23,7 +23,7 @@ class Question:
     Attributes:
         cluster: name or path of a YAML file.
         changes: words that change single numbers of it, such as ``device.memory_gib=40``.
-        num_nodes: nodes.
+        num_nodes: nodes; None for those of the run's Trainer.
         batch: samples of a step; None for those of the first batch.
         calibration: a file of what was measured, or ``none``; None for the one that is cached.
         layout: whose place among the others is asked for, if any.
@@ -32,7 +32,7 @@ class Question:
 
     cluster: str
     changes: tuple[str, ...]
-    num_nodes: int
+    num_nodes: int | None
     batch: int | None
     calibration: str | None
     layout: Layout | None
@@ -66,12 +66,14 @@ def read_question(words: Sequence[str], command: str = "plan") -> Question:
     if "cluster" not in values:
         raise ConfigurationError(f"{command} needs the machines: add cluster=NAME; there are {', '.join(sorted(_names(())))}")
     numbers = {key: _whole(key, values[key]) for key in ("num_nodes", "batch") if key in values}
-    nodes, batch, calibration = numbers.get("num_nodes", 1), numbers.get("batch"), values.get("calibration")
+    nodes, batch, calibration = numbers.get("num_nodes"), numbers.get("batch"), values.get("calibration")
     return Question(values["cluster"], tuple(changes), nodes, batch, calibration, layout, tuple(overrides))
 
 
 def load_cluster(question: Question, config_dir: str | None) -> Cluster:
     """The cluster that is asked for, with what was measured of it; a folder ``cluster/`` of the user's wins over what is shipped.
+
+    It has one node where the question leaves their number open.
 
     Raises:
         ConfigurationError: there is no such file, a number in it cannot be, or what was measured cannot be read.
@@ -94,7 +96,7 @@ def load_cluster(question: Question, config_dir: str | None) -> Cluster:
         plain: Any = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigurationError(f"cluster={question.cluster}: {path} cannot be read: {error}") from None
-    cluster = read_cluster(plain, path.stem, question.num_nodes)
+    cluster = read_cluster(plain, path.stem, question.num_nodes or 1)
     calibration = None if question.calibration == "none" else _calibration(question, cluster.name)
     return cluster if calibration is None else cluster.calibrated(calibration)
 
