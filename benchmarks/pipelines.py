@@ -9,9 +9,10 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from io import StringIO
 from itertools import cycle
 from typing import Any
@@ -41,7 +42,7 @@ from benchmarks.napping import (
     make_chain,
 )
 from lightning_par.engine import Engine
-from lightning_par.layout import Placement, parse_layout, pp_of_stage
+from lightning_par.layout import Layout, Placement, parse_layout, pp_of_stage
 from lightning_par.pipeline.action import Action, Table
 from lightning_par.pipeline.schedules import AUTO, SCHEDULES, build_schedule
 from lightning_par.pipeline.tables import choose_schedule
@@ -103,7 +104,7 @@ def install_ours(rank: int, naps: Naps, schedule: str, chunks: int) -> Pipeline:
         assert isinstance(block, Block)
         block.naps_in_graph = not splits_backward  # else the gradient is computed outside of the graph, see `nap_in_notes`
     plan = prepare_plan(module, (inputs, targets), layout)
-    engine = Engine(module, plan, Mesh(layout, timedelta(seconds=60)), torch.device("cpu"), schedule)
+    engine = Engine(module, plan, _mesh(layout), torch.device("cpu"), schedule)
     held = {alias for parameter in plan.parameters for alias, holders in parameter.aliases if engine.mesh.coordinate.pp in holders}
     parameters = {name: parameter for name, parameter in module.named_parameters() if name in held}
     optimizer = torch.optim.SGD(parameters.values(), LEARNING_RATE)
@@ -118,6 +119,21 @@ def install_ours(rank: int, naps: Naps, schedule: str, chunks: int) -> Pipeline:
         return sum(loss.item() for loss in losses) / NUM_MICROBATCHES if losses else None
 
     return Pipeline(step, parameters, optimizer, lambda: engine.tables.training(NUM_MICROBATCHES))
+
+
+def _mesh(layout: Layout) -> Mesh:
+    """The mesh of a layout, on the groups that other systems have made.
+
+    Each group of gloo has a thread on every rank that wakes a hundred times in a second, whether or not its system has its turn.
+    """
+    mesh = copy(_groups(replace(layout, vp=min(layout.vp, 2), placement="loop")))
+    mesh.layout = layout
+    return mesh
+
+
+@cache
+def _groups(layout: Layout) -> Mesh:
+    return Mesh(layout, timedelta(seconds=60))
 
 
 def nap_in_notes(naps: Naps) -> None:

@@ -150,6 +150,18 @@ def test_interleaved_zb_idles_for_p_minus_1_over_v() -> None:
             assert max(idle(table)) <= p - 1 + v * (p - m % p)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "waited"), [((2, 2, 8), 10), ((4, 2, 8), 20), ((4, 4, 8), 28), ((4, 2, 16), 36), ((8, 2, 32), 116), ((8, 4, 32), 132)]
+)
+def test_interleaved_zb_waits_for_few_messages(sizes: tuple[int, int, int], waited: int) -> None:
+    """With every I before every F, and both before every W, it is 18, 30, 54, 58, 142 and 222 of them in as many slots."""
+    p, v, m = sizes
+    table, travel = build_schedule("interleaved-zb", p, v, m), 0.01
+    quick, slow = (simulate(table, Costs.equal(p * v, transfer=seconds)).makespan_seconds for seconds in (0.0, travel))
+    assert quick == 3 * v * m + p - 1
+    assert slow - quick == pytest.approx(waited * travel)
+
+
 def test_zb_v_idles_for_half_of_p_minus_1_forwards() -> None:
     for p, _, m, table in tables("zb-v", SOME):
         if m >= 2 * p - 1:  # 2p in FIELD's words; with fewer the turns do not begin before the forwards end
