@@ -278,9 +278,12 @@ def test_the_next_stage_is_the_source(name: str) -> None:
 @pytest.mark.alone
 def test_simulation_is_fast() -> None:
     table = build_schedule("interleaved-zb", 8, 4, 64)
-    start = time.process_time()
-    simulate(table, Costs.equal(32))
-    assert time.process_time() - start < 0.1
+    taken = list[float]()
+    for _ in range(3):  # see `test_auto_is_fast`
+        start = time.process_time()
+        simulate(table, Costs.equal(32))
+        taken.append(time.process_time() - start)
+    assert min(taken) < 0.1
 
 
 def test_longer_actions_are_drawn_as_long() -> None:
