@@ -19,7 +19,7 @@ def interleaved_zb(num_ranks: int, num_chunks: int, num_microbatches: int) -> Ta
     next I or the next F, whichever has waited longer, the F if fewer than p v activations are held; where none can run,
     the next W. While p of these are kept back, one also goes before an I or F that has only just arrived, which leaves
     its message a slot to travel: with p = 4, v = 2 and m = 8, 20 messages are waited for, and 30 without that and with
-    every I before every F; nothing takes longer but, by a slot or two, some batches of no multiple of p microbatches.
+    every I before every F; nothing takes longer but, by a few slots, some batches of no multiple of p microbatches.
 
     For p = 2 ranks, v = 2 chunks (stages 0 and 2 are a and b of rank 0) and m = 4 microbatches::
 
