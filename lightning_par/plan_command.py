@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lightning_par.config.cluster import Question
-    from lightning_par.planner import Cluster
 
 _EPILOG = """\
 keys:
@@ -67,25 +66,27 @@ def _plan(options: argparse.Namespace) -> None:
 
     try:
         question = read_question(options.overrides)
-        cluster = load_cluster(question, options.config_dir)
+        load_cluster(question, options.config_dir)  # what is wrong with it is said at once
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
 
     options.overrides = [*question.overrides, "parallel=single"]
-    run_composed(lambda config: _print(config, cluster, question, options), options)
+    run_composed(lambda config: _print(config, question, options), options)
 
 
-def _print(config: DictConfig, cluster: Cluster, question: Question, options: argparse.Namespace) -> None:
+def _print(config: DictConfig, question: Question, options: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from lightning_par.config.cluster import load_cluster
     from lightning_par.config.run import build_run
     from lightning_par.host.outlook import outlook_of
     from lightning_par.planner.report import outlook_json, print_outlook
 
     quiet_lightning()
     if question.num_nodes is None:
-        cluster = replace(cluster, num_nodes=config.trainer.get("num_nodes", 1))
+        question = replace(question, num_nodes=config.trainer.get("num_nodes", 1))
+    cluster = load_cluster(question, options.config_dir)
     trainer, module, data = build_run(config, accelerator="cpu", devices=1, num_nodes=1, logger=False, callbacks=[])
     with Console(stderr=True).status("building the model") as status:
         outlook, tokens = outlook_of(trainer, module, data, cluster, question.batch, status.update, question.layout)

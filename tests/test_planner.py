@@ -446,6 +446,13 @@ def test_the_command_plans_for_the_nodes_of_the_trainer(words: list[str], device
 
 
 @pytest.mark.usefixtures("elsewhere")
+def test_nodes_of_the_trainer_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "cluster=laptop", "+trainer.num_nodes=0", *SMALL])
+    assert end.value.code == 2 and "num_nodes=0: it must be" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_the_command_prints_json_and_says_why_not_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--json", "cluster=laptop", "batch=16", "parallel=tp3", *SMALL])
     found = json.loads(capsys.readouterr().out)

@@ -96,7 +96,7 @@ def load_cluster(question: Question, config_dir: str | None) -> Cluster:
         plain: Any = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigurationError(f"cluster={question.cluster}: {path} cannot be read: {error}") from None
-    cluster = read_cluster(plain, path.stem, question.num_nodes or 1)
+    cluster = read_cluster(plain, path.stem, 1 if question.num_nodes is None else question.num_nodes)
     calibration = None if question.calibration == "none" else _calibration(question, cluster.name)
     return cluster if calibration is None else cluster.calibrated(calibration)
 

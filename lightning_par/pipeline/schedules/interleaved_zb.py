@@ -16,10 +16,11 @@ def interleaved_zb(num_ranks: int, num_chunks: int, num_microbatches: int) -> Ta
 
     The turns of the stages are those of interleaved 1F1B (arXiv 2104.04473, section 2.2), the halves of a backward those
     of ZB-H1 (arXiv 2401.10241, section 2). In time of slots of one action of one stage, each rank runs in each slot the
-    next I or the next F, whichever has waited longer, the F if fewer than p v activations are held; where none can run,
-    the next W. While p of these are kept back, one also goes before an I or F that has only just arrived, which leaves
-    its message a slot to travel: with p = 4, v = 2 and m = 8, 20 messages are waited for, and 30 without that and with
-    every I before every F; nothing takes longer but, by a few slots, some batches of no multiple of p microbatches.
+    next I or the next F, whichever has waited longer (in a batch of one round the I), the F if fewer than p v
+    activations are held; where none can run, the next W. While p of these are kept back, one also goes before an I or F
+    that has only just arrived, which leaves its message a slot to travel: with p = 4, v = 2 and m = 8, 20 messages are
+    waited for, and 30 with every I before every F and both before every W. Both take as many slots where messages take
+    no time, but for some batches of no multiple of p microbatches, which take a few more.
 
     For p = 2 ranks, v = 2 chunks (stages 0 and 2 are a and b of rank 0) and m = 4 microbatches::
 
