@@ -31,15 +31,16 @@ class Effort:
 
     Attributes:
         num_rounds: turns of each system are twice that.
-        num_working_steps, num_idle_steps: in each turn.
+        num_working_steps, num_cold_steps, num_idle_steps: in each turn; work whose naps leave caches cold is apart.
     """
 
     num_rounds: int = 3
     num_working_steps: int = 2
+    num_cold_steps: int = 1
     num_idle_steps: int = 10
 
 
-EFFORTS = {"quick": Effort(1, 1, 5), "brief": Effort(2, 2, 8), "full": Effort()}
+EFFORTS = {"quick": Effort(1, 1, 1, 5), "brief": Effort(2, 2, 1, 8), "full": Effort()}
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Times:
     """What has been measured of a system; see `Row`."""
 
     seconds: list[float] = field(default_factory=list)
+    cold_seconds: list[float] = field(default_factory=list)
     idle_seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
 
@@ -59,6 +61,7 @@ class Row:
         system: its name.
         schedule: title of its schedule.
         seconds: of each step with work.
+        cold_seconds: of each whose naps leave caches cold.
         idle_seconds: of each step without.
         cpu_seconds: that a rank's process computed in each of those.
         theory: the overhead over the ideal that the table has when nothing else takes time.
@@ -68,6 +71,7 @@ class Row:
     system: str
     schedule: str
     seconds: tuple[float, ...]
+    cold_seconds: tuple[float, ...]
     idle_seconds: tuple[float, ...]
     cpu_seconds: tuple[float, ...]
     theory: float
@@ -76,7 +80,15 @@ class Row:
     @property
     def overhead(self) -> float:
         """Over the ideal, after the step without work is subtracted; of the quickest steps."""
-        return (min(self.seconds) - min(self.idle_seconds)) / IDEAL_SECONDS - 1
+        return self._overhead(self.seconds)
+
+    @property
+    def cold_overhead(self) -> float:
+        """`overhead`, of the steps whose naps leave caches cold."""
+        return self._overhead(self.cold_seconds)
+
+    def _overhead(self, seconds: tuple[float, ...]) -> float:
+        return (min(seconds) - min(self.idle_seconds)) / IDEAL_SECONDS - 1
 
     def in_contest(self) -> contest.Row:
         """Its steps with work, and the processor time of those without."""
@@ -123,8 +135,9 @@ def measure_rank(rank: int, world_size: int, effort: Effort) -> list[Row]:
     rows = []
     for system in SYSTEMS:
         taken, theory = times[system], _theory(pipelines[system].table())
-        measured = (tuple(taken.seconds), tuple(taken.idle_seconds), tuple(taken.cpu_seconds))
-        rows.append(Row(system.name, system.title, *measured, theory, wrong[system]))
+        working = tuple(taken.seconds), tuple(taken.cold_seconds)
+        idle = tuple(taken.idle_seconds), tuple(taken.cpu_seconds)
+        rows.append(Row(system.name, system.title, *working, *idle, theory, wrong[system]))
     return rows
 
 
@@ -145,6 +158,7 @@ def _check(pipeline: Pipeline, system: System, naps: Naps) -> str:
     naps.work(WORK_SECONDS if system.learns else 0.0)
     for _ in range(NUM_LEARNING_STEPS):
         pipeline.step()
+    naps.work(0.0)
     return next(filter(None, found), "")
 
 
@@ -158,6 +172,8 @@ def _take_turn(pipeline: Pipeline, naps: Naps, effort: Effort, times: Times) -> 
         times.cpu_seconds.append(cpu_seconds)
     naps.work(WORK_SECONDS)
     times.seconds += [time_step(pipeline.step)[0] for _ in range(effort.num_working_steps)]
+    naps.work(WORK_SECONDS, is_warm=False)
+    times.cold_seconds += [time_step(pipeline.step)[0] for _ in range(effort.num_cold_steps)]
 
 
 def _theory(table: Table) -> float:

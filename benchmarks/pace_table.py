@@ -19,6 +19,7 @@ HEADINGS = (
     "median",
     "to DeepSpeed",
     "overhead %",
+    "cold %",
     "theory %",
     "without work ms",
     "median",
@@ -41,6 +42,8 @@ processes in turns, there and back (ABBA); losses and gradients of each were tho
 - step: forwards, backwards, one step of SGD; the quickest and the median
 - to DeepSpeed: its step, as a multiple of DeepSpeed's PipelineEngine's
 - overhead: of the step less the step without work, over the ideal; the quickest of each
+- cold: the same of steps whose naps leave the caches of a core to others, as this machine's do within milliseconds; the other naps
+  end with a layer that is nobody's, so that caches are as warm as those of a host that feeds a device
 - theory: the overhead of the system's own table by our simulator, where messages take no time
 - without work: the step when nothing sleeps, which is the host's own time; to torch: as a multiple of torch's of the same schedule
 - CPU: what the busiest rank's process computes in that step; what it waits for other ranks or for a core is no part of it
@@ -82,6 +85,7 @@ def _line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         f"{1000 * median(row.seconds):.1f}",
         _ratio(ratio(row, rows, DEEPSPEED, schedule="1f1b")),
         f"{100 * row.overhead:.1f}",
+        f"{100 * row.cold_overhead:.1f}",
         f"{100 * row.theory:.1f}",
         f"{1000 * min(row.idle_seconds):.1f}",
         f"{1000 * median(row.idle_seconds):.1f}",
@@ -109,9 +113,11 @@ def render_markdown(rows: Sequence[Row]) -> str:
 
 def render_json(rows: Sequence[Row]) -> str:
     """Every time, with where it was taken."""
-    return json.dumps(
-        {**_facts(rows), "rows": [asdict(row) | {"overhead": None if row.wrong else row.overhead} for row in rows]}, indent=2
-    )
+    return json.dumps({**_facts(rows), "rows": [asdict(row) | _overheads(row) for row in rows]}, indent=2)
+
+
+def _overheads(row: Row) -> dict[str, float | None]:
+    return {name: None if row.wrong else getattr(row, name) for name in ("overhead", "cold_overhead")}
 
 
 def _facts(rows: Sequence[Row]) -> dict[str, str]:

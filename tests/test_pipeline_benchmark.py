@@ -12,10 +12,10 @@ from benchmarks import napping, pace_table, pipeline
 from benchmarks.napping import NUM_BLOCKS, Naps, compute_truth, make_batch, make_chain
 from benchmarks.pace import IDEAL_SECONDS, Row
 
-OURS = Row("lightning_par", "1f1b", (1.6, 1.4), (0.05, 0.04, 0.06), (0.01, 0.02), 0.375)
-TORCH = Row("torch", "1f1b", (1.5,), (0.08,), (0.04,), 0.375)
-DEEPSPEED = Row("DeepSpeed", "1f1b", (2.0,), (0.1,), (0.05,), 0.375)
-WRONG = Row("torch", "zb-v v2", (), (), (), 0.1, wrong="the loss is 1.0, and 2.0 in one process")
+OURS = Row("lightning_par", "1f1b", (1.6, 1.4), (1.45,), (0.05, 0.04, 0.06), (0.01, 0.02), 0.375)
+TORCH = Row("torch", "1f1b", (1.5,), (1.6,), (0.08,), (0.04,), 0.375)
+DEEPSPEED = Row("DeepSpeed", "1f1b", (2.0,), (2.1,), (0.1,), (0.05,), 0.375)
+WRONG = Row("torch", "zb-v v2", (), (), (), (), 0.1, wrong="the loss is 1.0, and 2.0 in one process")
 
 
 @pytest.mark.parametrize("num_stages", [4, 8, 16])
@@ -51,10 +51,44 @@ def test_a_nap_that_ends_late_makes_the_next_one_shorter(monkeypatch: pytest.Mon
         now += seconds + (0.03 if len(asked) == 1 else 0.0)
 
     monkeypatch.setattr(napping, "time", SimpleNamespace(sleep=sleep, perf_counter=lambda: now))
-    naps = Naps()
+    naps = Naps(is_warm=False)
     for seconds in (0.04, 0.0, 0.02, 0.02, 0.04):
         naps.sleep(seconds)
     assert asked == pytest.approx([0.04, 0.0, 0.01, 0.04]) and now == pytest.approx(0.12)
+
+
+def test_a_warm_nap_takes_as_long_and_ends_with_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, events = 0.0, list[float | str]()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        events.append(seconds)
+        now += seconds
+
+    def rehearse(naps: Naps) -> None:
+        nonlocal now
+        events.append("computes")
+        now += 0.0005
+
+    monkeypatch.setattr(napping, "time", SimpleNamespace(sleep=sleep, perf_counter=lambda: now))
+    monkeypatch.setattr(Naps, "rehearse", rehearse)
+    naps = Naps()
+    naps.sleep(0.04)
+    assert events == [pytest.approx(0.0385), "computes", pytest.approx(0.001)] and now == pytest.approx(0.04)
+    naps.sleep(0.001)  # too short to sleep before
+    assert events[3:] == [0.0, "computes", pytest.approx(0.0005)] and now == pytest.approx(0.041)
+
+
+def test_what_a_nap_computes_leaves_nothing_behind() -> None:
+    naps = Naps()
+    chain, batch = make_chain(naps), make_batch()
+    chain.training_step(batch, 0).backward()
+    gradients, generator = [p.grad.clone() for p in chain.parameters()], torch.get_rng_state()
+    chain.zero_grad()
+    naps.forward = naps.input_gradient = naps.weight_gradient = 1e-9
+    chain.training_step(batch, 0).backward()
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(chain.parameters(), gradients, strict=True))
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_what_differs_from_one_process_is_found() -> None:
@@ -69,10 +103,12 @@ def test_what_differs_from_one_process_is_found() -> None:
 
 
 def test_the_table_compares_the_least_times() -> None:
-    line = dict(zip([*pace_table.HEADINGS[:5], "overhead", "theory"], pace_table.lines([OURS, TORCH, DEEPSPEED])[0], strict=False))
+    names = [*pace_table.HEADINGS[:5], "overhead", "cold", "theory"]
+    line = dict(zip(names, pace_table.lines([OURS, TORCH, DEEPSPEED])[0], strict=False))
     assert line["step ms"] == "1400.0"
     assert line["to DeepSpeed"] == "0.70"
     assert line["overhead"] == f"{100 * ((1.4 - 0.04) / IDEAL_SECONDS - 1):.1f}"
+    assert line["cold"] == f"{100 * ((1.45 - 0.04) / IDEAL_SECONDS - 1):.1f}"
     assert line["theory"] == "37.5"
     assert pace_table.ratio(OURS, [OURS, TORCH], "torch", "idle_seconds") == pytest.approx(0.5)
     assert pace_table.ratio(OURS, [OURS, TORCH], "torch", "cpu_seconds") == pytest.approx(0.25)
