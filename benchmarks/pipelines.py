@@ -126,8 +126,10 @@ def _mesh(layout: Layout) -> Mesh:
 
     Each group of gloo has a thread on every rank that wakes a hundred times in a second, whether or not its system has its turn.
     """
-    mesh = copy(_groups(replace(layout, vp=min(layout.vp, 2), placement="loop")))
+    mesh = copy(_groups(replace(layout, vp=2, placement="loop")))
     mesh.layout = layout
+    if layout.vp == 1:  # as in a mesh of its own
+        mesh.gradients = mesh.activations
     return mesh
 
 
