@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import napping, pace_table, pipeline
+from benchmarks import napping, pace, pace_table, pipeline
 from benchmarks.napping import NUM_BLOCKS, Naps, compute_truth, make_batch, make_chain
-from benchmarks.pace import IDEAL_SECONDS, Row
+from benchmarks.pace import IDEAL_SECONDS, Effort, Row, Times
 
 OURS = Row("lightning_par", "1f1b", (1.6, 1.4), (1.45,), (0.05, 0.04, 0.06), (0.01, 0.02), 0.375)
 TORCH = Row("torch", "1f1b", (1.5,), (1.6,), (0.08,), (0.04,), 0.375)
@@ -74,9 +74,19 @@ def test_a_warm_nap_takes_as_long_and_ends_with_computing(monkeypatch: pytest.Mo
     monkeypatch.setattr(Naps, "rehearse", rehearse)
     naps = Naps()
     naps.sleep(0.04)
-    assert events == [pytest.approx(0.0385), "computes", pytest.approx(0.001)] and now == pytest.approx(0.04)
+    lead = napping._REHEARSAL_SECONDS
+    assert events == [pytest.approx(0.04 - lead), "computes", pytest.approx(lead - 0.0005)] and now == pytest.approx(0.04)
     naps.sleep(0.001)  # too short to sleep before
     assert events[3:] == [0.0, "computes", pytest.approx(0.0005)] and now == pytest.approx(0.041)
+
+
+def test_a_turn_has_steps_without_work_then_with_warm_naps_then_with_cold_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps, times, seen = Naps(), Times(), list[tuple[bool, bool]]()
+    pipeline = SimpleNamespace(step=lambda: seen.append((naps.forward > 0, naps.is_warm)))
+    monkeypatch.setattr(pace, "time_step", lambda step: (step(), (float(len(seen)), 0.5))[1])
+    pace._take_turn(pipeline, naps, Effort(1, 2, 3, 4), times)
+    assert seen == [(False, True)] * (1 + 4) + [(True, True)] * 2 + [(True, False)] * 3
+    assert (times.idle_seconds, times.seconds, times.cold_seconds) == ([2, 3, 4, 5], [6, 7], [8, 9, 10])
 
 
 def test_what_a_nap_computes_leaves_nothing_behind() -> None:
