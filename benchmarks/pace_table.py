@@ -42,8 +42,8 @@ processes in turns, there and back (ABBA); losses and gradients of each were tho
 - step: forwards, backwards, one step of SGD; the quickest and the median
 - to DeepSpeed: its step, as a multiple of DeepSpeed's PipelineEngine's
 - overhead: of the step less the step without work, over the ideal; the quickest of each
-- cold: the same of steps whose naps are nothing but sleep, and leave the caches of a core to others, which fill them in milliseconds.
-  The other naps end with a layer that is nobody's and keeps them warm, as they are on a host that feeds a device
+- cold: the same of steps whose naps are nothing but sleep, and leave the caches of a core to others, which fill them within
+  milliseconds. The other naps end with a layer that is nobody's and keeps them warm, as they are on a host that feeds a device
 - theory: the overhead of the system's own table by our simulator, where messages take no time
 - without work: the step when nothing sleeps, which is the host's own time; to torch: as a multiple of torch's of the same schedule
 - CPU: what the busiest rank's process computes in that step; what it waits for other ranks or for a core is no part of it
