@@ -7,10 +7,12 @@
 Each happens once for a stage and microbatch, whoever runs the backward in whatever parts. Sleeping takes no core, so that more
 ranks than cores overlap as they would on as many devices.
 
-[Note: warm] A host that feeds a device goes on computing while the device does; one that sleeps does not, and finds its caches
-taken by others: on 2 cores of a virtual machine a linear layer takes 0.08 ms, forward and backward, and 0.7 ms after 10 ms of
-sleep (or of a loop that does nothing). So the last moment of a nap is spent on a layer that is nobody's, which brings back much of
-what a step without work has in its caches. Naps that only sleep are measured beside these.
+[Note: to the microsecond] A stage's F, I and W are to take so much longer than in a step without work, and no more; then what is
+left of the difference is the system's. By themselves they take more: a rank that wakes has to wait for a core, half a millisecond
+or so where there are more ranks than cores; and it finds its caches taken by others, so that a linear layer that takes 0.08 ms,
+forward and backward, takes 0.7 ms after 10 ms of sleep. So the next naps are shorter by what a rank has slept too long, and by
+what the blocks have computed longer than they do, in the middle, in the steps without work. What a system does before, between
+and after them is not made up for.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from __future__ import annotations
 import ctypes
 import platform
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,85 +34,99 @@ NUM_BLOCKS, WIDTH = 16, 32
 NUM_RANKS, NUM_MICROBATCHES, MICROBATCH_SIZE = 4, 8, 2
 TOLERANCE = 1e-4  # gradients are read off a step of the optimizer: fp32 weights of 0.1 keep 5 digits of them
 _PR_SET_TIMERSLACK = 29  # of linux/prctl.h
-_REHEARSAL_SECONDS = 0.0015  # at the end of a nap: a cold forward and backward takes half of it
 
 
 @dataclass
 class Naps:
-    """How long a block sleeps, in seconds; changed between steps.
+    """How long a block sleeps, in seconds, and what its naps make up for; see [Note: to the microsecond].
 
     Attributes:
         forward: in F.
         input_gradient: in I.
         weight_gradient: in W.
-        is_warm: whether naps leave the caches warm; see [Note: warm].
+        made_up: how much longer blocks have computed than without work; naps were shorter by it. For others to set back.
     """
 
     forward: float = 0.0
     input_gradient: float = 0.0
     weight_gradient: float = 0.0
-    is_warm: bool = True
-    _late: float = 0.0
-    _spare: nn.Linear = field(default_factory=lambda: nn.Linear(WIDTH, WIDTH))
+    made_up: float = 0.0
+    _owed: float = 0.0  # by the next naps
+    _part: str = ""  # that computes now
+    _begin: float = 0.0  # of it
+    _slept: float = 0.0  # since then
+    _without_work: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _usual: dict[str, float] = field(default_factory=dict)
+
+    def work(self, seconds: float) -> None:
+        """Let each rank work so many seconds in each of F, I and W of a microbatch. With 0, steps without work begin anew."""
+        self.forward = self.input_gradient = self.weight_gradient = seconds * NUM_RANKS / NUM_BLOCKS
+        if not seconds:
+            self._without_work.clear()
+        self._usual = {part: median(times) for part, times in self._without_work.items()}
+        self._owed, self._part = 0.0, ""
+
+    def begin(self, part: str) -> None:
+        """The blocks of a stage begin to compute F, I or W, unless another part has begun, of which it is one then."""
+        if not self._part:
+            self._part, self._begin, self._slept = part, time.perf_counter(), 0.0
+
+    def end(self, part: str) -> None:
+        """They have computed it, if it is what has begun."""
+        if self._part != part:
+            return
+        seconds = time.perf_counter() - self._begin - self._slept
+        self._part = ""
+        if not self.forward:
+            self._without_work[part].append(seconds)
+        elif part in self._usual:
+            self.made_up += seconds - self._usual[part]
+            self._owed += seconds - self._usual[part]
 
     def sleep(self, seconds: float) -> None:
-        """Sleep; nothing at all for 0.
-
-        Where there are more ranks than cores, one that wakes has to wait for a core, half a millisecond or so. The next naps are so
-        much shorter, so that the sleep of a rank in a step is what was asked for.
-        """
+        """Sleep, less what is owed; nothing at all for 0."""
         if not seconds:
             return
         begin = time.perf_counter()
-        end = begin + seconds - self._late
-        if self.is_warm:
-            _sleep_until(end - _REHEARSAL_SECONDS)
-            self.rehearse()
-        _sleep_until(end)
-        self._late += time.perf_counter() - begin - seconds
-
-    def rehearse(self) -> None:
-        """Compute something that is nobody's, forward and backward."""
-        with torch.enable_grad():
-            x = torch.ones(MICROBATCH_SIZE, WIDTH, requires_grad=True)
-            torch.autograd.grad((x + self._spare(x).tanh()).sum(), [x, self._spare.weight])
-
-    def work(self, seconds: float, is_warm: bool = True) -> None:
-        """Let each rank work so many seconds in each of F, I and W of a microbatch."""
-        self.forward = self.input_gradient = self.weight_gradient = seconds * NUM_RANKS / NUM_BLOCKS
-        self.is_warm = is_warm
-
-
-def _sleep_until(end: float) -> None:
-    time.sleep(max(0.0, end - time.perf_counter()))
+        time.sleep(max(0.0, seconds - self._owed))
+        slept = time.perf_counter() - begin
+        self._owed += slept - seconds
+        self._slept += slept
 
 
 class Block(nn.Module):
-    """``x + tanh(linear(x))``, asleep for a while.
+    """``x + tanh(linear(x))``. The first block of a stage sleeps in its backward, the last one in its forward.
 
     Args:
-        naps: how long the blocks of a stage sleep, each alike.
-        share: how many of these naps this block takes. The first of a stage takes those of all, so that few naps end late.
+        naps: how long a block sleeps.
+        size: number of blocks of its stage, for all of which it sleeps, so that few naps end late.
+        place: of this one in the stage.
 
     Attributes:
         naps_in_graph: whether W sleeps in the graph of autograd. Else the system that computes the weight's gradient must do it.
     """
 
-    def __init__(self, naps: Naps, share: int) -> None:
+    def __init__(self, naps: Naps, size: int, place: int) -> None:
         super().__init__()
         self.linear = nn.Linear(WIDTH, WIDTH)
-        setattr(self.linear.weight, "share", share)  # noqa: B010  # mypy; for who computes its gradient outside of the graph
-        self.naps, self.share, self.naps_in_graph = naps, share, True
+        self.naps, self.size, self.naps_in_graph = naps, size, True
+        self.is_first, self.is_last = place == 0, place == size - 1
+        setattr(self.linear.weight, "num_naps", size if self.is_first else 0)  # noqa: B010  # mypy; for who computes its gradient
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, y = self.linear.weight, x
-        if self.share and self.naps_in_graph:
-            y = F.linear(x, _WeightNap.apply(weight, self.naps, self.share), self.linear.bias)
-        else:
-            y = self.linear(x)
-        if self.share:
-            y = _Nap.apply(y, self.naps, self.share)
-        return x + y.tanh()
+        if self.is_first:
+            self.naps.begin("F")
+            if torch.is_grad_enabled() and not x.requires_grad:
+                x = x.detach().requires_grad_()  # the first stage computes what the others do
+            x = _Entrance.apply(x, self.naps, self.size)
+        y = (self._linear(x) if self.is_first and self.naps_in_graph else self.linear(x)).tanh()
+        return x + (_Exit.apply(y, self.naps, self.size) if self.is_last else y)
+
+    def _linear(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, _WeightNap.apply(self.linear.weight, self.naps, self.size), self.linear.bias)
+        if y.grad_fn is not None:
+            y.grad_fn.register_prehook(lambda grads: self.naps.begin("W"))
+        return y
 
 
 class Chain(pl.LightningModule):
@@ -117,7 +135,7 @@ class Chain(pl.LightningModule):
     def __init__(self, naps: Naps, num_stages: int) -> None:
         super().__init__()
         size = NUM_BLOCKS // num_stages
-        self.blocks = nn.Sequential(*(Block(naps, 0 if index % size else size) for index in range(NUM_BLOCKS)))
+        self.blocks = nn.Sequential(*(Block(naps, size, index % size) for index in range(NUM_BLOCKS)))
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         return F.mse_loss(self.blocks(batch[0]), batch[1])
@@ -180,18 +198,34 @@ def wake_in_time() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
 
 
-class _Nap(torch.autograd.Function):
-    """The hidden state as it is."""
+class _Entrance(torch.autograd.Function):
+    """The hidden state as it is, where a stage begins."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, naps: Naps, share: int) -> torch.Tensor:
-        ctx.naps, ctx.share = naps, share
-        naps.sleep(share * naps.forward)
+    def forward(ctx: Any, x: torch.Tensor, naps: Naps, size: int) -> torch.Tensor:
+        ctx.naps, ctx.size = naps, size
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        ctx.naps.sleep(ctx.share * ctx.naps.input_gradient)
+        ctx.naps.end("I")
+        ctx.naps.sleep(ctx.size * ctx.naps.input_gradient)
+        return grad, None, None
+
+
+class _Exit(torch.autograd.Function):
+    """What a stage's last block adds to the hidden state, as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, naps: Naps, size: int) -> torch.Tensor:
+        ctx.naps = naps
+        naps.end("F")
+        naps.sleep(size * naps.forward)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.naps.begin("I")
         return grad, None, None
 
 
@@ -199,11 +233,12 @@ class _WeightNap(torch.autograd.Function):
     """A weight as it is. Its backward runs where, and only where, the weight's gradient is computed."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, naps: Naps, share: int) -> torch.Tensor:
-        ctx.naps, ctx.share = naps, share
+    def forward(ctx: Any, weight: torch.Tensor, naps: Naps, size: int) -> torch.Tensor:
+        ctx.naps, ctx.size = naps, size
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        ctx.naps.sleep(ctx.share * ctx.naps.weight_gradient)
+        ctx.naps.end("W")
+        ctx.naps.sleep(ctx.size * ctx.naps.weight_gradient)
         return grad, None, None

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 
 from benchmarks import contest
@@ -31,16 +32,15 @@ class Effort:
 
     Attributes:
         num_rounds: turns of each system are twice that.
-        num_working_steps, num_cold_steps, num_idle_steps: in each turn; work whose naps leave caches cold is apart.
+        num_working_steps, num_idle_steps: in each turn.
     """
 
     num_rounds: int = 3
-    num_working_steps: int = 2
-    num_cold_steps: int = 1
+    num_working_steps: int = 3
     num_idle_steps: int = 10
 
 
-EFFORTS = {"quick": Effort(1, 1, 1, 5), "brief": Effort(2, 2, 1, 8), "full": Effort()}
+EFFORTS = {"quick": Effort(1, 1, 5), "brief": Effort(2, 2, 8), "full": Effort()}
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Times:
     """What has been measured of a system; see `Row`."""
 
     seconds: list[float] = field(default_factory=list)
-    cold_seconds: list[float] = field(default_factory=list)
+    made_up_seconds: list[float] = field(default_factory=list)
     idle_seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
 
@@ -61,7 +61,7 @@ class Row:
         system: its name.
         schedule: title of its schedule.
         seconds: of each step with work.
-        cold_seconds: of each whose naps leave caches cold.
+        made_up_seconds: by which naps were shorter in each of these, because blocks computed longer than without work.
         idle_seconds: of each step without.
         cpu_seconds: that a rank's process computed in each of those.
         theory: the overhead over the ideal that the table has when nothing else takes time.
@@ -71,7 +71,7 @@ class Row:
     system: str
     schedule: str
     seconds: tuple[float, ...]
-    cold_seconds: tuple[float, ...]
+    made_up_seconds: tuple[float, ...]
     idle_seconds: tuple[float, ...]
     cpu_seconds: tuple[float, ...]
     theory: float
@@ -80,15 +80,12 @@ class Row:
     @property
     def overhead(self) -> float:
         """Over the ideal, after the step without work is subtracted; of the quickest steps."""
-        return self._overhead(self.seconds)
+        return (min(self.seconds) - min(self.idle_seconds)) / IDEAL_SECONDS - 1
 
     @property
-    def cold_overhead(self) -> float:
-        """`overhead`, of the steps whose naps leave caches cold."""
-        return self._overhead(self.cold_seconds)
-
-    def _overhead(self, seconds: tuple[float, ...]) -> float:
-        return (min(seconds) - min(self.idle_seconds)) / IDEAL_SECONDS - 1
+    def made_up(self) -> float:
+        """What naps made up for in the quickest step, as a part of the ideal: by so much would the overhead be higher."""
+        return self.made_up_seconds[self.seconds.index(min(self.seconds))] / IDEAL_SECONDS
 
     def in_contest(self) -> contest.Row:
         """Its steps with work, and the processor time of those without."""
@@ -135,7 +132,7 @@ def measure_rank(rank: int, world_size: int, effort: Effort) -> list[Row]:
     rows = []
     for system in SYSTEMS:
         taken, theory = times[system], _theory(pipelines[system].table())
-        working = tuple(taken.seconds), tuple(taken.cold_seconds)
+        working = tuple(taken.seconds), tuple(taken.made_up_seconds)
         idle = tuple(taken.idle_seconds), tuple(taken.cpu_seconds)
         rows.append(Row(system.name, system.title, *working, *idle, theory, wrong[system]))
     return rows
@@ -171,9 +168,17 @@ def _take_turn(pipeline: Pipeline, naps: Naps, effort: Effort, times: Times) -> 
         times.idle_seconds.append(seconds)
         times.cpu_seconds.append(cpu_seconds)
     naps.work(WORK_SECONDS)
-    times.seconds += [time_step(pipeline.step)[0] for _ in range(effort.num_working_steps)]
-    naps.work(WORK_SECONDS, is_warm=False)
-    times.cold_seconds += [time_step(pipeline.step)[0] for _ in range(effort.num_cold_steps)]
+    for _ in range(effort.num_working_steps):
+        naps.made_up = 0.0
+        times.seconds.append(time_step(pipeline.step)[0])
+        times.made_up_seconds.append(_most(naps.made_up))
+
+
+def _most(seconds: float) -> float:
+    """Of any rank."""
+    found = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)
 
 
 def _theory(table: Table) -> float:

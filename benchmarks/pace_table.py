@@ -19,7 +19,7 @@ HEADINGS = (
     "median",
     "to DeepSpeed",
     "overhead %",
-    "cold %",
+    "made up %",
     "theory %",
     "without work ms",
     "median",
@@ -35,15 +35,18 @@ _SECTION = f"""\
 p = {NUM_RANKS} ranks, m = {NUM_MICROBATCHES} microbatches. Stages sleep: a rank's share of a microbatch takes \
 {1000 * WORK_SECONDS:.0f} ms forward and {2000 * WORK_SECONDS:.0f} ms backward
 ({1000 * WORK_SECONDS:.0f} input gradients, {1000 * WORK_SECONDS:.0f} weight gradients), so that a rank that never waits needs \
-{1000 * IDEAL_SECONDS:.0f} ms. Where a rank wakes late, because
-another has the core, its next naps are so much shorter. All systems run the same chain in the same
+{1000 * IDEAL_SECONDS:.0f} ms. All systems run the same chain in the same
 processes in turns, there and back (ABBA); losses and gradients of each were those of one process.
+
+F, I and W of a stage take so much longer than in the step without work, and no more: where a rank wakes late, because another has
+the core, or its blocks compute longer than they do without work, because sleep has left their caches to others, its next naps are
+so much shorter. What a system does between the blocks is not made up for.
 
 - step: forwards, backwards, one step of SGD; the quickest and the median
 - to DeepSpeed: its step, as a multiple of DeepSpeed's PipelineEngine's
 - overhead: of the step less the step without work, over the ideal; the quickest of each
-- cold: the same of steps whose naps are nothing but sleep, and leave the caches of a core to others, which fill them within
-  milliseconds. The other naps end with a layer that is nobody's and keeps them warm, as they are on a host that feeds a device
+- made up: how much longer the blocks computed in that step than in those without work, on the rank where it was most, in points of
+  the ideal. Without shorter naps the overhead would be higher by so much
 - theory: the overhead of the system's own table by our simulator, where messages take no time
 - without work: the step when nothing sleeps, which is the host's own time; to torch: as a multiple of torch's of the same schedule
 - CPU: what the busiest rank's process computes in that step; what it waits for other ranks or for a core is no part of it
@@ -85,7 +88,7 @@ def _line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         f"{1000 * median(row.seconds):.1f}",
         _ratio(ratio(row, rows, DEEPSPEED, schedule="1f1b")),
         f"{100 * row.overhead:.1f}",
-        f"{100 * row.cold_overhead:.1f}",
+        f"{100 * row.made_up:.1f}",
         f"{100 * row.theory:.1f}",
         f"{1000 * min(row.idle_seconds):.1f}",
         f"{1000 * median(row.idle_seconds):.1f}",
@@ -113,20 +116,18 @@ def render_markdown(rows: Sequence[Row]) -> str:
 
 def render_json(rows: Sequence[Row]) -> str:
     """Every time, with where it was taken."""
-    return json.dumps({**_facts(rows), "rows": [asdict(row) | _overheads(row) for row in rows]}, indent=2)
+    return json.dumps({**_facts(rows), "rows": [asdict(row) | _shares(row) for row in rows]}, indent=2)
 
 
-def _overheads(row: Row) -> dict[str, float | None]:
-    return {name: None if row.wrong else getattr(row, name) for name in ("overhead", "cold_overhead")}
+def _shares(row: Row) -> dict[str, float | None]:
+    return {name: None if row.wrong else getattr(row, name) for name in ("overhead", "made_up")}
 
 
 def _facts(rows: Sequence[Row]) -> dict[str, str]:
-    counts = {(len(row.seconds), len(row.cold_seconds), len(row.idle_seconds)) for row in rows if not row.wrong}
+    counts = {(len(row.seconds), len(row.idle_seconds)) for row in rows if not row.wrong}
     return {
         "model": f"{NUM_BLOCKS} blocks of one linear layer, width {WIDTH}, fp32",
-        "steps": ", ".join(
-            f"{work} with work, {cold} more with cold naps, {idle} without, for each" for work, cold, idle in counts
-        ),
+        "steps": ", ".join(f"{work} with work and {idle} without, for each" for work, idle in counts),
         "machine": machine(),
         "versions": versions("torch", "deepspeed"),
     }

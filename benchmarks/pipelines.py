@@ -143,8 +143,11 @@ def nap_in_notes(naps: Naps) -> None:
     computed = Note.gradients
 
     def gradients(note: Note) -> Any:
-        naps.sleep(getattr(note.weight, "share", 0) * naps.weight_gradient)
-        return computed(note)
+        naps.begin("W")
+        found = computed(note)
+        naps.end("W")
+        naps.sleep(getattr(note.weight, "num_naps", 0) * naps.weight_gradient)
+        return found
 
     setattr(Note, "gradients", gradients)  # noqa: B010  # mypy
 

@@ -318,6 +318,20 @@ def test_no_receive_overtakes_another_whose_shape_is_not_known() -> None:
     assert transport.posted == [Action("F", 1, 0)]  # over NCCL the third would be given what the second was sent
 
 
+def test_receives_begin_several_at_once() -> None:
+    transport = Noted()
+    executor = Executor(StageProgram(build(), plan_of(build(), "pp2"), [1]), transport)  # type: ignore[arg-type]
+    step = _Step(lambda index: None, lambda loss: loss, [1.0] * 20, ["equal"] * 20)
+    executor._known[step.key(1, 0)] = [((2, 6, 16), torch.float32)]
+    step.unposted = (deque(enumerate(Action("F", 1, index) for index in range(20))),)
+    begun = []
+    for step.num_taken in range(20):
+        executor._post_ahead(step)
+        begun.append(len(transport.posted))
+    assert begun == [8] * 5 + [13] * 5 + [18] * 5 + [20] * 5
+    assert transport.posted == [Action("F", 1, index) for index in range(20)]
+
+
 def measured(rank: int, world_size: int) -> tuple[list[float], list[float]]:
     """Forward costs of both stages before and after some steps under ``auto``; the second has blocks that sleep."""
     module = build()

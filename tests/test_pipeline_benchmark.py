@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from benchmarks import napping, pace, pace_table, pipeline
 from benchmarks.napping import NUM_BLOCKS, Naps, compute_truth, make_batch, make_chain
 from benchmarks.pace import IDEAL_SECONDS, Effort, Row, Times
 
-OURS = Row("lightning_par", "1f1b", (1.6, 1.4), (1.45,), (0.05, 0.04, 0.06), (0.01, 0.02), 0.375)
-TORCH = Row("torch", "1f1b", (1.5,), (1.6,), (0.08,), (0.04,), 0.375)
-DEEPSPEED = Row("DeepSpeed", "1f1b", (2.0,), (2.1,), (0.1,), (0.05,), 0.375)
+OURS = Row("lightning_par", "1f1b", (1.6, 1.4), (0.03, 0.02), (0.05, 0.04, 0.06), (0.01, 0.02), 0.375)
+TORCH = Row("torch", "1f1b", (1.5,), (0.01,), (0.08,), (0.04,), 0.375)
+DEEPSPEED = Row("DeepSpeed", "1f1b", (2.0,), (0.01,), (0.1,), (0.05,), 0.375)
 WRONG = Row("torch", "zb-v v2", (), (), (), (), 0.1, wrong="the loss is 1.0, and 2.0 in one process")
 
 
@@ -22,14 +23,15 @@ WRONG = Row("torch", "zb-v v2", (), (), (), (), 0.1, wrong="the loss is 1.0, and
 def test_every_part_of_every_stage_sleeps_once(monkeypatch: pytest.MonkeyPatch, num_stages: int) -> None:
     slept: list[float] = []
     monkeypatch.setattr(Naps, "sleep", lambda naps, seconds: slept.append(seconds) if seconds else None)
-    size = NUM_BLOCKS // num_stages  # the first block of a stage sleeps for all of them
+    size = NUM_BLOCKS // num_stages  # one block of a stage sleeps for all of them
     chain = make_chain(Naps(forward=1.0, input_gradient=2.0, weight_gradient=4.0), num_stages)
     loss = chain.training_step(make_batch(), 0)
     assert slept == [1.0 * size] * num_stages
     slept.clear()
     hidden = chain.blocks[0].linear.weight
     (gradient,) = torch.autograd.grad(loss, hidden, retain_graph=True)
-    assert sorted(slept) == [2.0 * size] * num_stages + [4.0 * size], "a weight's part only where its gradient is computed"
+    below = [2.0 * size] * (num_stages - 1)  # of the first stage only its weight's part: nothing else was asked for
+    assert sorted(slept) == [*below, 4.0 * size], "a weight's part only where its gradient is computed"
     slept.clear()
     loss.backward()
     assert sorted(slept) == [2.0 * size] * num_stages + [4.0 * size] * num_stages
@@ -42,51 +44,101 @@ def test_work_is_the_same_for_a_rank_however_many_stages_it_has() -> None:
     assert naps.forward * NUM_BLOCKS / napping.NUM_RANKS == pytest.approx(0.04)
 
 
-def test_a_nap_that_ends_late_makes_the_next_one_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, asked = 0.0, list[float]()
+class Clock:
+    """Time that passes while something sleeps, as long as was asked for and ``late``, and where a test says so."""
 
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        asked.append(seconds)
-        now += seconds + (0.03 if len(asked) == 1 else 0.0)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.late, self.asked = 0.0, 0.0, list[float]()
+        monkeypatch.setattr(napping, "time", SimpleNamespace(sleep=self.sleep, perf_counter=lambda: self.now))
 
-    monkeypatch.setattr(napping, "time", SimpleNamespace(sleep=sleep, perf_counter=lambda: now))
-    naps = Naps(is_warm=False)
-    for seconds in (0.04, 0.0, 0.02, 0.02, 0.04):
+    def sleep(self, seconds: float) -> None:
+        self.asked.append(seconds)
+        self.now += seconds + self.late
+
+
+def test_a_nap_that_ends_late_makes_the_next_ones_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, naps = Clock(monkeypatch), Naps()
+    for seconds, clock.late in ((0.04, 0.03), (0.0, 0.0), (0.02, 0.0), (0.02, 0.0), (0.04, 0.0)):
         naps.sleep(seconds)
-    assert asked == pytest.approx([0.04, 0.0, 0.01, 0.04]) and now == pytest.approx(0.12)
+    assert clock.asked == pytest.approx([0.04, 0.0, 0.01, 0.04]) and clock.now == pytest.approx(0.12)
 
 
-def test_a_warm_nap_takes_as_long_and_ends_with_computing(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, events = 0.0, list[float | str]()
+def test_what_blocks_compute_longer_than_without_work_makes_naps_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, naps = Clock(monkeypatch), Naps()
 
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        events.append(seconds)
-        now += seconds
+    def compute(part: str, *seconds: float, nap: float = 0.0) -> None:
+        for each in seconds:
+            naps.begin(part)
+            naps.sleep(nap)  # of another part, which is no computing
+            clock.now += each
+            naps.end(part)
 
-    def rehearse(naps: Naps) -> None:
-        nonlocal now
-        events.append("computes")
-        now += 0.0005
-
-    monkeypatch.setattr(napping, "time", SimpleNamespace(sleep=sleep, perf_counter=lambda: now))
-    monkeypatch.setattr(Naps, "rehearse", rehearse)
-    naps = Naps()
+    naps.work(0.0)
+    compute("F", 0.9)
+    naps.work(0.0)  # forgets
+    compute("F", 0.001, 0.05, 0.002)  # the median counts: one step may have been disturbed
+    compute("I", 0.004)
+    naps.work(0.04)
+    compute("F", 0.005)
+    assert naps.made_up == pytest.approx(0.003)
     naps.sleep(0.04)
-    lead = napping._REHEARSAL_SECONDS
-    assert events == [pytest.approx(0.04 - lead), "computes", pytest.approx(lead - 0.0005)] and now == pytest.approx(0.04)
-    naps.sleep(0.001)  # too short to sleep before
-    assert events[3:] == [0.0, "computes", pytest.approx(0.0005)] and now == pytest.approx(0.041)
+    compute("I", 0.001, nap=0.01)  # quicker than without work
+    naps.sleep(0.04)
+    compute("W", 0.7)  # not known from steps without work: whatever it takes is the system's
+    naps.sleep(0.04)
+    assert clock.asked == pytest.approx([0.037, 0.01, 0.043, 0.04]) and naps.made_up == pytest.approx(0.0)
 
 
-def test_a_turn_has_steps_without_work_then_with_warm_naps_then_with_cold_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    naps, times, seen = Naps(), Times(), list[tuple[bool, bool]]()
-    pipeline = SimpleNamespace(step=lambda: seen.append((naps.forward > 0, naps.is_warm)))
+def test_what_is_part_of_another_part_is_not_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, naps = Clock(monkeypatch), Naps()
+    naps.work(0.0)
+    naps.begin("I")
+    clock.now += 0.001
+    naps.begin("W")  # the gradient of a weight, in the middle of a whole backward
+    clock.now += 0.002
+    naps.end("W")
+    clock.now += 0.004
+    naps.end("I")
+    naps.end("F")  # has not begun
+    assert naps._without_work == {"I": [pytest.approx(0.007)]}
+
+
+@pytest.mark.parametrize("num_stages", [4, 16])
+def test_what_each_stage_computes_is_measured_once(num_stages: int) -> None:
+    naps = Naps()
+    naps.work(0.0)
+    loss = make_chain(naps, num_stages).training_step(make_batch(), 0)
+    assert measured(naps) == {"F": num_stages}
+    loss.backward()
+    assert measured(naps) == {"F": num_stages, "I": num_stages}
+
+
+def test_a_weight_gradient_that_autograd_computes_apart_is_measured() -> None:
+    naps = Naps()
+    naps.work(0.0)
+    stage, x = make_chain(naps, NUM_BLOCKS).blocks[1], make_batch()[0].requires_grad_()
+    _, groups = stage_backward_input([stage(x).sum()], None, [x], iter([stage.linear.weight]))
+    assert measured(naps) == {"F": 1, "I": 1}
+    stage_backward_weight(iter([stage.linear.weight]), groups)
+    assert measured(naps) == {"F": 1, "I": 1, "W": 1} and stage.linear.weight.grad is not None
+
+
+def measured(naps: Naps) -> dict[str, int]:
+    return {part: len(times) for part, times in naps._without_work.items()}
+
+
+def test_a_turn_has_steps_without_work_and_then_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps, times, seen = Naps(), Times(), list[bool]()
+
+    def step() -> None:
+        seen.append(naps.forward > 0)
+        naps.made_up += 0.25
+
     monkeypatch.setattr(pace, "time_step", lambda step: (step(), (float(len(seen)), 0.5))[1])
-    pace._take_turn(pipeline, naps, Effort(1, 2, 3, 4), times)
-    assert seen == [(False, True)] * (1 + 4) + [(True, True)] * 2 + [(True, False)] * 3
-    assert (times.idle_seconds, times.seconds, times.cold_seconds) == ([2, 3, 4, 5], [6, 7], [8, 9, 10])
+    monkeypatch.setattr(pace, "_most", lambda seconds: 2 * seconds)
+    pace._take_turn(SimpleNamespace(step=step), naps, Effort(1, 2, 4), times)
+    assert seen == [False] * (1 + 4) + [True] * 2
+    assert (times.idle_seconds, times.seconds, times.made_up_seconds) == ([2, 3, 4, 5], [6, 7], [0.5, 0.5])
 
 
 def test_what_a_nap_computes_leaves_nothing_behind() -> None:
@@ -113,12 +165,12 @@ def test_what_differs_from_one_process_is_found() -> None:
 
 
 def test_the_table_compares_the_least_times() -> None:
-    names = [*pace_table.HEADINGS[:5], "overhead", "cold", "theory"]
+    names = [*pace_table.HEADINGS[:5], "overhead", "made up", "theory"]
     line = dict(zip(names, pace_table.lines([OURS, TORCH, DEEPSPEED])[0], strict=False))
     assert line["step ms"] == "1400.0"
     assert line["to DeepSpeed"] == "0.70"
     assert line["overhead"] == f"{100 * ((1.4 - 0.04) / IDEAL_SECONDS - 1):.1f}"
-    assert line["cold"] == f"{100 * ((1.45 - 0.04) / IDEAL_SECONDS - 1):.1f}"
+    assert line["made up"] == f"{100 * 0.02 / IDEAL_SECONDS:.1f}", "of the quickest step"
     assert line["theory"] == "37.5"
     assert pace_table.ratio(OURS, [OURS, TORCH], "torch", "idle_seconds") == pytest.approx(0.5)
     assert pace_table.ratio(OURS, [OURS, TORCH], "torch", "cpu_seconds") == pytest.approx(0.25)
