@@ -423,6 +423,32 @@ def test_a_value_that_no_module_shows_is_refused() -> None:
     assert plan_of(Doing(lambda m, x: nn.Identity()(x) * 0 + 1, lambda x, side: x), "pp2").boundaries == ((),)
 
 
+class Scaled(nn.Module):
+    """A block that reads a tensor of its own, and of others."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.block, self.scale = Block(), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x) * self.scale
+
+
+def test_a_weight_that_is_no_parameter_is_refused_and_as_a_parameter_it_is_not() -> None:
+    def chain(scale: torch.Tensor) -> Chain:
+        return Chain(lambda: Scaled(scale))
+
+    match = (
+        r"parallel=pp2: blocks.1 \(mul\) reads a tensor of shape \[16\] that requires a gradient, is no parameter of the module "
+        r"and was made by nothing that the dry run shows, and between pipeline stages a tensor travels that is an argument of a "
+        r"stage's first block, or that a module returned: register it as an nn.Parameter of the modules that read it, or pass it "
+        r"to the blocks, or use parallel=dp2 or"
+    )
+    with pytest.raises(ModelError, match=match):
+        plan_of(chain(torch.ones(16, requires_grad=True)), "pp2")
+    assert plan_of(chain(nn.Parameter(torch.ones(16))), "pp2").boundaries == ((),)
+
+
 class Shared(Doing):
     """Has a module besides, to be called by the code before or after the blocks."""
 

@@ -93,11 +93,18 @@ class _Crossing:
     # ------------------------------------------------------------------ refusals
 
     def _refuse(self, number: int, first: int) -> NoReturn:
-        value, made = self._trace.values[number], self._maker(number)
+        trace, reader, made = self._trace, self._reader(number, first), self._maker(number)
+        shape, instead = list(trace.values[number].shape), use_instead(self._layout, _has_no_pipeline)
+        if made is None:
+            raise ModelError(
+                f"parallel={self._layout}: {reader} reads a tensor of shape {shape} that requires a gradient, is no parameter of "
+                f"the module and was made by nothing that the dry run shows, {_RULE}: register it as an nn.Parameter of the "
+                f"modules that read it, or pass it to the blocks, or {instead}"
+            )
         raise ModelError(
-            f"parallel={self._layout}: {self._reader(number, first)} reads a tensor of shape {list(value.shape)} that {made} made "
-            f"before {self._trace.blocks[first].path}, {_RULE}: make it in a module of its own that the step calls once and that "
-            f"returns it, or pass it to the blocks, or {use_instead(self._layout, _has_no_pipeline)}"
+            f"parallel={self._layout}: {reader} reads a tensor of shape {shape} that {made} made before "
+            f"{trace.blocks[first].path}, {_RULE}: make it in a module of its own that the step calls once and that returns it, or "
+            f"pass it to the blocks, or {instead}"
         )
 
     def _refuse_sequence(self, number: int, first: int) -> NoReturn:
@@ -120,16 +127,17 @@ class _Crossing:
             if written is not None and (memories[memory] > 1 or trace.values[written].depends_on_parameters):
                 raise ModelError(
                     f"parallel={self._layout}: {_place(op)} changes a tensor of shape {list(trace.values[written].shape)} in place "
-                    f"that {self._maker(written)} made on an earlier stage: write it without changing that tensor, or "
-                    f"{use_instead(self._layout, _has_no_pipeline)}"
+                    f"that {self._maker(written) or 'the step'} made on an earlier stage: write it without changing that tensor, "
+                    f"or {use_instead(self._layout, _has_no_pipeline)}"
                 )
 
     def _reader(self, number: int, first: int) -> str:
         reads = (op for op in self._trace.readers.get(number, ()) if op.phase > 2 * first)
         return next((_place(op) for op in reads), f"{self._trace.step}, which returns it,")
 
-    def _maker(self, number: int) -> str:
-        return next((_place(op) for op in self._trace.ops if number in op.outputs), "the step")
+    def _maker(self, number: int) -> str | None:
+        """The operation; None where the dry run shows none."""
+        return next((_place(op) for op in self._trace.ops if number in op.outputs), None)
 
 
 def _last_reads(trace: Trace) -> dict[int, int]:
