@@ -35,8 +35,8 @@ _SECTION = f"""\
 p = {NUM_RANKS} ranks, m = {NUM_MICROBATCHES} microbatches. Stages sleep: a rank's share of a microbatch takes \
 {1000 * WORK_SECONDS:.0f} ms forward and {2000 * WORK_SECONDS:.0f} ms backward
 ({1000 * WORK_SECONDS:.0f} input gradients, {1000 * WORK_SECONDS:.0f} weight gradients), so that a rank that never waits needs \
-{1000 * IDEAL_SECONDS:.0f} ms. All systems run the same chain in the same
-processes in turns, there and back (ABBA); losses and gradients of each were those of one process.
+{1000 * IDEAL_SECONDS:.0f} ms. All systems run the
+same chain in the same processes in turns, there and back (ABBA); losses and gradients of each were those of one process.
 
 F, I and W of a stage take so much longer than in the step without work, and no more: where a rank wakes late, because another has
 the core, or its blocks compute longer than they do without work, because sleep has left their caches to others, its next naps are

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     return make_parser(
         "pipeline",
         "Time the steps of pipelines over 4 ranks whose stages sleep, and whose stages do nothing: every schedule of "
-        "lightning_par, torch.distributed.pipelining and DeepSpeed's PipelineEngine on the same chain. Takes about 9 minutes on 2 "
+        "lightning_par, torch.distributed.pipelining and DeepSpeed's PipelineEngine on the same chain. Takes about 8 minutes on 2 "
         "cores, which should have nothing else to do.",
         "Exit code 1 where a system computes another loss or other gradients than one process.",
         json="every time",
