@@ -11,8 +11,8 @@ ranks than cores overlap as they would on as many devices.
 left of the difference is the system's. By themselves they take more: a rank that wakes has to wait for a core, half a millisecond
 or so where there are more ranks than cores; and it finds its caches taken by others, so that a linear layer that takes 0.08 ms,
 forward and backward, takes 0.7 ms after 10 ms of sleep. So the next naps are shorter by what a rank has slept too long, and by
-what the blocks have computed longer than they do, in the middle, in the steps without work. What a system does before, between
-and after them is not made up for.
+what the blocks have computed longer than the median of the steps without work. What a system does before, between and after
+them is not made up for.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class Block(nn.Module):
         return x + (_Exit.apply(y, self.naps, self.size) if self.is_last else y)
 
     def _linear(self, x: torch.Tensor) -> torch.Tensor:
+        """With the nap of W. Where autograd runs W apart, it begins at this block: what later ones compute there is not seen."""
         y = F.linear(x, _WeightNap.apply(self.linear.weight, self.naps, self.size), self.linear.bias)
         if y.grad_fn is not None:
             y.grad_fn.register_prehook(lambda grads: self.naps.begin("W"))
