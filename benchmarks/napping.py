@@ -7,7 +7,7 @@
 Each happens once for a stage and microbatch, whoever runs the backward in whatever parts. Sleeping takes no core, so that more
 ranks than cores overlap as they would on as many devices.
 
-[Note: to the microsecond] A stage's F, I and W are to take so much longer than in a step without work, and no more; then what is
+[Note: made up for] A stage's F, I and W are to take so much longer than in a step without work, and no more; then what is
 left of the difference is the system's. By themselves they take more: a rank that wakes has to wait for a core, half a millisecond
 or so where there are more ranks than cores; and it finds its caches taken by others, so that a linear layer that takes 0.08 ms,
 forward and backward, takes 0.7 ms after 10 ms of sleep. So the next naps are shorter by what a rank has slept too long, and by
@@ -38,7 +38,7 @@ _PR_SET_TIMERSLACK = 29  # of linux/prctl.h
 
 @dataclass
 class Naps:
-    """How long a block sleeps, in seconds, and what its naps make up for; see [Note: to the microsecond].
+    """How long a block sleeps, in seconds, and what its naps make up for; see [Note: made up for].
 
     Attributes:
         forward: in F.
