@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "cores, which should have nothing else to do.",
         "Exit code 1 where a system computes another loss or other gradients than one process.",
         json="every time",
-        quick="few steps of each: about 3 minutes, and rough",
+        quick="few steps of each: about a minute and a half, and rough",
     )
 
 
