@@ -111,7 +111,7 @@ class Block(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
         self.naps, self.size, self.naps_in_graph = naps, size, True
         self.is_first, self.is_last = place == 0, place == size - 1
-        setattr(self.linear.weight, "num_naps", size if self.is_first else 0)  # noqa: B010  # mypy; for who computes its gradient
+        setattr(self.linear.weight, "num_naps", size if self.is_first else 0)  # noqa: B010  # mypy; for who computes W apart
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_first:

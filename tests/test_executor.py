@@ -325,7 +325,8 @@ def test_receives_begin_several_at_once() -> None:
     executor._known[step.key(1, 0)] = [((2, 6, 16), torch.float32)]
     step.unposted = (deque(enumerate(Action("F", 1, index) for index in range(20))),)
     begun = []
-    for step.num_taken in range(20):
+    for taken in range(20):
+        step.num_taken = taken
         executor._post_ahead(step)
         begun.append(len(transport.posted))
     assert begun == [8] * 5 + [13] * 5 + [18] * 5 + [20] * 5

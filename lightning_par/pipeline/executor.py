@@ -6,8 +6,9 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import compress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -22,6 +23,7 @@ from lightning_par.runtime.deferral import DeferredGradients
 from lightning_par.runtime.nested import map_tensors
 
 Program = Callable[[int], Any]
+_Received = TypeVar("_Received")
 _EVERY_STEP = ": every step of a pipeline runs all blocks; do not return early, and let no bare `except:` stop a step"
 _MOST_POSTED, _FEWEST_POSTED = 8, 4  # receives that are begun before the action that needs them; see `Executor._post_ahead`
 
@@ -307,31 +309,24 @@ class Executor:
         key = step.key(action.stage, action.microbatch)
         likes = self._known.get(key)
         if likes is None:
-            is_told = self._stages.is_told(action.stage) and self._transport.is_remote(action)
-            likes = self._told(action, len(held)) if is_told else [_like(tensor) for tensor in held]
+            if self._stages.is_told(action.stage) and self._transport.is_remote(action):
+                likes = self._wait(partial(self._transport.receive_header, action, len(held)))
+            else:
+                likes = [_like(tensor) for tensor in held]
             if key is not None:
                 self._known[key] = likes
         return self._take(action, likes)
 
-    def _told(self, action: Action, num_tensors: int) -> list[Like]:
-        self._note_wait()
-        likes = self._transport.receive_header(action, num_tensors)
-        self._note_arrival()
-        return likes
-
     def _take(self, message: Action, likes: list[Like]) -> list[torch.Tensor]:
-        self._note_wait()
-        received = self._transport.receive(message, likes)
-        self._note_arrival()
-        return received
+        return self._wait(partial(self._transport.receive, message, likes))
 
-    def _note_wait(self) -> None:
+    def _wait(self, receive: Callable[[], _Received]) -> _Received:
         for observer in self.observers:
             observer.wait()
-
-    def _note_arrival(self) -> None:
+        received = receive()
         for observer in self.observers:
             observer.arrive()
+        return received
 
 
 def _scaled_one(loss: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
